@@ -138,6 +138,7 @@ typedef enum {
     X(var,    "timenorm.var",  "B,T,G",    SAVED, MEGALODON_ALWAYS)    /* cumulative population variance         */ \
     X(u,      "timenorm",      "B,T,D",    CHEAP, MEGALODON_ALWAYS)    /* TimestepNorm(x)                        */ \
     X(c,      "cema",          "B,T,D",    SAVED, MEGALODON_ALWAYS)    /* CEMA(u)                                */ \
+    X(c_rstd, "rmsnorm.rstd",  "B,T",      SAVED, MEGALODON_ALWAYS)    /* 1/sqrt(mean c^2 + eps)                 */ \
     X(m,      "rmsnorm",       "B,T,D",    CHEAP, MEGALODON_ALWAYS)    /* RMSNorm(c), hidden_dropout             */ \
     X(zz,     "z_linear",      "B,T,Z",    SAVED, MEGALODON_ALWAYS)    /* m Wz^T + bz                            */ \
     X(zn,     "z",             "B,T,Z",    CHEAP, MEGALODON_ALWAYS)    /* zz normalised head by head             */ \
@@ -151,11 +152,13 @@ typedef enum {
     X(a,      "attn",          "B,T,E",    SAVED, MEGALODON_ALWAYS)    /* softmax(q k^T + mask) v                */ \
     X(ar,     "gated",         "B,T,E",    CHEAP, MEGALODON_ALWAYS)    /* a * r, hidden_dropout                  */ \
     X(y,      "mega",          "B,T,D",    SAVED, MEGALODON_ALWAYS)    /* first hop                              */ \
+    X(y_mean, "nffn.norm.mean", "B,T",     SAVED, MEGALODON_ALWAYS)    /* mean over D                            */ \
+    X(y_rstd, "nffn.norm.rstd", "B,T",     SAVED, MEGALODON_ALWAYS)    /* 1/sqrt(variance over D + eps)          */ \
     X(n,      "nffn.norm",     "B,T,D",    CHEAP, MEGALODON_ALWAYS)    /* LayerNorm(y)                           */ \
     X(f1,     "nffn.fc1",      "B,T,F",    SAVED, MEGALODON_ALWAYS)    /* n W1^T                                 */ \
     X(f3,     "nffn.fc3",      "B,T,F",    SAVED, MEGALODON_IF_SWIGLU) /* n W3^T                                 */ \
     X(hidden, "nffn.hidden",   "B,T,F",    CHEAP, MEGALODON_ALWAYS)    /* silu(f1) (* f3), hidden_dropout        */ \
-    X(f2,     "nffn.fc2",      "B,T,D",    RESCALE, MEGALODON_IF_RESCALE) /* hidden W2^T, before alpha           */ \
+    X(f2,     "nffn.fc2",      "B,T,D",    SAVED, MEGALODON_IF_RESCALE) /* fc2(hidden), dropout: before alpha     */ \
     X(out,    "block",         "B,T,D",    SAVED, MEGALODON_ALWAYS)    /* second hop: the block's output         */
 
 /* Activations outside the blocks. LOGITS are held for a few rows at a time unless keep_activations. */
@@ -233,6 +236,9 @@ typedef struct MegalodonOptions {
     int max_batch, max_length;       /* largest B and T of a forward                                      */
     bool training;                   /* gradients, moments and saved activations; else inference only     */
     bool keep_activations;           /* every named activation of the last forward can be fetched         */
+    bool carry;                      /* keep the state after a forward, so that the next can go on from it;
+                                        models for inference always do                                    */
+    bool state_gradients;            /* training with carry: GRAD_STATE_IN and GRAD_STATE_OUT exist       */
     MegalodonPrecision precision;    /* fp32 everywhere, or bf16 weights and activations (GPU)            */
 } MegalodonOptions;
 

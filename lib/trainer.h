@@ -1,0 +1,503 @@
+/* trainer.h - a training run: its options, what it holds, how it is saved, resumed and set up.
+ *
+ * train.c trains; this is the rest of it. The functions end the program with a sentence when something is wrong with
+ * what the user gave.
+ */
+#ifndef LIB_TRAINER_H
+#define LIB_TRAINER_H
+
+#include "checkpoint.h"              /* first: it asks for POSIX */
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "../megalodon.h"
+#include "backends.h"
+#include "dataset.h"
+#include "error.h"
+#include "options.h"
+#include "report.h"
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Options. The values of all groups but "Files" and "Run" are kept in checkpoints and come back with --resume.
+ *
+ *    type    name           default     low  high  unit  group  help
+ */
+#define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
+#define TRAIN_OPTIONS(X) \
+    X(TEXT,   data,          NULL,       0, 0, "PATH", "Data", \
+      "what to train on: a text file (each byte is a token), a .npy file of token numbers (uint16 or uint32), or a " \
+      "folder of either, taken in the order of their names") \
+    X(TEXT,   val,           NULL,       0, 0, "PATH", "Data", \
+      "held-out data for the evaluation; without it the end of --data is held out") \
+    X(REAL,   val_fraction,  "0.05",     0, 0.9, "X", "Data", \
+      "share of --data to hold out where there is no --val; 0: no evaluation") \
+    X(INT,    batch,         "16",       1, 1 << 20, "ROWS", "Training", "sequences in one forward pass") \
+    X(INT,    seq_len,       "512",      1, 1 << 30, "TOKENS", "Training", \
+      "tokens in a sequence; any length, also beyond the model's chunk") \
+    X(INT,    accumulate,    "1",        1, 1 << 20, "N", "Training", \
+      "forward and backward passes in a step: a batch of N times --batch rows in the memory of --batch") \
+    X(LONG,   steps,         "1000",     1, LARGE, "N", "Training", "optimiser steps of the whole run") \
+    X(LONG,   tokens,        NULL,       1, LARGE, "N", "Training", \
+      "tokens of the whole run, rounded up to whole steps; instead of --steps") \
+    X(LONG,   seed,          "1234",     0, LARGE, "N", "Training", \
+      "fixes the initial weights, the order of the data and dropout") \
+    X(CHOICE, precision,     "fp32",     0, 0, "fp32|bf16", "Training", \
+      "number format of weights and activations; bf16 needs a GPU") \
+    X(REAL,   lr,            "0.001",    0, 10, "X", "Optimiser", "highest learning rate of AdamW") \
+    X(LONG,   warmup,        NULL,       0, LARGE, "STEPS", "Optimiser", \
+      "steps of linear rise to --lr; if not given, a tenth of --steps, at most 1000") \
+    X(CHOICE, schedule,      "cosine",   0, 0, "cosine|linear|constant", "Optimiser", \
+      "how the learning rate goes on after the warm-up") \
+    X(REAL,   min_lr_ratio,  "0.1",      0, 1, "X", "Optimiser", \
+      "what the schedule ends at, as a share of --lr") \
+    X(REAL,   beta1,         "0.9",      0, 0.999999, "X", "Optimiser", "decay of the mean of gradients") \
+    X(REAL,   beta2,         "0.95",     0, 0.999999, "X", "Optimiser", "decay of the mean of their squares") \
+    X(REAL,   adam_eps,      "1e-8",     1e-30, 1, "X", "Optimiser", "added to the root of that mean") \
+    X(REAL,   weight_decay,  "0.1",      0, 10, "X", "Optimiser", "decoupled decay, on every parameter") \
+    X(REAL,   clip,          "1",        0, 1e9, "NORM", "Optimiser", \
+      "largest norm of the gradient over all parameters; 0: no clipping") \
+    X(INT,    max_bad_steps, "10",       1, 1 << 30, "N", "Optimiser", \
+      "stop after so many steps in a row whose loss or gradient is not finite; such a step changes nothing") \
+    X(LONG,   eval_every,    "250",      0, LARGE, "STEPS", "Evaluation", \
+      "steps between evaluations on held-out data; 0: only at the end") \
+    X(INT,    eval_batches,  "8",        1, 1 << 20, "N", "Evaluation", \
+      "size of an evaluation in units of --batch rows, evenly spread over the held-out data") \
+    X(LONG,   sample_every,  "0",        0, LARGE, "STEPS", "Evaluation", \
+      "steps between samples of the model's own text; 0: none") \
+    X(LONG,   sample_tokens, "200",      1, LARGE, "N", "Evaluation", "length of a sample") \
+    X(TEXT,   prompt,        "Once upon a time", 0, 0, "TEXT", "Evaluation", "beginning of a sample") \
+    X(TEXT,   checkpoint_dir, "checkpoints", 0, 0, "FOLDER", "Files", \
+      "where checkpoints are written; none: nowhere") \
+    X(LONG,   save_every,    "1000",     0, LARGE, "STEPS", "Files", \
+      "steps between checkpoints; 0: only at the end and when stopped") \
+    X(INT,    keep,          "3",        1, 1 << 20, "N", "Files", "checkpoints to keep; older ones are deleted") \
+    X(TEXT,   resume,        NULL,       0, 0, "PATH", "Files", \
+      "go on from a checkpoint or from the newest one of a folder, with its options") \
+    X(TEXT,   init,          NULL,       0, 0, "PATH", "Files", \
+      "start a new run from the weights and the model of a checkpoint") \
+    X(TEXT,   log,           NULL,       0, 0, "FILE", "Files", "a CSV file with a row for every step") \
+    X(LONG,   log_every,     "10",       1, LARGE, "STEPS", "Run", "steps between lines of progress") \
+    X(INT,    threads,       "0",        0, 4096, "N", "Run", "CPU threads; 0: all cores") \
+    X(CHOICE, backend,       "auto",     0, 0, "auto|cpu|cuda", "Run", "what computes; auto: a GPU if there is one") \
+    X(FLAG,   quiet,         NULL,       0, 0, "", "Run", "print nothing but errors and the last line")
+
+typedef struct Values {
+    const char *preset;
+    TRAIN_OPTIONS(OPTION_MEMBER)
+} Values;
+
+static const Option train_table[] = { TRAIN_OPTIONS(OPTION_ROW) };
+static const Option preset_table[] = {
+    OPTION_ROW(TEXT, preset, NULL, 0, 0, "NAME", "Model", "a size by name; the options below change parts of it")
+};
+
+/* Every field of the configuration is an option; megalodon_validate knows the relations between them. */
+#define OPTION_FOR_int    OPTION_INT,  0, 1 << 30, "N"
+#define OPTION_FOR_double OPTION_REAL, 0, 1e12,    "X"
+#define OPTION_FOR_bool   OPTION_BOOL, 0, 0,       "true|false"
+#define MODEL_ROW(field, meaning, type, low, high, unit) \
+    {#field, type, offsetof(MegalodonConfig, field), NULL, low, high, unit, "Model", meaning},
+#define MODEL_ROW_OF(...) MODEL_ROW(__VA_ARGS__)
+static const Option model_table[] = {
+#define X(type, field, fallback, meaning) MODEL_ROW_OF(field, meaning, OPTION_FOR_##type)
+    MEGALODON_CONFIG_FIELDS(X)
+#undef X
+};
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The run: everything that main sets up and a step uses.
+ */
+
+typedef struct Range {           /* the part of a dataset that is trained on, or held out */
+    Dataset *data;
+    int64_t first, count;        /* tokens */
+} Range;
+
+typedef struct Run {
+    OptionSet options;
+    Values values;
+    MegalodonConfig config;
+    const MegalodonBackend *backend;
+    MegalodonModel *model;
+    MegalodonPrecision precision;
+    int threads;
+    Dataset data, val;           /* val stays empty where the end of data is held out */
+    Range training, held_out;    /* held_out.count is 0: no evaluation                */
+    uint64_t data_hash, val_hash;
+    int32_t *tokens, *targets;   /* batch * seq_len each                              */
+    int32_t *window;             /* seq_len + 1                                       */
+    int64_t step;                /* steps done                                        */
+    int64_t updates;             /* steps that changed the weights: AdamW's own count */
+    int64_t bad_steps;           /* steps that did not, since the start               */
+    int bad_in_a_row;
+    int64_t saved_step;          /* of the newest checkpoint; -1: none                */
+    int model_rows;              /* the options' first row of the model's fields       */
+    Report report;
+} Run;
+
+static inline int64_t tokens_per_step(const Run *run) {
+    return (int64_t)run->values.batch * run->values.seq_len * run->values.accumulate;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Options that the program gives itself.
+ */
+
+/* Gives an option a value that the program worked out, so that it is printed and saved like any other. */
+static inline void set_text(Run *run, int i, const char *text) {
+    char *copy = malloc(strlen(text) + 1);                   /* lives as long as the run */
+    if (!copy) die("no memory for the options");
+    die_if(options_set(&run->options, i, strcpy(copy, text)));
+}
+
+static inline void set_number(Run *run, const char *name, int64_t value) {
+    char text[32];
+    snprintf(text, sizeof text, "%" PRId64, value);
+    set_text(run, options_index(&run->options, name), text);
+}
+
+static inline void show_int(Run *run, int i, int value) {
+    char text[32];
+    snprintf(text, sizeof text, "%d", value);
+    set_text(run, i, text);
+}
+
+static inline void show_bool(Run *run, int i, bool value) {
+    set_text(run, i, value ? "true" : "false");
+}
+
+/* With the fewest digits that give the same number back. */
+static inline void show_double(Run *run, int i, double value) {
+    char text[32];
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(text, sizeof text, "%.*g", digits, value);
+        if (strtod(text, NULL) == value) break;
+    }
+    set_text(run, i, text);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Checkpoints. Beside weights and moments they hold the facts that a run depends on: the options, how far it came,
+ * and what data it saw.
+ */
+
+/* Is this option kept in a checkpoint? "Model" is not: the configuration stands in the model's own file. --tokens is
+ * not: it was turned into --steps. */
+static inline bool is_kept(const OptionSet *set, int i) {
+    static const char *const groups[] = {"Data", "Training", "Optimiser", "Evaluation"};
+    bool kept = false;
+    for (int g = 0; g < 4; g++) kept = kept || strcmp(set->rows[i].group, groups[g]) == 0;
+    return kept && strcmp(set->names[i], "tokens") != 0;
+}
+
+static inline const char *write_checkpoint(Run *run) {
+    enum { NUMBERS = 5 };
+    static char keys[OPTIONS_MAX][OPTION_NAME_MAX + 8], numbers[NUMBERS][32];
+    SafetensorsPair facts[OPTIONS_MAX + NUMBERS + 2];
+    int count = 0;
+    snprintf(numbers[0], 32, "%" PRId64, run->updates);
+    snprintf(numbers[1], 32, "%" PRId64, run->bad_steps);
+    snprintf(numbers[2], 32, "%d", run->bad_in_a_row);
+    snprintf(numbers[3], 32, "%016" PRIx64, run->data_hash);
+    snprintf(numbers[4], 32, "%016" PRIx64, run->val_hash);
+    static const char *const names[NUMBERS] = {"updates", "bad_steps", "bad_in_a_row", "data_hash", "val_hash"};
+    for (int i = 0; i < NUMBERS; i++) facts[count++] = (SafetensorsPair){names[i], numbers[i]};
+    facts[count++] = (SafetensorsPair){"backend", run->backend->name};
+    for (int i = 0; i < run->options.count; i++) {
+        if (!is_kept(&run->options, i) || !run->options.texts[i]) continue;
+        snprintf(keys[i], sizeof keys[i], "option.%s", run->options.names[i]);
+        facts[count++] = (SafetensorsPair){keys[i], run->options.texts[i]};
+    }
+    facts[count] = (SafetensorsPair){NULL, NULL};
+    return checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend, run->model,
+                            &run->config, facts, false);
+}
+
+static inline bool saves(const Run *run) {
+    return strcmp(run->values.checkpoint_dir, "none") != 0;
+}
+
+/* Saves the run. A checkpoint that cannot be written in the middle of a run is no reason to lose the run: it says so
+ * and tries again when the next one is due. At the end it is an error. */
+static inline void save(Run *run, bool last) {
+    if (!saves(run)) return;
+    const char *error = write_checkpoint(run);
+    report_clear_bar(&run->report);
+    if (error && last) die(errorf("step %" PRId64 " could not be saved: %s", run->step, error));
+    if (error) fprintf(stderr, "warning: step %" PRId64 " could not be saved: %s\n", run->step, error);
+    else run->saved_step = run->step;
+}
+
+/* Takes over the options of the checkpoint in `directory`; those on the command line go first, with a warning where
+ * the run will differ from the one that it continues. */
+static inline void restore_options(Run *run, const char *directory) {
+    char path[SAFETENSORS_MAX_PATH], key[OPTION_NAME_MAX + 8];
+    Safetensors trainer;
+    OptionSet *set = &run->options;
+    die_if(checkpoint_join(path, directory, "trainer.safetensors"));
+    die_if(checkpoint_open(&trainer, path, CHECKPOINT_TRAINER_FORMAT));
+    for (int i = 0; i < set->count; i++) {
+        snprintf(key, sizeof key, "option.%s", set->names[i]);
+        const char *text = safetensors_metadata(&trainer, key);
+        if (!is_kept(set, i) || !text) continue;
+        if (strcmp(set->names[i], "steps") == 0 && options_given(set, "tokens")) continue;
+        if (strcmp(set->names[i], "val") == 0 && options_given(set, "val-fraction")) continue;
+        if (set->given[i]) {
+            if (strcmp(set->rows[i].group, "Evaluation") != 0 && strcmp(set->texts[i], text) != 0)
+                fprintf(stderr, "warning: --%s %s instead of the checkpoint's %s: the run goes on, but not bit for "
+                        "bit\n", set->names[i], set->texts[i], text);
+            continue;
+        }
+        set_text(run, i, text);
+    }
+    safetensors_close(&trainer);
+}
+
+/* Has the data changed? `what` is the option; changed data is refused unless that option asks for other data. */
+static inline void check_hash(Run *run, const Safetensors *trainer, const char *what, const char *fact, uint64_t hash) {
+    char found[32];
+    const char *saved;
+    die_if(checkpoint_fact(trainer, fact, &saved));
+    snprintf(found, sizeof found, "%016" PRIx64, hash);
+    if (strcmp(saved, found) == 0 || options_given(&run->options, what)) return;
+    die(errorf("--resume: the data of --%s has changed since the checkpoint was written (hash %s, then %s); to go on "
+               "with it all the same, give --%s", what, found, saved, what));
+}
+
+/* Loads weights, moments and progress. */
+static inline void restore_run(Run *run, const char *directory) {
+    Safetensors trainer;
+    int64_t bad_in_a_row;
+    const char *backend;
+    die_if(checkpoint_resume(directory, run->backend, run->model, &run->config, &trainer));
+    die_if(checkpoint_fact_int64(&trainer, "step", &run->step));
+    die_if(checkpoint_fact_int64(&trainer, "updates", &run->updates));
+    die_if(checkpoint_fact_int64(&trainer, "bad_steps", &run->bad_steps));
+    die_if(checkpoint_fact_int64(&trainer, "bad_in_a_row", &bad_in_a_row));
+    run->bad_in_a_row = (int)bad_in_a_row;
+    run->saved_step = run->step;
+    check_hash(run, &trainer, "data", "data_hash", run->data_hash);
+    if (run->values.val) check_hash(run, &trainer, "val", "val_hash", run->val_hash);
+    die_if(checkpoint_fact(&trainer, "backend", &backend));
+    if (strcmp(backend, run->backend->name) != 0)
+        fprintf(stderr, "warning: the checkpoint was made by the backend %s, this is %s: the run goes on, but not bit "
+                "for bit\n", backend, run->backend->name);
+    safetensors_close(&trainer);
+    if (run->step >= run->values.steps)
+        die(errorf("--resume: step %" PRId64 " of %" PRId64 " is already done; give --steps to train further",
+                   run->step, run->values.steps));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Setting up, in the order in which set_up_run calls it.
+ */
+
+/* Options that contradict each other, or that would silently do nothing. */
+static inline void check_options(Run *run) {
+    const OptionSet *set = &run->options;
+    Values *v = &run->values;
+    static const char *const pairs[][2] = {{"steps", "tokens"}, {"val", "val-fraction"}, {"resume", "init"},
+                                           {"preset", "resume"}, {"preset", "init"}};
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++)
+        if (options_given(set, pairs[i][0]) && options_given(set, pairs[i][1]))
+            die(errorf("--%s and --%s exclude each other; give one of them", pairs[i][0], pairs[i][1]));
+    for (int i = 0; i < set->count && v->resume; i++)
+        if (set->given[i] && strcmp(set->rows[i].group, "Model") == 0)
+            die(errorf("--resume takes the model from the checkpoint; --%s cannot be given with it", set->names[i]));
+    static const char *const idle[][2] = {{"sample-tokens", "sample-every"}, {"prompt", "sample-every"}};
+    for (size_t i = 0; i < 2; i++)
+        if (options_given(set, idle[i][0]) && v->sample_every == 0)
+            die(errorf("--%s does nothing without --%s", idle[i][0], idle[i][1]));
+    if (options_given(set, "min-lr-ratio") && strcmp(v->schedule, "constant") == 0)
+        die("--min-lr-ratio does nothing with --schedule constant");
+    if (!v->data) die("--data is missing: name a text file, for example --data data/tinystories_sample.txt");
+    if (v->tokens) set_number(run, "steps", (v->tokens - 1) / tokens_per_step(run) + 1);
+    if (v->steps > INT64_MAX / tokens_per_step(run))
+        die(errorf("--steps %" PRId64 " of %" PRId64 " tokens each are more tokens than can be counted", v->steps,
+                   tokens_per_step(run)));
+    if (!run->options.texts[options_index(set, "warmup")])
+        set_number(run, "warmup", v->steps / 10 < 1000 ? v->steps / 10 : 1000);
+    if (v->warmup > v->steps)
+        die(errorf("--warmup %" PRId64 " is longer than the whole run of %" PRId64 " steps", v->warmup, v->steps));
+}
+
+/* The configuration: from the checkpoint, or from the preset; then the options that change it. */
+static inline void choose_model(Run *run, const char *resumed) {
+    OptionSet *set = &run->options;
+    const char *from = resumed ? resumed : run->values.init;
+    MegalodonConfig given = run->config;                 /* where options_parse stored the options of the model */
+    if (from) {
+        die_if(checkpoint_read_config(from, &run->config));
+    } else {
+        const char *preset = run->values.preset ? run->values.preset : megalodon_presets[0].name;
+        die_if(megalodon_preset(preset, &run->config));
+        die_if(options_set(set, options_index(set, "preset"), preset));
+    }
+    int i = run->model_rows;
+#define X(type, field, fallback, meaning) \
+    if (set->given[i++]) run->config.field = given.field;
+    MEGALODON_CONFIG_FIELDS(X)
+#undef X
+    const char *error = megalodon_validate(&run->config);
+    if (error) die(errorf("model: %s", error));
+    /* The printed configuration shows every field, wherever it came from. */
+    i = run->model_rows;
+#define X(type, field, fallback, meaning) show_##type(run, i++, run->config.field);
+    MEGALODON_CONFIG_FIELDS(X)
+#undef X
+}
+
+/* Opens the data, and divides it where the end of it is held out. */
+static inline void open_data(Run *run) {
+    Values *v = &run->values;
+    int64_t least = (int64_t)v->seq_len + 1;
+    die_if(dataset_open(&run->data, v->data, run->config.vocab_size));
+    die_if(dataset_hash(&run->data, &run->data_hash));
+    run->training = (Range){&run->data, 0, run->data.size};
+    if (v->val) {
+        die_if(dataset_open(&run->val, v->val, run->config.vocab_size));
+        die_if(dataset_hash(&run->val, &run->val_hash));
+        run->held_out = (Range){&run->val, 0, run->val.size};
+        if (run->val.text != run->data.text) die("--data and --val must be of one kind: both text, or both .npy");
+    } else if (v->val_fraction > 0) {
+        int64_t held_out = (int64_t)((double)run->data.size * v->val_fraction);
+        run->training.count -= held_out;
+        run->held_out = (Range){&run->data, run->training.count, held_out};
+    }
+    if (run->training.count < least)
+        die(errorf("--data %s: %" PRId64 " tokens to train on are fewer than one sequence of --seq-len %d and its "
+                   "target; use more text or a smaller --seq-len", v->data, run->training.count, v->seq_len));
+    if ((v->val || v->val_fraction > 0) && run->held_out.count < least)
+        die(errorf("%s: %" PRId64 " held-out tokens are fewer than one sequence of --seq-len %d and its target; use "
+                   "more held-out text, a smaller --seq-len, or --val-fraction 0", v->val ? v->val : v->data,
+                   run->held_out.count, v->seq_len));
+    run->report.text = run->data.text;
+}
+
+/* Refuses to mix two runs in one folder: only the run that is resumed may go on in its own. */
+static inline void check_folder(Run *run, const char *resumed) {
+    OptionSet *set = &run->options;
+    char parent[SAFETENSORS_MAX_PATH];
+    struct stat own, other;
+    int i = options_index(set, "checkpoint-dir");
+    if (resumed) {
+        safetensors_parent(resumed, parent);
+        if (!set->given[i]) set_text(run, i, parent);
+    }
+    const char *folder = run->values.checkpoint_dir;
+    if (!saves(run) || !checkpoint_exists(folder, "latest")) return;
+    if (resumed && stat(folder, &own) == 0 && stat(parent, &other) == 0 && own.st_ino == other.st_ino
+        && own.st_dev == other.st_dev) return;
+    die(errorf("--checkpoint-dir %s already holds the checkpoints of a run; go on with it by --resume %s, or choose "
+               "another folder", folder, folder));
+}
+
+static inline void create_model(Run *run, const char *resumed) {
+    const Values *v = &run->values;
+    size_t tokens = (size_t)v->batch * (size_t)v->seq_len;
+    MegalodonOptions options = {.max_batch = v->batch, .max_length = v->seq_len, .training = true,
+                                .carry = v->sample_every > 0, .precision = run->precision};
+    if (v->sample_every > 0 && run->config.vocab_size > 256)
+        die(errorf("--sample-every: a sample is text, but this model has %d tokens and not the 256 bytes",
+                   run->config.vocab_size));
+    for (const char *c = v->prompt; v->sample_every > 0 && *c; c++)
+        if ((uint8_t)*c >= run->config.vocab_size)
+            die(errorf("--prompt: byte %d is not in the model's vocabulary of %d", (uint8_t)*c,
+                       run->config.vocab_size));
+    die_if(run->backend->create(&run->model, &run->config, &options));
+    run->tokens = malloc(tokens * sizeof *run->tokens);
+    run->targets = malloc(tokens * sizeof *run->targets);
+    run->window = malloc(((size_t)v->seq_len + 1) * sizeof *run->window);
+    if (!run->tokens || !run->targets || !run->window) die(errorf("no memory for batches of %zu tokens", tokens));
+    if (resumed) restore_run(run, resumed);
+    else if (v->init) die_if(checkpoint_load(v->init, run->backend, run->model, &run->config));
+    else die_if(megalodon_initialise(run->backend, run->model, &run->config, (uint64_t)v->seed));
+}
+
+static inline void print_start(Run *run) {
+    const Values *v = &run->values;
+    char a[32], b[32], c[32];
+    MegalodonMemory m;
+    if (v->quiet) return;
+    printf("megalodon train, backend %s, %s, %d thread%s\n", run->backend->name, v->precision, run->threads,
+           run->threads == 1 ? "" : "s");
+    options_print_values(stdout, &run->options);
+    printf("parameters   %s\n", report_count(megalodon_num_parameters(&run->config), a));
+    run->backend->memory(run->model, &m);
+    const struct { const char *kind; int64_t bytes; } kinds[] = {
+        {"parameters", m.parameters}, {"gradients", m.gradients}, {"moments", m.moments},
+        {"activations", m.activations}, {"state", m.state}, {"workspace", m.workspace},
+        {"total", m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace}};
+    for (int i = 0; i < 7; i++)
+        printf("%-12s %-12s %12s\n", i ? "" : "memory", kinds[i].kind, report_bytes(kinds[i].bytes, a));
+    printf("data         %s tokens to train on, %s held out%s\n", report_count(run->training.count, a),
+           report_count(run->held_out.count, b), run->report.text ? "; each byte is a token" : "");
+    printf("run          %s tokens a step, %s in all: %.2f times the data\n", report_count(tokens_per_step(run), a),
+           report_count(v->steps * tokens_per_step(run), c),
+           (double)v->steps * (double)tokens_per_step(run) / (double)run->training.count);
+    if (run->step > 0) printf("resumed      after step %" PRId64 "\n", run->step);
+    fflush(stdout);
+}
+
+/* The help page, with the sizes that --preset knows. */
+static inline void print_train_help(const Run *run) {
+    options_print_help(stdout, &run->options);
+    printf("\nPresets (the first is the default)\n");
+    for (const MegalodonPreset *preset = megalodon_presets; preset->name; preset++)
+        printf("  %-26s  %s\n", preset->name, preset->meaning);
+}
+
+/* Everything before the first step. Returns false if only the help page was asked for. */
+static inline bool set_up_run(Run *run, int argc, char **argv) {
+    char directory[SAFETENSORS_MAX_PATH];
+    const char *resumed = NULL;                          /* folder of the step to go on from  */
+    bool help;
+    run->saved_step = -1;
+    options_init(&run->options, "train", "--data PATH [options]",
+                 "Trains a Megalodon language model on text and saves it for ./generate. Ctrl-C saves and stops; "
+                 "--resume goes on bit for bit.");
+    options_add(&run->options, train_table, OPTION_COUNT(train_table), &run->values);
+    options_add(&run->options, preset_table, OPTION_COUNT(preset_table), &run->values);
+    run->model_rows = run->options.count;
+    options_add(&run->options, model_table, OPTION_COUNT(model_table), &run->config);
+    die_if(options_parse(&run->options, argc, argv, &help));
+    if (help) {
+        print_train_help(run);
+        return false;
+    }
+    if (run->values.resume) {
+        die_if(checkpoint_directory(run->values.resume, directory));
+        resumed = directory;
+        restore_options(run, resumed);
+    }
+    check_options(run);
+    die_if(backend_choose(run->values.backend, run->values.precision, &run->backend, &run->precision));
+    die_if(backend_threads(run->values.threads, &run->threads));
+    choose_model(run, resumed);
+    check_folder(run, resumed);
+    open_data(run);
+    create_model(run, resumed);
+    run->report.quiet = run->values.quiet;
+    run->report.terminal = isatty(STDOUT_FILENO);
+    if (run->values.log) die_if(report_csv_open(&run->report, run->values.log, run->step));
+    print_start(run);
+    return true;
+}
+
+static inline void end_run(Run *run) {
+    if (run->report.csv) fclose(run->report.csv);
+    run->backend->destroy(run->model);
+    dataset_close(&run->data);
+    dataset_close(&run->val);
+    free(run->tokens);
+    free(run->targets);
+    free(run->window);
+}
+
+#endif

@@ -1,0 +1,53 @@
+#!/bin/sh
+# Runs test programs one after the other and adds up their last lines.
+#
+#   sh tests/run.sh COMMAND...
+#
+# Each COMMAND is one shell command whose output ends in "NAME: N passed, N failed" (and ", N skipped" if it skipped
+# any). One that crashes, says nothing of the kind, or fails without counting it counts as one failure: a test that
+# cannot speak must not pass. The exit status is 0 only if nothing failed.
+
+logs=${MEGALODON_BUILD:-build}/logs
+mkdir -p "$logs" || exit 1
+passed=0 failed=0 skipped=0 broken=
+# A thread that waits asleep leaves its core to the others on a busy machine.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+# count WORD LINE: the number before WORD, or nothing.
+count() {
+    printf '%s\n' "$2" | sed -n "s/.*[ :]\([0-9][0-9]*\) $1.*/\1/p"
+}
+
+for command in "$@"; do
+    set -f
+    name=$(printf '%s\n' "$command" | sed 's/^sh //; s/ .*//; s/.*\///; s/\.sh$//')
+    set +f
+    log=$logs/$name.log
+    start=$(date +%s)
+    sh -c "$command" > "$log" 2>&1
+    status=$?
+    seconds=$(($(date +%s) - start))
+    line=$(grep -E '^[a-z_0-9]+: [0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
+    p=$(count passed "$line") f=$(count failed "$line") s=$(count skipped "$line")
+    if [ -z "$p" ] || [ -z "$f" ]; then
+        p=0 f=1
+        line="$name: no result, exit status $status"
+    elif [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then
+        f=1
+        line="$line, but exit status $status"
+    elif [ "$p" -eq 0 ] && [ "$f" -eq 0 ] && [ "${s:-0}" -eq 0 ]; then
+        f=1
+        line="$line: it checked nothing"
+    fi
+    if [ "$f" -ne 0 ]; then
+        cat "$log"
+        broken="$broken $name"
+    fi
+    printf '%-64s %4d s\n' "$line" "$seconds"
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + ${s:-0}))
+done
+
+[ -z "$broken" ] || echo "failed:$broken (output in $logs)"
+[ "$skipped" -eq 0 ] || echo "$skipped skipped"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

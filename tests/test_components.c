@@ -1,0 +1,161 @@
+/* test_components.c - every component, forward and backward, of one backend against another.
+ *
+ * The reference is the double version of megalodon.c, whose gradients test_gradcheck has compared with finite
+ * differences. A candidate gets the same inputs, rounded to its own types first, so that only its arithmetic differs.
+ * A line a case tells the relative RMS error and the largest error (relative to the RMS of the tensor) of the worst
+ * output and of the worst gradient.
+ *
+ * Tolerances: a float has 24 bits, so one rounding is 6e-8 and sums of some hundred terms stay under 1e-6. 1e-5 for
+ * outputs and 1e-4 for gradients (which pass through more sums, and through differences in the norms) leave room for
+ * another order of summation, and none for a wrong term.
+ *
+ * A new backend joins by one entry in `candidates`: its types, and four functions that reach its memory.
+ */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include "component.h"
+#include "test.h"
+
+#ifdef MEGALODON_WITH_CUDA
+#include <cuda_runtime_api.h>
+
+static void *cuda_allocate(size_t bytes) {
+    void *memory = NULL;
+    if (cudaMalloc(&memory, bytes) == cudaSuccess) return memory;
+    fprintf(stderr, "out of GPU memory: %zu bytes\n", bytes);
+    exit(1);
+}
+static void cuda_release(void *memory) { cudaFree(memory); }
+static void cuda_copy(void *to, const void *from, size_t bytes) {
+    cudaError_t status = cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
+    if (status == cudaSuccess) return;
+    fprintf(stderr, "copying %zu bytes to or from the GPU: %s\n", bytes, cudaGetErrorString(status));
+    exit(1);
+}
+#endif
+
+typedef struct Candidate {
+    const MegalodonBackend *backend;
+    Port port;
+    bool large;                              /* fast enough for the large shapes */
+    double forward_tolerance, backward_tolerance;
+} Candidate;
+
+/* The worst tensor of a case. */
+typedef struct Worst {
+    const char *name;
+    double rms, largest;
+} Worst;
+
+/* Compares one tensor and remembers it if it is the worst so far. NaN counts as infinitely wrong. */
+static void compare_tensor(Worst *worst, const char *name, const double *ours, const double *want, int64_t size) {
+    double scale = test_rms(want, (size_t)size), largest = 0;
+    double rms = relative_rms(ours, want, (size_t)size);
+    for (int64_t i = 0; i < size; i++) {
+        double difference = fabs(ours[i] - want[i]);
+        if (!(difference <= largest)) largest = difference;
+    }
+    if (worst->name && rms <= worst->rms) return;
+    *worst = (Worst){name, rms, scale > 0 ? largest / scale : largest};
+}
+
+/* Runs a component on both ports and counts two checks: its outputs and its gradients. */
+static void check_component(const Candidate *candidate, const Port *reference, MegalodonComponentId id,
+                            const char *what, const MegalodonShape *shape, bool with_state, bool with_optional) {
+    char where[128];
+    snprintf(where, sizeof where, "%s %s, %s, B=%d T=%d n=%d", candidate->port.name, megalodon_components[id].name,
+             what, shape->B, shape->T, shape->n);
+    Call ours, want;
+    call_create(&ours, id, shape, with_state, with_optional, 40u + (uint64_t)id);
+    call_create(&want, id, shape, with_state, with_optional, 40u + (uint64_t)id);
+    call_round(&ours, &candidate->port);
+    call_round(&want, &candidate->port);
+    const char *error = call_run(&ours, &candidate->port, true);
+    check(!error, "%s: %s", where, error ? error : "");
+    error = call_run(&want, reference, true);
+    check(!error, "%s: reference: %s", where, error ? error : "");
+    Worst forward = {NULL, 0, 0}, backward = {NULL, 0, 0};
+    for (int i = 0; i < ours.num_args; i++) {
+        const MegalodonArg *arg = &ours.component->args[i];
+        if (call_is_output(arg->role)) compare_tensor(&forward, arg->name, ours.value[i], want.value[i], ours.size[i]);
+        if (call_has_gradient(arg->role) && ours.grad_present[i])
+            compare_tensor(&backward, arg->name, ours.grad[i], want.grad[i], ours.size[i]);
+    }
+    const char *in = backward.name ? backward.name : "-";
+    check(forward.rms <= candidate->forward_tolerance, "%s: %s is off by %.2e", where, forward.name, forward.rms);
+    check(backward.rms <= candidate->backward_tolerance, "%s: gradient of %s is off by %.2e", where, in, backward.rms);
+    printf("%-64s forward %-8s %.1e (max %.1e)  backward %-8s %.1e (max %.1e)\n", where, forward.name, forward.rms,
+           forward.largest, in, backward.rms, backward.largest);
+    call_destroy(&ours);
+    call_destroy(&want);
+}
+
+static MegalodonConfig odd_config(void) {
+    MegalodonConfig config;
+    megalodon_default_config(&config);
+    config.model_dim = 45;
+    config.num_heads = 3;
+    config.z_dim = 30;
+    config.value_dim = 51;
+    config.ffn_hidden_dim = 37;
+    config.cema_ndim = 5;
+    config.chunk_size = 13;
+    config.norm_num_groups = 5;
+    config.vocab_size = 101;
+    return config;
+}
+
+static bool has_role(MegalodonComponentId id, MegalodonRole role) {
+    for (const MegalodonArg *arg = megalodon_components[id].args; arg->name; arg++)
+        if (arg->role == role) return true;
+    return false;
+}
+
+/* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
+static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
+    MegalodonConfig odd = odd_config(), real, dropout = odd;
+    int C = odd.chunk_size, lengths[] = {1, C - 1, C, C + 1, 53};
+    bool stateful = has_role(id, MEGALODON_STATE_IN);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (int B = 1; B <= 3; B += 2) {
+            MegalodonShape shape = {odd, B, lengths[i], 0, 3, MEGALODON_FP32};
+            check_component(candidate, reference, id, "no state", &shape, false, true);
+            shape.n = 5;
+            if (stateful) check_component(candidate, reference, id, "state in", &shape, true, true);
+        }
+    check_component(candidate, reference, id, "no weights", &(MegalodonShape){odd, 2, 31, 0, 3, MEGALODON_FP32}, false,
+                    false);
+    dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
+    dropout.scale_emb = true;
+    check_component(candidate, reference, id, "dropout", &(MegalodonShape){dropout, 2, 31, 2, 3, MEGALODON_FP32}, true,
+                    true);
+    megalodon_default_config(&real);
+    real.chunk_size = candidate->large ? real.chunk_size : 64;
+    int T = candidate->large ? 4096 : 150;
+    check_component(candidate, reference, id, "real", &(MegalodonShape){real, 2, T, 7, 3, MEGALODON_FP32}, true, true);
+}
+
+int main(void) {
+    test_begin("components");
+    const Candidate candidates[] = {
+        {&megalodon_cpu, host_port(&megalodon_cpu, false), false, 1e-5, 1e-4},
+#ifdef MEGALODON_WITH_CUDA
+        {&megalodon_cuda,
+         {"cuda", megalodon_cuda.components, MEGALODON_F32, MEGALODON_F32, cuda_allocate, cuda_release, cuda_copy,
+          cuda_copy}, true, 1e-5, 1e-4},
+#endif
+    };
+    Port reference = host_port(&megalodon_cpu_double, true);
+    for (size_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
+        const char *why = candidates[i].backend->unavailable();
+        for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) {
+            char text[256];
+            snprintf(text, sizeof text, "%s %s: %s", candidates[i].port.name, megalodon_components[id].name,
+                     why ? why : "");
+            if (why) test_skip(text);
+            else check_shapes(&candidates[i], &reference, (MegalodonComponentId)id);
+        }
+    }
+    return test_end();
+}

@@ -1,0 +1,272 @@
+/* train.c - trains a Megalodon on text.
+ *
+ *     ./train --data my.txt
+ *
+ * What a step needs comes in the order in which it is needed: the rows of a batch, the learning rate, the step itself,
+ * evaluation, samples, the loop, main. Options, checkpoints and setting up are in lib/trainer.h. The model is behind
+ * the table of functions in megalodon.h: nothing here knows which backend computes it.
+ *
+ * A run is exact: the rows of a step are a function of (seed, step, row), so a run that was saved and resumed computes
+ * the same bits as one that was never stopped, with any number of threads.
+ */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "megalodon.h"
+#include "lib/error.h"
+#include "lib/report.h"
+#include "lib/sampler.h"
+#include "lib/text.h"
+#include "lib/trainer.h"
+
+/* The first Ctrl-C or SIGTERM asks the loop to stop after its step; a second one ends the program at once. */
+static volatile sig_atomic_t stop_signal = 0;
+
+static void on_signal(int signal) {
+    if (stop_signal) _exit(128 + signal);
+    stop_signal = signal;
+}
+
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Data of a step.
+ */
+
+/* Fills row `row` of the batch with the window that starts at token `start` of the range. The targets are the
+ * tokens one place further. */
+static void load_row(Run *run, const Range *range, int64_t start, int row) {
+    int T = run->values.seq_len;
+    die_if(dataset_window(range->data, range->first + start, T + 1, run->window));
+    memcpy(run->tokens + (int64_t)row * T, run->window, (size_t)T * sizeof *run->tokens);
+    memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof *run->targets);
+}
+
+/* The rows of one forward pass of a step start at random places. The generator counts rows from the start of the
+ * run, so no state has to be saved, and --batch 8 --accumulate 2 sees what --batch 16 sees. */
+static void load_training_rows(Run *run, int64_t step, int pass) {
+    const Values *v = &run->values;
+    uint64_t key = megalodon_random((uint64_t)v->seed, 0x64617461);          /* "data": apart from other uses */
+    uint64_t starts = (uint64_t)(run->training.count - v->seq_len);
+    for (int row = 0; row < v->batch; row++) {
+        uint64_t counter = ((uint64_t)step * (uint64_t)v->accumulate + (uint64_t)pass) * (uint64_t)v->batch
+                         + (uint64_t)row;
+        load_row(run, &run->training, (int64_t)(megalodon_random(key, counter) % starts), row);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Learning rate of the step after `step` finished ones:
+ *     warm-up    lr * (step + 1) / warmup
+ *     then       lr * (r + (1 - r) * f(p)),  r = min_lr_ratio, p = share of the steps after the warm-up,
+ *                f(p) = (1 + cos(pi p)) / 2, or 1 - p, or 1
+ */
+static double learning_rate(const Values *v, int64_t step) {
+    if (step < v->warmup) return v->lr * (double)(step + 1) / (double)v->warmup;
+    double p = v->steps > v->warmup ? (double)(step - v->warmup) / (double)(v->steps - v->warmup) : 1;
+    double f = 1;
+    if (strcmp(v->schedule, "cosine") == 0) f = 0.5 * (1 + cos(3.14159265358979323846 * p));
+    if (strcmp(v->schedule, "linear") == 0) f = 1 - p;
+    return v->lr * (v->min_lr_ratio + (1 - v->min_lr_ratio) * f);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * One step: forward and backward over all passes, then the update. A loss or a norm that is not finite changes no
+ * weight; the step is counted and the run goes on, up to --max-bad-steps in a row.
+ */
+static void train_step(Run *run, ReportRow *row) {
+    const Values *v = &run->values;
+    double start = report_seconds(), nll_sum = 0, scale = 1 / (double)tokens_per_step(run);
+    run->backend->zero_gradients(run->model);
+    for (int pass = 0; pass < v->accumulate; pass++) {
+        MegalodonBatch batch = {.tokens = run->tokens, .targets = run->targets, .B = v->batch, .T = v->seq_len,
+                                .dropout = true, .seed = (uint64_t)v->seed,
+                                .step = (uint64_t)run->step * (uint64_t)v->accumulate + (uint64_t)pass};
+        MegalodonLoss loss;
+        load_training_rows(run, run->step, pass);
+        die_if(run->backend->forward(run->model, &batch, &loss));
+        die_if(run->backend->backward(run->model, scale));
+        nll_sum += loss.nll_sum;
+    }
+    MegalodonAdamW adamw = {.lr = learning_rate(v, run->step), .beta1 = v->beta1, .beta2 = v->beta2,
+                            .eps = v->adam_eps, .weight_decay = v->weight_decay, .clip = v->clip,
+                            .step = run->updates + 1};
+    double loss = nll_sum * scale, norm = NAN;
+    if (isfinite(loss)) die_if(run->backend->update(run->model, &adamw, &norm));
+    bool good = isfinite(loss) && isfinite(norm);
+    run->step++;
+    run->updates += good;
+    run->bad_steps += !good;
+    run->bad_in_a_row = good ? 0 : run->bad_in_a_row + 1;
+
+    double seconds = report_seconds() - start;
+    *row = (ReportRow){.step = run->step, .steps = v->steps, .tokens = run->step * tokens_per_step(run),
+                       .loss = loss, .val_loss = NAN, .val_bpb = NAN, .grad_norm = norm, .lr = adamw.lr,
+                       .ms = 1e3 * seconds, .tokens_per_s = (double)tokens_per_step(run) / seconds};
+}
+
+/* Tells of a step that was skipped, and ends the run when there were too many. */
+static void check_bad_step(Run *run, const ReportRow *row) {
+    if (run->bad_in_a_row == 0) return;
+    report_clear_bar(&run->report);
+    fprintf(stderr, "step %lld: loss %g, gradient norm %g; the step was skipped (%d in a row, %lld in all)\n",
+            (long long)run->step, row->loss, row->grad_norm, run->bad_in_a_row, (long long)run->bad_steps);
+    if (run->bad_in_a_row < run->values.max_bad_steps) return;
+    const char *hint = "a lower --lr, a longer --warmup or a smaller --clip may help";
+    if (run->saved_step >= 0)
+        die(errorf("%d steps in a row were not finite; the last good checkpoint is step %lld in %s; %s",
+                   run->bad_in_a_row, (long long)run->saved_step, run->values.checkpoint_dir, hint));
+    die(errorf("%d steps in a row were not finite; no checkpoint was saved; %s", run->bad_in_a_row, hint));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Evaluation: mean loss in nats a token over rows at fixed places, evenly spread over the held-out data, so that
+ * two evaluations differ only by the model. Each row starts from an empty state.
+ */
+static double evaluate(Run *run) {
+    const Values *v = &run->values;
+    int64_t T = v->seq_len, last = run->held_out.count - (T + 1);            /* last possible start */
+    int64_t rows = (int64_t)v->eval_batches * v->batch, fitting = (run->held_out.count - 1) / T;
+    double nll_sum = 0;
+    int64_t counted = 0;
+    if (rows > fitting) rows = fitting;                                      /* no token counts twice */
+    for (int64_t first = 0; first < rows; first += v->batch) {
+        int B = (int)(rows - first < v->batch ? rows - first : v->batch);
+        for (int row = 0; row < B; row++) {
+            int64_t start = rows > 1 ? (int64_t)((double)last * (double)(first + row) / (double)(rows - 1)) : 0;
+            load_row(run, &run->held_out, start, row);
+        }
+        MegalodonBatch batch = {.tokens = run->tokens, .targets = run->targets, .B = B, .T = (int)T};
+        MegalodonLoss loss;
+        die_if(run->backend->forward(run->model, &batch, &loss));
+        nll_sum += loss.nll_sum;
+        counted += loss.counted;
+    }
+    return nll_sum / (double)counted;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * A sample of the model's own text, at temperature 0.8. It uses the training model itself, one row, and leaves
+ * weights and gradients alone.
+ */
+static void print_sample(Run *run) {
+    const Values *v = &run->values;
+    const char *prompt = v->prompt;
+    TextWriter writer = {.file = stdout, .printable = true};
+    Sampler sampler;
+    int V = run->config.vocab_size;
+    float *logits = malloc((size_t)V * sizeof *logits);
+    if (!logits) die("no memory for a sample's logits");
+    die_if(sampler_create(&sampler, V, 0.8, 0, 1, megalodon_random((uint64_t)v->seed, (uint64_t)run->step)));
+    report_clear_bar(&run->report);
+    printf("sample: %s", prompt);
+    for (size_t at = 0, length = strlen(prompt); at < length;) {
+        int n = length - at < (size_t)v->seq_len ? (int)(length - at) : v->seq_len;
+        for (int i = 0; i < n; i++) run->tokens[i] = (uint8_t)prompt[at + (size_t)i];
+        die_if(text_feed(run->backend, run->model, run->tokens, n, at > 0));
+        at += (size_t)n;
+    }
+    for (int64_t i = 0; i < v->sample_tokens && !stop_signal; i++) {
+        int32_t token;
+        die_if(run->backend->last_logits(run->model, logits));
+        die_if(sampler_next(&sampler, logits, &token));
+        text_put(&writer, (uint8_t)token);
+        die_if(text_feed(run->backend, run->model, &token, 1, true));
+    }
+    text_end(&writer);
+    printf("\n");
+    fflush(stdout);
+    sampler_destroy(&sampler);
+    free(logits);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The loop around it.
+ */
+
+static bool is_due(int64_t step, int64_t every) {
+    return every > 0 && step % every == 0;
+}
+
+static void print_evaluation(Run *run, const ReportRow *row) {
+    report_clear_bar(&run->report);
+    if (run->report.quiet) return;
+    printf("step %lld: held-out loss %.4f nats", (long long)run->step, row->val_loss);
+    if (run->report.text) printf(" | %.4f bits/byte", row->val_bpb);
+    printf("\n");
+    fflush(stdout);
+}
+
+/* The last line, also of a quiet run. */
+static void print_end(Run *run, const ReportRow *row, double seconds) {
+    char tokens[32], time[32];
+    report_clear_bar(&run->report);
+    if (stop_signal) printf("stopped by %s", stop_signal == SIGINT ? "Ctrl-C" : "a signal");
+    else printf("done");
+    printf(" after step %lld of %lld: %s tokens, %s", (long long)run->step, (long long)run->values.steps,
+           report_count(run->step * tokens_per_step(run), tokens), report_duration(seconds, time));
+    if (isfinite(row->val_loss)) printf("; held-out loss %.4f nats", row->val_loss);
+    if (isfinite(row->val_bpb)) printf(" = %.4f bits/byte", row->val_bpb);
+    if (run->bad_steps > 0) printf("; %lld steps skipped", (long long)run->bad_steps);
+    if (run->saved_step >= 0) printf("; saved in %s", run->values.checkpoint_dir);
+    else printf("; nothing was saved");
+    printf("\n");
+}
+
+static void train(Run *run) {
+    const Values *v = &run->values;
+    double start = report_seconds(), loss_sum = 0, ms_sum = 0;
+    int64_t first = run->step, summed = 0;
+    ReportRow row = {.val_loss = NAN, .val_bpb = NAN};
+    while (run->step < v->steps && !stop_signal) {
+        train_step(run, &row);
+        bool last = run->step == v->steps;
+        row.seconds_left = (report_seconds() - start) / (double)(run->step - first) * (double)(v->steps - run->step);
+        loss_sum += row.loss;
+        ms_sum += row.ms;
+        summed++;
+        if (is_due(run->step, v->log_every) || last || run->step == first + 1) {
+            ReportRow mean = row;
+            mean.loss = loss_sum / (double)summed;
+            mean.ms = ms_sum / (double)summed;
+            mean.tokens_per_s = 1e3 * (double)tokens_per_step(run) / mean.ms;
+            report_line(&run->report, &mean);
+            loss_sum = ms_sum = 0;
+            summed = 0;
+        }
+        report_bar(&run->report, &row);
+        check_bad_step(run, &row);
+        if (run->held_out.count > 0 && (is_due(run->step, v->eval_every) || last)) {
+            row.val_loss = evaluate(run);
+            if (run->report.text) row.val_bpb = report_bits(row.val_loss);
+            print_evaluation(run, &row);
+        }
+        die_if(report_csv_row(&run->report, &row));
+        if (is_due(run->step, v->sample_every)) print_sample(run);
+        if (is_due(run->step, v->save_every)) save(run, false);
+    }
+    if (run->saved_step != run->step) save(run, true);
+    print_end(run, &row, report_seconds() - start);
+}
+
+int main(int argc, char **argv) {
+    static Run run;                                          /* large for a stack */
+    if (!set_up_run(&run, argc, argv)) return 0;
+    catch_signals();
+    train(&run);
+    end_run(&run);
+    return 0;
+}
