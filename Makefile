@@ -74,7 +74,7 @@ TEST_COMMANDS += $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test demo asan bench golden clean help
+.PHONY: all test build-tests demo asan bench golden clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -82,6 +82,8 @@ all: $(PROGRAMS) ## build ./train and ./generate (the default)
 
 test: $(PROGRAMS) $(TESTS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
+
+build-tests: $(PROGRAMS) $(TESTS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@sh dev/demo.sh
@@ -101,7 +103,7 @@ clean: ## remove everything that make built
 	rm -rf $(BUILD) $(PROGRAMS)
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Objects depend on the headers that the compiler saw (-MMD) and on the flags, so that a changed flag rebuilds.

@@ -74,7 +74,7 @@ static bool is_present(const MegalodonConfig *c, MegalodonPresence presence) {
     .norm_affine = true
 
 const MegalodonPreset megalodon_presets[] = {
-    {"demo", "1.7 M parameters on bytes: learns to write in three minutes on two CPU cores",
+    {"demo", "2.1 M parameters on bytes: learns to write in three minutes on two CPU cores",
         {SIZES(4, 192, 1, 64, 384, 384, 16, 256, 256), .rope_base = 1e4, .swiglu = true}},
     {"bytes12M", "12.1 M parameters on bytes, the size with public enwik8 results",
         {SIZES(6, 384, 1, 96, 768, 768, 32, 512, 256), .rope_base = 1e5, .swiglu = true}},
@@ -497,7 +497,7 @@ static inline real real_sqrt(real x) { return sizeof(real) == sizeof(float) ? (r
  *
  * An element is summed in an order that follows from K alone, whatever M, N, the threads and its place in a tile. So
  * the bits are the same for any number of threads, and a row of C depends on the same row of A only, as long as the
- * same way is taken: with at most FEW_ROWS rows (generation) B is read once where it lies, without packing.
+ * same way is taken: with few rows (generation) B is read once where it lies, without packing.
  */
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, MR = 14 };     /* 32 registers: 14 x 2 for C, 2 for B, 1 for A */
@@ -514,7 +514,8 @@ enum {
     KC = 384,                                            /* depth of a block                                */
     KC_STRIDE = KC + 16,                                 /* keeps rows of A off each other's cache sets     */
     NC = 512 * sizeof(float) / sizeof(real) / NR * NR,   /* columns of a block of B                         */
-    FEW_ROWS = 4,
+    FEW_ROWS = 12,                                       /* up to here packing W^T costs more than it gains */
+    ROWS = 4,                                            /* summed together without packing                 */
     DOT_VECTORS = 4,                                     /* independent sums of a dot product, in vectors   */
     STRIP_VECTORS = 4                                    /* columns that a thread sums at once, in vectors  */
 };
@@ -534,28 +535,26 @@ ALWAYS_INLINE Vector vector_scale_add(real s, Vector y, Vector z) { return s * y
 typedef struct { real lane[LANES]; } Vector;
 ALWAYS_INLINE Vector vector_load(const real *p) { Vector v; memcpy(&v, p, sizeof v); return v; }
 ALWAYS_INLINE void vector_store(real *p, Vector v) { memcpy(p, &v, sizeof v); }
-ALWAYS_INLINE Vector vector_add(Vector x, Vector y)
-{
+ALWAYS_INLINE Vector vector_add(Vector x, Vector y) {
     for (int i = 0; i < LANES; i++) x.lane[i] += y.lane[i];
     return x;
 }
-ALWAYS_INLINE Vector vector_multiply_add(Vector x, Vector y, Vector z)
-{
+ALWAYS_INLINE Vector vector_multiply_add(Vector x, Vector y, Vector z) {
     for (int i = 0; i < LANES; i++) z.lane[i] = x.lane[i] * y.lane[i] + z.lane[i];
     return z;
 }
-ALWAYS_INLINE Vector vector_scale_add(real s, Vector y, Vector z)
-{
+ALWAYS_INLINE Vector vector_scale_add(real s, Vector y, Vector z) {
     for (int i = 0; i < LANES; i++) z.lane[i] = s * y.lane[i] + z.lane[i];
     return z;
 }
 #endif
 
+static inline int64_t min_i64(int64_t x, int64_t y) { return x < y ? x : y; }
+
 /* C(rows,columns) = A(MR,kc) B(kc,NR), or += if add, for one tile. A[i,k] = a[i*a_row + k*a_column], B[k,j] =
  * b[k*NR + j]: packed panels whose missing rows and columns are zero. */
 ALWAYS_INLINE void matmul_tile(real *c, int64_t ldc, int rows, int columns, bool add,
-                               const real *a, int a_row, int a_column, const real *b, int kc)
-{
+                               const real *a, int a_row, int a_column, const real *b, int kc) {
     Vector sum[MR][2];
     memset(sum, 0, sizeof sum);
     for (int k = 0; k < kc; k++) {
@@ -584,8 +583,7 @@ ALWAYS_INLINE void matmul_tile(real *c, int64_t ldc, int rows, int columns, bool
 
 /* Packs A(rows,kc) for matmul_tile. Rows that are contiguous in memory stay rows (MR,KC_STRIDE), anything else
  * becomes columns (kc,MR): whichever is a plain copy. */
-static void pack_a(real *packed, const real *a, int64_t rsa, int64_t csa, int rows, int kc)
-{
+static void pack_a(real *packed, const real *a, int64_t rsa, int64_t csa, int rows, int kc) {
     if (csa == 1) {
         for (int i = 0; i < MR; i++) {
             if (i < rows) memcpy(packed + i * KC_STRIDE, a + i * rsa, kc * sizeof(real));
@@ -600,35 +598,37 @@ static void pack_a(real *packed, const real *a, int64_t rsa, int64_t csa, int ro
 }
 
 /* Packs B(kc,columns) as kc rows of NR numbers. */
-static void pack_b(real *packed, const real *b, int64_t rsb, int64_t csb, int columns, int kc)
-{
+static void pack_b(real *packed, const real *b, int64_t rsb, int64_t csb, int columns, int kc) {
     if (columns < NR) memset(packed, 0, (size_t)kc * NR * sizeof(real));
     if (csb == 1 && columns == NR) {
         for (int k = 0; k < kc; k++) memcpy(packed + k * NR, b + k * rsb, NR * sizeof(real));
-    } else if (rsb == 1) {
-        for (int j = 0; j < columns; j++)
-            for (int k = 0; k < kc; k++) packed[k * NR + j] = b[j * csb + k];
+    } else if (rsb == 1 && columns == NR) {
+        /* a transposition: four columns at a time, in runs so short that the rows they fill stay in the cache */
+        enum { RUN = 32, GROUP = 4 };
+        for (int k0 = 0; k0 < kc; k0 += RUN)
+            for (int j = 0; j < NR; j += GROUP)
+                for (int k = k0; k < min_i64(k0 + RUN, kc); k++) {
+                    real group[GROUP];
+                    for (int i = 0; i < GROUP; i++) group[i] = b[(j + i) * csb + k];
+                    memcpy(packed + k * NR + j, group, sizeof group);
+                }
     } else {
         for (int k = 0; k < kc; k++)
             for (int j = 0; j < columns; j++) packed[k * NR + j] = b[k * rsb + j * csb];
     }
 }
 
-static int matmul_threads(void)
-{
+static int matmul_threads(void) {
 #ifdef _OPENMP
     if (!omp_in_parallel()) return omp_get_max_threads();
 #endif
     return 1;
 }
 
-static inline int64_t min_i64(int64_t x, int64_t y) { return x < y ? x : y; }
-
 /* One block: C(M,nc) = A(M,kc) B(kc,nc), or += if add, by all the threads of the parallel region around the call.
  * packed_b is theirs together, packed_a each one's own. */
 static void matmul_block(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa, const real *b, int64_t rsb,
-                         int64_t csb, int64_t M, int nc, int kc, bool add, int threads, real *packed_b, real *packed_a)
-{
+                         int64_t csb, int64_t M, int nc, int kc, bool add, int threads, real *packed_b, real *packed_a) {
     int panels = (nc + NR - 1) / NR;
     /* implicit barriers: nobody multiplies before all is packed, nobody packs again before all is multiplied */
     OMP(for schedule(dynamic))
@@ -653,12 +653,12 @@ static void matmul_block(real *c, int64_t ldc, const real *a, int64_t rsa, int64
     }
 }
 
-/* c(M) = A(M,K) b(K) for contiguous rows: each of DOT_VECTORS x LANES sums takes every so-manieth k. */
-ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int M, int64_t K,
-                               bool add)
-{
+/* c(rows) = A(rows,K) b(K), all contiguous along k: sum i of DOT_VECTORS x LANES sums takes every k that is i modulo
+ * their number, and then they are added in pairs. */
+ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int rows, int64_t K,
+                               bool add) {
     enum { STEP = DOT_VECTORS * LANES };
-    Vector sum[FEW_ROWS][DOT_VECTORS];
+    Vector sum[ROWS][DOT_VECTORS];
     memset(sum, 0, sizeof sum);
     int64_t k = 0;
     for (; k + STEP <= K; k += STEP)
@@ -666,66 +666,77 @@ ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa,
         for (int j = 0; j < DOT_VECTORS; j++) {
             Vector b_kj = vector_load(b + k + j * LANES);
             UNROLL
-            for (int m = 0; m < M; m++)
+            for (int m = 0; m < rows; m++)
                 sum[m][j] = vector_multiply_add(vector_load(a + m * rsa + k + j * LANES), b_kj, sum[m][j]);
         }
-    for (int m = 0; m < M; m++) {
-        real rest[2][STEP] = {{0}}, lanes[STEP], total = 0;
-        memcpy(rest[0], a + m * rsa + k, (K - k) * sizeof(real));
-        memcpy(rest[1], b + k, (K - k) * sizeof(real));
-        for (int j = 0; j < DOT_VECTORS; j++)
-            vector_store(lanes + j * LANES, vector_multiply_add(vector_load(rest[0] + j * LANES),
-                                                                vector_load(rest[1] + j * LANES), sum[m][j]));
-        for (int i = 0; i < STEP; i++) total += lanes[i];
-        c[m * ldc] = add ? c[m * ldc] + total : total;
+    for (int m = 0; m < rows; m++) {
+        real lanes[LANES];
+        if (k < K) {
+            real rest[2][STEP] = {{0}};
+            memcpy(rest[0], a + m * rsa + k, (size_t)(K - k) * sizeof(real));
+            memcpy(rest[1], b + k, (size_t)(K - k) * sizeof(real));
+            for (int j = 0; j < DOT_VECTORS; j++)
+                sum[m][j] = vector_multiply_add(vector_load(rest[0] + j * LANES), vector_load(rest[1] + j * LANES),
+                                                sum[m][j]);
+        }
+        for (int width = DOT_VECTORS / 2; width > 0; width /= 2)
+            for (int j = 0; j < width; j++) sum[m][j] = vector_add(sum[m][j], sum[m][j + width]);
+        vector_store(lanes, sum[m][0]);
+        for (int width = LANES / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+        c[m * ldc] = add ? c[m * ldc] + lanes[0] : lanes[0];
     }
 }
 
-/* C(M,columns) = A(M,K) B(K,columns) for contiguous rows of B: the sums of a strip of columns stay in registers. */
+/* C(rows,columns) = A(rows,K) B(K,columns) for contiguous rows of B: the sums of a strip of columns stay in
+ * registers. */
 ALWAYS_INLINE void matmul_strip(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb,
-                                int columns, int M, int64_t K, bool add)
-{
+                                int columns, int rows, int64_t K, bool add) {
     enum { WIDTH = STRIP_VECTORS * LANES };
-    Vector sum[FEW_ROWS][STRIP_VECTORS];
-    real row[WIDTH] = {0}, sums[FEW_ROWS][WIDTH];
+    Vector sum[ROWS][STRIP_VECTORS];
+    real padded[WIDTH] = {0}, sums[ROWS][WIDTH];
     memset(sum, 0, sizeof sum);
     for (int64_t k = 0; k < K; k++) {
         const real *b_k = b + k * rsb;
-        if (columns < WIDTH) b_k = memcpy(row, b_k, columns * sizeof(real));
+        if (columns < WIDTH) b_k = memcpy(padded, b_k, (size_t)columns * sizeof(real));
         UNROLL
         for (int j = 0; j < STRIP_VECTORS; j++) {
             Vector b_kj = vector_load(b_k + j * LANES);
             UNROLL
-            for (int m = 0; m < M; m++) sum[m][j] = vector_scale_add(a[m * rsa + k], b_kj, sum[m][j]);
+            for (int m = 0; m < rows; m++) sum[m][j] = vector_scale_add(a[m * rsa + k], b_kj, sum[m][j]);
         }
     }
     memcpy(sums, sum, sizeof sums);
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < rows; m++)
         for (int j = 0; j < columns; j++) c[m * ldc + j] = add ? c[m * ldc + j] + sums[m][j] : sums[m][j];
 }
 
-/* M <= FEW_ROWS, rows of A contiguous, and B contiguous one way or the other: bounded by the reading of B. M becomes
- * a constant of the inner loops, so that their sums are registers. */
+/* One of the two above; `rows` must be a constant, so that the sums become registers. */
+ALWAYS_INLINE void matmul_rows(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb,
+                               int columns, int rows, int64_t K, bool add) {
+    if (rsb == 1) matmul_dots(c, ldc, a, rsa, b, rows, K, add);
+    else matmul_strip(c, ldc, a, rsa, b, rsb, columns, rows, K, add);
+}
+
+/* Few rows, contiguous in A, and B contiguous one way or the other: bounded by the reading of B, which comes from memory
+ * once, a column or a strip of columns at a time. */
 static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb, int64_t csb,
-                            int64_t M, int64_t N, int64_t K, bool add)
-{
+                            int64_t M, int64_t N, int64_t K, bool add) {
     int threads = N * K < 1 << 17 ? 1 : matmul_threads();
-    (void)threads;                                       /* unused without OpenMP */
     int64_t step = rsb == 1 ? 1 : STRIP_VECTORS * LANES;
+    (void)threads;                                       /* unused without OpenMP */
     OMP(parallel for schedule(static) num_threads(threads) if(threads > 1))
     for (int64_t n = 0; n < N; n += step) {
-        const real *b_n = b + n * csb;
-        int columns = (int)min_i64(N - n, step);
-        if (rsb == 1) {
-            if (M == 1) matmul_dots(c + n, ldc, a, rsa, b_n, 1, K, add);
-            else if (M == 2) matmul_dots(c + n, ldc, a, rsa, b_n, 2, K, add);
-            else if (M == 3) matmul_dots(c + n, ldc, a, rsa, b_n, 3, K, add);
-            else matmul_dots(c + n, ldc, a, rsa, b_n, 4, K, add);
-        } else {
-            if (M == 1) matmul_strip(c + n, ldc, a, rsa, b_n, rsb, columns, 1, K, add);
-            else if (M == 2) matmul_strip(c + n, ldc, a, rsa, b_n, rsb, columns, 2, K, add);
-            else if (M == 3) matmul_strip(c + n, ldc, a, rsa, b_n, rsb, columns, 3, K, add);
-            else matmul_strip(c + n, ldc, a, rsa, b_n, rsb, columns, 4, K, add);
+        for (int64_t m = 0; m < M; m += ROWS) {
+            real *c_mn = c + m * ldc + n;
+            const real *a_m = a + m * rsa, *b_n = b + n * csb;
+            int columns = (int)min_i64(N - n, step);
+            switch (min_i64(M - m, ROWS)) {
+            case 1: matmul_rows(c_mn, ldc, a_m, rsa, b_n, rsb, columns, 1, K, add); break;
+            case 2: matmul_rows(c_mn, ldc, a_m, rsa, b_n, rsb, columns, 2, K, add); break;
+            case 3: matmul_rows(c_mn, ldc, a_m, rsa, b_n, rsb, columns, 3, K, add); break;
+            default: matmul_rows(c_mn, ldc, a_m, rsa, b_n, rsb, columns, ROWS, K, add);
+            }
         }
     }
 }
@@ -734,15 +745,14 @@ static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, co
  * B[k,n] = b[k*rsb + n*csb], C[m,n] = c[m*ldc + n]. Any sizes >= 0 (K = 0: an empty sum); C overlaps neither A nor B.
  * Runs on all threads, or on one when called inside a parallel region or when the product is small. */
 static void matmul(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa, const real *b, int64_t rsb,
-                   int64_t csb, int64_t M, int64_t N, int64_t K, bool accumulate)
-{
+                   int64_t csb, int64_t M, int64_t N, int64_t K, bool accumulate) {
     static _Thread_local _Alignas(64) real b_buffer[KC * NC];
     if (M <= 0 || N <= 0) return;
     if (K <= 0) {
         for (int64_t m = 0; m < M && !accumulate; m++) memset(c + m * ldc, 0, N * sizeof(real));
         return;
     }
-    if (M <= FEW_ROWS && csa == 1 && (rsb == 1 || csb == 1)) {
+    if (csa == 1 && ((rsb == 1 && M <= FEW_ROWS) || (csb == 1 && M <= ROWS))) {
         matmul_few_rows(c, ldc, a, rsa, b, rsb, csb, M, N, K, accumulate);
         return;
     }
@@ -764,8 +774,7 @@ static void matmul(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa
  * e^r (equal-ripple, 3e-9), and 2^n in two factors made of exponent bits, so that results fade through the denormal
  * numbers to 0 and pass into infinity; NaN stays NaN. Error at most 1.01 units in the last place over [-87, 88].
  * double, which serves tests: the library's. */
-static inline real real_exp(real x)
-{
+static inline real real_exp(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     const float round = 12582912.0f;                          /* 1.5 * 2^23: adding it rounds to an integer     */
     const uint32_t round_bits = 0x4B400000u, limit = 0x42D00000u, infinity = 0x7F800000u;
@@ -797,8 +806,7 @@ static inline real real_exp(real x)
 }
 
 /* 1 / (1 + e^-x): no cancellation for either sign of x, 0 and 1 at the far ends. */
-static inline real real_sigmoid(real x)
-{
+static inline real real_sigmoid(real x) {
     return 1 / (1 + real_exp(-x));
 }
 
@@ -1419,12 +1427,13 @@ static inline real attention_dropout_factor(const AttentionKeys *a, const QueryB
 
 /* Chunked causal attention:  a = softmax(q k^T + mask) v,  mask: same chunk and not the future
  * a (B,T,H,e); lse (B,T,H) saved, the log of each softmax's denominator; q, k (B,T,H,z); v (B,T,H,e);
- * k_in (B,capacity,H,z), v_in (B,capacity,H,e): the n tokens of the chunk that came before. p, key: dropout. */
+ * k_in (B,capacity,H,z), v_in (B,capacity,H,e): the n tokens of the chunk that came before. p, key: dropout.
+ * Threads share out query blocks if there are enough; else each product inside is shared out. */
 static void attention_forward(real *out, real *lse, const real *query, AttentionKeys keys, double p, uint64_t key) {
     const AttentionKeys *a = &keys;
     int64_t per_chunk = query_blocks_per_chunk(a->C), chunks = (a->n + a->T - 1) / a->C + 1;
     int64_t units = a->B * a->H * chunks * per_chunk;
-    OMP(parallel for schedule(dynamic) if (units >= 2 * max_threads()))
+    OMP(parallel for schedule(dynamic) if (a->T >= QUERY_BLOCK && units >= 2 * max_threads()))
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t bh = unit / (chunks * per_chunk), c = unit / per_chunk % chunks;
         QueryBlock block = query_block(a, bh / a->H, bh % a->H, c, unit % per_chunk), *q = &block;
@@ -1497,7 +1506,7 @@ static void attention_backward(real *dquery, real *dk, real *dv, real *dk_in, re
     memset(dv, 0, (size_t)(a->B * a->T * a->H * a->e) * sizeof(real));
     if (dk_in) memset(dk_in, 0, (size_t)(a->B * a->capacity * a->H * a->z) * sizeof(real));
     if (dv_in) memset(dv_in, 0, (size_t)(a->B * a->capacity * a->H * a->e) * sizeof(real));
-    OMP(parallel for schedule(dynamic) if (units >= 2 * max_threads()))
+    OMP(parallel for schedule(dynamic) if (a->T >= QUERY_BLOCK && units >= 2 * max_threads()))
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t bh = unit / chunks;
         for (int64_t i = 0; i < per_chunk; i++) {
@@ -1987,7 +1996,7 @@ static AttentionKeys attention_keys(const MegalodonModel *m, int l) {
     return keys;
 }
 
-/* The mega half of a block:  y = m Wh1^T + bh1 + (a r) Wh2^T + x,  see SPEC's forward at the top of doc/model.md.
+/* The mega half of a block:  y = m Wh1^T + bh1 + (a r) Wh2^T + x,  doc/model.md has the whole forward.
  * x (B,T,D) is the block's input. */
 static void mega_forward(MegalodonModel *m, int l, const real *x) {
     const MegalodonConfig *c = &m->config;

@@ -362,8 +362,9 @@ typedef enum {
 
 extern const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS];
 
-/* args[i] is the i-th argument's data, grads[i] its gradient (same shape, same type; NULL where it has none or none is
- * wanted). A NULL state or weight in args is an absent one. */
+/* args[i] is the i-th argument's data, grads[i] its gradient (same shape, same type). In args, a NULL state or weight is
+ * an absent one. In grads, NULL means: a STATE_IN gradient that is not wanted, a STATE_OUT gradient of zero, or an
+ * argument that has no gradient or is absent. */
 struct MegalodonComponentFunctions {
     void (*forward)(void *const *args, const MegalodonShape *shape);
     void (*backward)(void *const *grads, void *const *args, const MegalodonShape *shape);

@@ -27,7 +27,7 @@ static const double MUTATION = 1.01;
 static const double NEGLIGIBLE = 1e-9;
 
 /* MEGALODON_TEST_SHORT: fewer entries of each tensor, for the sanitizers. */
-static int max_entries = 40, max_model_entries = 8;
+static int max_entries = 40, max_model_entries = 16;
 
 /* ---- the comparison ---- */
 
@@ -159,16 +159,10 @@ static bool same_values(const double *a, const double *b, int64_t size, double t
     return true;
 }
 
-/* The rules of gradients: a weight's is added to what is there, an input's is written whatever was there (call_run
- * fills it with NaN), one that nobody wants (NULL) changes no other, and no gradient of an outgoing state means 0. */
-static void check_gradient_rules(Call *call, const Port *port, const char *where) {
-    double *first[MEGALODON_MAX_ARGS];
-    Random random = {77, 0};
-    for (int i = 0; i < call->num_args; i++) {
-        first[i] = host_allocate((size_t)(call->size[i] + 1) * sizeof(double));
-        memcpy(first[i], call->grad[i], (size_t)call->size[i] * sizeof(double));
-    }
-    double start = draw_normal(&random);
+/* Runs a call again whose gradients are known (`want`), and expects the same ones. start: what the gradients of the
+ * weights are filled with before, as the backward is to add to it. */
+static void check_same_gradients(Call *call, const Port *port, double *const *want, double start, const char *where,
+                                 const char *why) {
     for (int i = 0; i < call->num_args; i++)
         if (call->component->args[i].role == MEGALODON_WEIGHT)
             for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] = start;
@@ -177,25 +171,26 @@ static void check_gradient_rules(Call *call, const Port *port, const char *where
     for (int i = 0; i < call->num_args; i++) {
         const MegalodonArg *arg = &call->component->args[i];
         if (!call->grad_present[i]) continue;
-        bool weight = arg->role == MEGALODON_WEIGHT;
-        if (weight) for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] -= start;
-        check(same_values(call->grad[i], first[i], call->size[i], 1e-11), "%s: gradient of %s is not %s", where,
-              arg->name, weight ? "added to what is there" : "written");
-        if (weight) call->grad_present[i] = false;
+        if (arg->role == MEGALODON_WEIGHT) for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] -= start;
+        check(same_values(call->grad[i], want[i], call->size[i], 1e-11), "%s: gradient of %s %s", where, arg->name, why);
     }
-    error = call_run(call, port, true);
-    check(!error, "%s: without weight gradients: %s", where, error ? error : "");
+}
+
+/* The rules of gradients: a weight's is added to what is there, an input's is written whatever was there (call_run
+ * fills it with NaN), and one of an incoming state that nobody wants (NULL) changes no other. */
+static void check_gradient_rules(Call *call, const Port *port, const char *where) {
+    double *want[MEGALODON_MAX_ARGS] = {NULL};
+    bool stateful = false;
     for (int i = 0; i < call->num_args; i++) {
-        const MegalodonArg *arg = &call->component->args[i];
-        if (arg->role == MEGALODON_WEIGHT) {
-            call->grad_present[i] = call->present[i];
-            memset(call->grad[i], 0, (size_t)call->size[i] * sizeof(double));
-        } else if (call->grad_present[i]) {
-            check(same_values(call->grad[i], first[i], call->size[i], 1e-11),
-                  "%s: gradient of %s depends on whether weight gradients are wanted", where, arg->name);
-        }
-        free(first[i]);
+        want[i] = host_allocate((size_t)(call->size[i] + 1) * sizeof(double));
+        memcpy(want[i], call->grad[i], (size_t)call->size[i] * sizeof(double));
+        stateful = stateful || call->component->args[i].role == MEGALODON_STATE_IN;
     }
+    check_same_gradients(call, port, want, 0.625, where, "is not added to what is there, or not written");
+    for (int i = 0; i < call->num_args; i++)
+        if (call->component->args[i].role == MEGALODON_STATE_IN) call->grad_present[i] = false;
+    if (stateful) check_same_gradients(call, port, want, 0, where, "depends on whether the state's is wanted");
+    for (int i = 0; i < call->num_args; i++) free(want[i]);
 }
 
 /* One component on one shape: all its gradients, then their rules. */
@@ -252,6 +247,14 @@ static void check_components(void) {
         }
         if (has_optional(id))
             check_component(id, "no weights", &(MegalodonShape){config, 2, 9, 0, 5, MEGALODON_FP32}, true, false, true);
+        /* Wider than the blocks of columns that a thread owns. */
+        other.model_dim = 70;
+        other.norm_num_groups = 2;
+        other.value_dim = 105;
+        other.ffn_hidden_dim = 67;
+        other.vocab_size = 83;
+        check_component(id, "wide", &(MegalodonShape){other, 2, 6, 5, 5, MEGALODON_FP32}, true, true, true);
+        other = config;
         /* The last token of a chunk, alone. */
         check_component(id, "one token", &(MegalodonShape){config, 3, 1, 6, 5, MEGALODON_FP32}, true, true, true);
         other.dropout = 0.3;
@@ -259,9 +262,11 @@ static void check_components(void) {
         other.attention_dropout = 0.4;
         other.scale_emb = true;
         check_component(id, "dropout", &(MegalodonShape){other, 2, 15, 2, 9, MEGALODON_FP32}, true, true, true);
-        /* Everything that can be one is one, and one group holds one feature. */
+        /* Everything that can be one is one, and one group holds one feature, whose norm is all epsilon: a larger one,
+         * since the differences cannot follow a step of width sqrt(eps). */
         other = config;
         other.num_heads = other.cema_ndim = other.chunk_size = other.model_dim = other.norm_num_groups = 1;
+        other.norm_eps = 0.1;
         check_component(id, "ones", &(MegalodonShape){other, 2, 5, 0, 5, MEGALODON_FP32}, stateful, true, true);
     }
     /* Long enough for a scan in blocks to hand its state on several times, and to start again in the middle of one. */
@@ -271,6 +276,13 @@ static void check_components(void) {
     narrow.cema_ndim = 3;
     check_component(MEGALODON_CEMA, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32}, true, true, true);
     check_component(MEGALODON_TIMESTEPNORM, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32}, true, true,
+                    true);
+    /* Chunks of several blocks of queries, the first of them begun. */
+    narrow.chunk_size = 97;
+    narrow.num_heads = 2;
+    narrow.z_dim = narrow.value_dim = 4;
+    narrow.attention_dropout = 0.1;
+    check_component(MEGALODON_ATTENTION, "long", &(MegalodonShape){narrow, 2, 150, 40, 5, MEGALODON_FP32}, true, true,
                     true);
 }
 

@@ -114,7 +114,7 @@ static void train_step(Run *run, ReportRow *row) {
 
     double seconds = report_seconds() - start;
     *row = (ReportRow){.step = run->step, .steps = v->steps, .tokens = run->step * tokens_per_step(run),
-                       .loss = loss, .val_loss = NAN, .val_bpb = NAN, .grad_norm = norm, .lr = adamw.lr,
+                       .loss = loss, .val_loss = NAN, .val_bpb = NAN, .grad_norm = fabs(norm), .lr = adamw.lr,
                        .ms = 1e3 * seconds, .tokens_per_s = (double)tokens_per_step(run) / seconds};
 }
 
@@ -214,7 +214,7 @@ static void print_evaluation(Run *run, const ReportRow *row) {
 static void print_end(Run *run, const ReportRow *row, double seconds) {
     char tokens[32], time[32];
     report_clear_bar(&run->report);
-    if (stop_signal) printf("stopped by %s", stop_signal == SIGINT ? "Ctrl-C" : "a signal");
+    if (stop_signal) printf("stopped by %s", stop_signal == SIGINT ? "Ctrl-C" : "SIGTERM");
     else printf("done");
     printf(" after step %lld of %lld: %s tokens, %s", (long long)run->step, (long long)run->values.steps,
            report_count(run->step * tokens_per_step(run), tokens), report_duration(seconds, time));
@@ -248,13 +248,13 @@ static void train(Run *run) {
             summed = 0;
         }
         report_bar(&run->report, &row);
-        check_bad_step(run, &row);
         if (run->held_out.count > 0 && (is_due(run->step, v->eval_every) || last)) {
             row.val_loss = evaluate(run);
             if (run->report.text) row.val_bpb = report_bits(row.val_loss);
             print_evaluation(run, &row);
         }
         die_if(report_csv_row(&run->report, &row));
+        check_bad_step(run, &row);
         if (is_due(run->step, v->sample_every)) print_sample(run);
         if (is_due(run->step, v->save_every)) save(run, false);
     }

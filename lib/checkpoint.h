@@ -10,9 +10,9 @@
  *     runs/demo/step-00001000/state.safetensors      the model's state, where training carries one
  *     runs/demo/latest                               the text "step-00001000"
  *
- * The files that belong together appear together: they are written in step-00001000.tmp, made durable, and the directory
- * is renamed; then `latest` is replaced by a file that says the new name; then old steps go. A kill at any moment leaves
- * `latest` naming a whole directory, and at worst a directory *.tmp, which the next write removes.
+ * The files that belong together appear together: they are written in step-00001000.tmp, made durable, and the
+ * directory is renamed; then `latest` is replaced by a file that says the new name; then old steps go. A kill at any
+ * moment leaves `latest` naming a whole directory, and at worst some *.tmp, which the next write removes.
  *
  * Everything goes through a backend's get and set, so each backend reads what another one wrote. Errors name the file,
  * the tensor, what was expected and what was found; a file is checked as a whole before the model is touched.
@@ -305,7 +305,8 @@ static inline const char *checkpoint_model_path(const char *path, char out[SAFET
     struct stat status;
     const char *error = checkpoint_directory(path, directory);
     if (error) return error;
-    if (stat(path, &status) == 0 && S_ISDIR(status.st_mode)) return checkpoint_join(out, directory, "model.safetensors");
+    bool is_directory = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+    if (is_directory) return checkpoint_join(out, directory, "model.safetensors");
     memcpy(out, path, strlen(path) + 1);
     return NULL;
 }
@@ -394,13 +395,15 @@ static inline const char *checkpoint_state_save(const char *path, const Megalodo
 }
 
 /* The rows' token counts: one a row, or a single one that holds for all rows. *count is malloc'ed. */
-static inline const char *checkpoint_state_count(const Safetensors *file, const char *prefix, int *B,
-                                                 int64_t **count) {
+static inline const char *checkpoint_state_count(const Safetensors *file, const char *prefix,
+                                                 const MegalodonConfig *config, int *B, int64_t **count) {
     char name[MEGALODON_MAX_NAME + 32];
     snprintf(name, sizeof name, "%.31sfinal_norm.mean", prefix);
     const SafetensorsTensor *mean = safetensors_find(file, name);
-    if (!mean || mean->ndim != 2 || mean->dims[0] < 1 || mean->dims[0] > INT32_MAX)
-        return errorf("%s: tensor %s: expected shape [rows,groups], found %s", file->path, name,
+    /* The groups are checked here too: a tensor without elements could claim any number of rows. */
+    if (!mean || mean->ndim != 2 || mean->dims[0] < 1 || mean->dims[0] > INT32_MAX ||
+        mean->dims[1] != config->norm_num_groups)
+        return errorf("%s: tensor %s: expected shape [rows,%d], found %s", file->path, name, config->norm_num_groups,
                       mean ? "another one" : "no such tensor");
     snprintf(name, sizeof name, "%.31scount", prefix);
     const SafetensorsTensor *found = safetensors_find(file, name);
@@ -427,7 +430,7 @@ static inline const char *checkpoint_state_read(const Safetensors *file, const c
     CheckpointList list = {.backend = backend, .model = model};
     int B = 0;
     int64_t *count = NULL;
-    const char *error = checkpoint_state_count(file, prefix, &B, &count);
+    const char *error = checkpoint_state_count(file, prefix, config, &B, &count);
     if (!error) {
         int n = (int)(count[0] % config->chunk_size);
         error = checkpoint_list(&list, config, MEGALODON_STATE, B, n, prefix);
@@ -557,9 +560,9 @@ static inline void checkpoint_remove(const char *path) {
     rmdir(path);
 }
 
-/* Deletes what a killed write left behind (*.tmp), and all but the newest `keep` of the steps up to `step`; keep = 0
- * keeps all. Later steps, of a run that this one goes back on, are not ours to delete. A step is renamed to *.tmp
- * before its files go, so that a kill in between leaves no half of one under its name. */
+/* Deletes what a killed write left behind (*.tmp, latest.tmp.*), and all but the newest `keep` of the steps up to
+ * `step`; keep = 0 keeps all. Later steps, of a run that this one goes back on, are not ours to delete. A step is
+ * renamed to *.tmp before its files go, so that a kill in between leaves no half of one under its name. */
 static inline void checkpoint_prune(const char *run, int64_t step, int keep) {
     typedef struct Entry { int64_t step; int revision; } Entry;
     Entry *entries = NULL;
@@ -571,6 +574,8 @@ static inline void checkpoint_prune(const char *run, int64_t step, int keep) {
         Entry found;
         if (checkpoint_parse_step_name(entry->d_name, ".tmp", &found.step, &found.revision)) {
             if (!checkpoint_join(path, run, entry->d_name)) checkpoint_remove(path);
+        } else if (strncmp(entry->d_name, "latest.tmp.", 11) == 0) {
+            if (!checkpoint_join(path, run, entry->d_name)) unlink(path);
         } else if (checkpoint_parse_step_name(entry->d_name, "", &found.step, &found.revision) && found.step <= step) {
             Entry *more = realloc(entries, (count + 1) * sizeof *more);
             if (!more) break;
@@ -625,9 +630,9 @@ static inline const char *checkpoint_write_files(const char *directory, const Me
 }
 
 /* Writes the checkpoint of a training run after `step` updates into the directory `run`, which is created if need be,
- * and then deletes all but the newest `keep` (0: keeps all). facts: what else resuming needs, strings with distinct keys
- * other than "format" and "step". with_state: training carries the model's state from batch to batch. Error: what
- * failed; the checkpoints before are as they were. */
+ * and then deletes all but the newest `keep` (0: keeps all). facts: what else resuming needs, strings with distinct
+ * keys other than "format" and "step". with_state: training carries the model's state from batch to batch. Error:
+ * what failed; the checkpoints before are as they were. */
 static inline const char *checkpoint_write(const char *run, int64_t step, int keep, const MegalodonBackend *backend,
                                            MegalodonModel *model, const MegalodonConfig *config,
                                            const SafetensorsPair *facts, bool with_state) {
@@ -657,9 +662,9 @@ static inline const char *checkpoint_write(const char *run, int64_t step, int ke
     return error;
 }
 
-/* Loads what checkpoint_write wrote: parameters, moments and, where there is one, the state. `path` is a run's directory
- * or one step's, `config` that of checkpoint_read_config. `trainer` stays open for checkpoint_fact ("step" among them)
- * and is to be closed by the caller. Error: the files are no pair, or what is wrong with one of them. */
+/* Loads what checkpoint_write wrote: parameters, moments and, where there is one, the state. `path` is a run's
+ * directory or one step's, `config` that of checkpoint_read_config. `trainer` stays open for checkpoint_fact ("step"
+ * among them) and is to be closed by the caller. Error: the files are no pair, or what is wrong with one of them. */
 static inline const char *checkpoint_resume(const char *path, const MegalodonBackend *backend, MegalodonModel *model,
                                             const MegalodonConfig *config, Safetensors *trainer) {
     char directory[SAFETENSORS_MAX_PATH], file[SAFETENSORS_MAX_PATH];

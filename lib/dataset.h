@@ -220,8 +220,9 @@ static inline const char *dataset_add(Dataset *ds, char *path) {
         ds->text = text;
         ds->width = width;
     } else if (ds->width != width || ds->text != text) {
-        return errorf("%s: its tokens have %d bytes%s, those of %s %d%s; the files of a folder must be of one kind", path,
-                      width, text ? " (text)" : " (.npy)", files[0].path, ds->width, ds->text ? " (text)" : " (.npy)");
+        return errorf("%s: its tokens have %d bytes%s, those of %s %d%s; the files of a folder must be of one kind",
+                      path, width, text ? " (text)" : " (.npy)", files[0].path, ds->width,
+                      ds->text ? " (text)" : " (.npy)");
     }
     files[i].first = ds->size;
     ds->size += files[i].count;
@@ -314,8 +315,8 @@ static inline int dataset_file_of(const Dataset *ds, int64_t offset) {
 static inline const char *dataset_window(Dataset *ds, int64_t offset, int64_t length, int32_t *out) {
     uint8_t block[DATASET_BLOCK];
     if (offset < 0 || length < 0 || offset > ds->size || length > ds->size - offset)
-        return errorf("%s: has %lld tokens; tokens %lld to %lld were asked for", ds->path, (long long)ds->size,
-                      (long long)offset, (long long)(offset + length));
+        return errorf("%s: has %lld tokens; %lld tokens from %lld on were asked for", ds->path, (long long)ds->size,
+                      (long long)length, (long long)offset);
     while (length > 0) {
         int i = dataset_file_of(ds, offset);
         const DatasetFile *file = &ds->files[i];

@@ -28,6 +28,8 @@ ERROR_FORMAT(1, 2) static inline const char *errorf(const char *format, ...) {
     va_start(args, format);
     vsnprintf(fresh, sizeof fresh, format, args);
     va_end(args);
+    for (char *s = fresh; *s; s++)   /* names out of a stranger's file must not steer the terminal */
+        if ((*s > 0 && *s < ' ' && *s != '\n') || *s == 0x7F) *s = '?';
     memcpy(sentence, fresh, strlen(fresh) + 1);
     return sentence;
 }

@@ -162,7 +162,7 @@ static inline bool option_number_is_whole(const char *text, int64_t *out) {
 /* A decimal number. strtod alone would also take spaces, hexadecimal, "inf" and "nan". */
 static inline bool option_number_is_real(const char *text, double *out) {
     char *end;
-    if (!isdigit((unsigned char)text[strcspn(text, "0123456789")]) || text[strspn(text, "0123456789.eE+-")]) return false;
+    if (!strpbrk(text, "0123456789") || text[strspn(text, "0123456789.eE+-")]) return false;
     errno = 0;
     *out = strtod(text, &end);
     if (errno == ERANGE && fabs(*out) < 1) *out = NAN;         /* it would silently become zero */

@@ -429,7 +429,7 @@ static inline void safetensors_put_header(JsonWriter *w, const SafetensorsTensor
         }
     }
     json_close(w, '}');
-    while (w->length % 8) json_put_bytes(w, " ", 1);     /* the data starts at a multiple of 8 */
+    while (!w->error && w->length % 8) json_put_bytes(w, " ", 1);       /* the data starts at a multiple of 8 */
 }
 
 /* The tensors' bytes, in the header's order. */

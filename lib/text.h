@@ -69,8 +69,8 @@ static inline void text_end(TextWriter *writer) {
 }
 
 /* Runs n tokens of one row through a model, from its state or from an empty one. */
-static inline const char *text_feed(const MegalodonBackend *backend, MegalodonModel *model, const int32_t *tokens, int n,
-                                    bool carry) {
+static inline const char *text_feed(const MegalodonBackend *backend, MegalodonModel *model, const int32_t *tokens,
+                                    int n, bool carry) {
     MegalodonBatch batch = {.tokens = tokens, .B = 1, .T = n, .carry = carry};
     return backend->forward(model, &batch, NULL);
 }

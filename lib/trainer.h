@@ -172,10 +172,10 @@ static inline void show_bool(Run *run, int i, bool value) {
     set_text(run, i, value ? "true" : "false");
 }
 
-/* With the fewest digits that give the same number back. */
+/* With as many digits as give the same number back. */
 static inline void show_double(Run *run, int i, double value) {
     char text[32];
-    for (int digits = 1; digits <= 17; digits++) {
+    for (int digits = 6; digits <= 17; digits++) {
         snprintf(text, sizeof text, "%.*g", digits, value);
         if (strtod(text, NULL) == value) break;
     }
@@ -365,6 +365,7 @@ static inline void open_data(Run *run) {
         die_if(dataset_hash(&run->val, &run->val_hash));
         run->held_out = (Range){&run->val, 0, run->val.size};
         if (run->val.text != run->data.text) die("--data and --val must be of one kind: both text, or both .npy");
+        run->options.texts[options_index(&run->options, "val-fraction")] = NULL;     /* it says nothing now */
     } else if (v->val_fraction > 0) {
         int64_t held_out = (int64_t)((double)run->data.size * v->val_fraction);
         run->training.count -= held_out;

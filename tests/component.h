@@ -145,10 +145,10 @@ static inline bool call_has_gradient(MegalodonRole role) {
     return role == MEGALODON_IN || role == MEGALODON_STATE_IN || role == MEGALODON_WEIGHT;
 }
 
-/* The arguments that a model may leave out: no affine, no bias, no gate, no learned scale. */
+/* The arguments that a model may leave out: no affine, no bias, no learned scale. */
 static inline bool call_is_optional(const MegalodonComponent *component, const MegalodonArg *arg) {
     static const char *const optional[][2] = {{"rmsnorm", "weight"}, {"layernorm", "weight"}, {"layernorm", "bias"},
-                                              {"linear", "bias"},    {"swiglu", "f3"},        {"rescale", "alpha"}};
+                                              {"linear", "bias"},    {"rescale", "alpha"}};
     for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
         if (!strcmp(optional[i][0], component->name) && !strcmp(optional[i][1], arg->name)) return true;
     return false;

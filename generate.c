@@ -1,0 +1,245 @@
+/* generate.c - lets a trained Megalodon continue a text.
+ *
+ *     ./generate --prompt "Once upon a time" --max-tokens 500
+ *
+ * The prompt goes through the model in pieces, then one token at a time comes out. The model remembers all that it has
+ * read in a state of fixed size, so a token costs the same after a hundred tokens and after a hundred million, and
+ * memory does not grow.
+ *
+ * The text goes to stdout as it is made, everything else to stderr.
+ */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#include "lib/checkpoint.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "megalodon.h"
+#include "lib/backends.h"
+#include "lib/error.h"
+#include "lib/options.h"
+#include "lib/report.h"
+#include "lib/sampler.h"
+#include "lib/text.h"
+
+enum { PIECE = 512 };                /* tokens of the prompt that go through the model at once */
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Options.
+ *
+ *    type    name         default             low  high  unit  group  help
+ */
+#define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
+#define GENERATE_OPTIONS(X) \
+    X(TEXT,   checkpoint,  "build/demo",       0, 0, "PATH", "Model", \
+      "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
+      "newest step; the default is what `make demo` trained") \
+    X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \
+      "text to continue, which is printed first; if neither this nor --prompt-file is given: Once upon a time") \
+    X(TEXT,   prompt_file, NULL,               0, 0, "FILE", "Text", \
+      "read the text to continue from a file of any size; -: from stdin; it is not printed") \
+    X(LONG,   max_tokens,  "500",              0, LARGE, "N", "Text", "tokens to generate at most") \
+    X(TEXT,   stop,        NULL,               0, 0, "TEXT", "Text", \
+      "stop when this text comes and do not print it, for example '<|endoftext|>'") \
+    X(REAL,   temperature, "0.8",              0, 100, "X", "Sampling", \
+      "below 1 prefers likely tokens, above 1 unlikely ones; 0: always the most likely one") \
+    X(INT,    top_k,       "0",                0, 1 << 30, "N", "Sampling", \
+      "draw from the N most likely tokens; 0: from all") \
+    X(REAL,   top_p,       "0.95",             1e-6, 1, "X", "Sampling", \
+      "draw from the fewest tokens whose probabilities add up to X; 1: from all") \
+    X(LONG,   seed,        "1234",             0, LARGE, "N", "Sampling", \
+      "another seed gives another text; the same one gives the same text") \
+    X(INT,    threads,     "0",                0, 4096, "N", "Run", "CPU threads; 0: all cores") \
+    X(CHOICE, backend,     "auto",             0, 0, "auto|cpu|cuda", "Run", \
+      "what computes; auto: a GPU if there is one") \
+    X(CHOICE, precision,   "fp32",             0, 0, "fp32|bf16", "Run", \
+      "number format of weights and activations; bf16 needs a GPU")
+
+typedef struct Values { GENERATE_OPTIONS(OPTION_MEMBER) } Values;
+static const Option generate_table[] = { GENERATE_OPTIONS(OPTION_ROW) };
+
+/* Reads the command line. Returns false if only the help page was asked for. */
+static bool read_options(Values *v, int argc, char **argv) {
+    static OptionSet set;
+    bool help;
+    options_init(&set, "generate", "[options]", "Continues a text with a Megalodon language model that ./train made.");
+    options_add(&set, generate_table, OPTION_COUNT(generate_table), v);
+    die_if(options_parse(&set, argc, argv, &help));
+    if (help) {
+        options_print_help(stdout, &set);
+        return false;
+    }
+    if (v->prompt && v->prompt_file) die("--prompt and --prompt-file exclude each other; give one of them");
+    if (!v->prompt && !v->prompt_file) v->prompt = "Once upon a time";
+    if (v->stop && strlen(v->stop) > TEXT_STOP_MAX)
+        die(errorf("--stop: expected at most %d bytes, found %zu", TEXT_STOP_MAX, strlen(v->stop)));
+    static const char *const idle[] = {"top-k", "top-p", "seed"};
+    for (size_t i = 0; i < 3; i++)
+        if (v->temperature == 0 && options_given(&set, idle[i]))
+            die(errorf("--%s does nothing with --temperature 0, which always takes the most likely token", idle[i]));
+    return true;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The model.
+ */
+
+typedef struct Generator {
+    MegalodonConfig config;
+    const MegalodonBackend *backend;
+    MegalodonModel *model;
+    int64_t tokens;              /* that the model has read */
+    Sampler sampler;
+    float *logits;               /* vocab_size              */
+} Generator;
+
+static void load_model(Generator *g, const Values *v) {
+    MegalodonPrecision precision;
+    int threads;
+    struct stat info;
+    if (stat(v->checkpoint, &info) != 0)
+        die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
+                   v->checkpoint, strerror(errno)));
+    die_if(checkpoint_read_config(v->checkpoint, &g->config));
+    if (g->config.vocab_size > 256)
+        die(errorf("--checkpoint %s: this model has %d tokens; text can be made of byte models only, which have at "
+                   "most 256", v->checkpoint, g->config.vocab_size));
+    die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
+    die_if(backend_threads(v->threads, &threads));
+    MegalodonOptions options = {.max_batch = 1, .max_length = PIECE, .carry = true, .precision = precision};
+    die_if(g->backend->create(&g->model, &g->config, &options));
+    die_if(checkpoint_load(v->checkpoint, g->backend, g->model, &g->config));
+    g->logits = malloc((size_t)g->config.vocab_size * sizeof *g->logits);
+    if (!g->logits) die("no memory for the logits");
+    die_if(sampler_create(&g->sampler, g->config.vocab_size, v->temperature, v->top_k, v->top_p, (uint64_t)v->seed));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The prompt: read in pieces, so that its size does not matter.
+ */
+
+/* Runs bytes through the model, after what it has read before. */
+static void read_piece(Generator *g, const uint8_t *bytes, int n) {
+    int32_t tokens[PIECE];
+    for (int i = 0; i < n; i++) {
+        tokens[i] = bytes[i];
+        if (bytes[i] >= g->config.vocab_size)
+            die(errorf("byte %" PRId64 " of the prompt is %d, but the model knows only 0 to %d", g->tokens + i,
+                       bytes[i], g->config.vocab_size - 1));
+    }
+    die_if(text_feed(g->backend, g->model, tokens, n, g->tokens > 0));
+    g->tokens += n;
+}
+
+/* Fills a piece from a file or a pipe; fewer bytes than PIECE come only at the end. */
+static int next_piece(FILE *file, const char *name, uint8_t *bytes) {
+    size_t n = fread(bytes, 1, PIECE, file);
+    if (ferror(file)) die(errorf("--prompt-file %s: cannot be read: %s", name, strerror(errno)));
+    return (int)n;
+}
+
+/* A long prompt takes minutes: a terminal shows how far it is, once a second. `size` is 0 where it is not known. */
+static void show_reading(const Generator *g, int64_t size, double start, double *shown) {
+    char tokens[32], left[32] = "";
+    double now = report_seconds(), rate = (double)g->tokens / (now - start);
+    if (!isatty(STDERR_FILENO) || now - *shown < 1) return;
+    fprintf(stderr, "\rread %s tokens, %.0f tok/s", report_count(g->tokens, tokens), rate);
+    if (size > g->tokens) fprintf(stderr, ", left %s", report_duration((double)(size - g->tokens) / rate, left));
+    fprintf(stderr, "\033[K");
+    *shown = now;
+}
+
+static void read_prompt_file(Generator *g, const char *name) {
+    bool is_stdin = strcmp(name, "-") == 0;
+    FILE *file = is_stdin ? stdin : fopen(name, "rb");
+    struct stat info;
+    uint8_t bytes[PIECE];
+    double start = report_seconds(), shown = start;
+    if (!file) die(errorf("--prompt-file %s: cannot be opened: %s", name, strerror(errno)));
+    bool known = fstat(fileno(file), &info) == 0;
+    if (known && S_ISDIR(info.st_mode)) die(errorf("--prompt-file %s: is a folder; expected a file", name));
+    for (int n; (n = next_piece(file, name, bytes)) > 0;) {
+        read_piece(g, bytes, n);
+        show_reading(g, known && S_ISREG(info.st_mode) ? (int64_t)info.st_size : 0, start, &shown);
+    }
+    if (shown > start) fprintf(stderr, "\r\033[K");
+    if (g->tokens == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
+    if (!is_stdin) fclose(file);
+}
+
+static void read_prompt(Generator *g, const char *prompt) {
+    size_t length = strlen(prompt);
+    for (size_t at = 0; at < length; at += PIECE)
+        read_piece(g, (const uint8_t *)prompt + at, (int)(length - at < PIECE ? length - at : PIECE));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The text.
+ */
+
+/* Shows what was written so far. Where nobody reads on (`| head`), the program ends, quietly. */
+static void show_text(void) {
+    if (fflush(stdout) == 0 && !ferror(stdout)) return;
+    if (errno == EPIPE) exit(0);
+    die(errorf("the text cannot be written: %s", strerror(errno)));
+}
+
+/* Generates up to max_tokens tokens; returns how many. */
+static int64_t write_text(Generator *g, const Values *v) {
+    /* A terminal would obey control characters; a file or a pipe gets every byte as it is. */
+    TextWriter writer = {.file = stdout, .stop = v->stop, .printable = isatty(STDOUT_FILENO)};
+    int64_t made = 0;
+    int32_t token = 0;
+    if (v->prompt) fputs(v->prompt, stdout);
+    show_text();
+    while (made < v->max_tokens && !writer.stopped) {
+        if (made > 0) die_if(text_feed(g->backend, g->model, &token, 1, true));
+        die_if(g->backend->last_logits(g->model, g->logits));
+        die_if(sampler_next(&g->sampler, g->logits, &token));
+        text_put(&writer, (uint8_t)token);
+        show_text();
+        made++;
+    }
+    text_end(&writer);
+    if (isatty(STDOUT_FILENO)) printf("\n");
+    show_text();
+    return made;
+}
+
+/* "12 tokens in 0.10 s (120 tok/s)" */
+static void print_rate(const char *what, int64_t tokens, double seconds, const char *after) {
+    char count[32];
+    fprintf(stderr, "%s %s tokens in %.2f s (%.0f tok/s)%s", what, report_count(tokens, count), seconds,
+            seconds > 0 ? (double)tokens / seconds : 0, after);
+}
+
+int main(int argc, char **argv) {
+    static Generator g;
+    static Values v;
+    if (!read_options(&v, argc, argv)) return 0;
+    signal(SIGPIPE, SIG_IGN);                            /* show_text sees it and ends quietly */
+    load_model(&g, &v);
+
+    double start = report_seconds();
+    if (v.prompt) read_prompt(&g, v.prompt);
+    else read_prompt_file(&g, v.prompt_file);
+    double middle = report_seconds();
+    int64_t read = g.tokens, made = write_text(&g, &v);
+    double end = report_seconds();
+
+    fprintf(stderr, "\n");
+    print_rate("read", read, middle - start, "; ");
+    print_rate("generated", made, end - middle, "\n");
+    g.backend->destroy(g.model);
+    sampler_destroy(&g.sampler);
+    free(g.logits);
+    return 0;
+}

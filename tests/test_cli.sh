@@ -1,0 +1,300 @@
+#!/bin/sh
+# test_cli.sh - what a user meets: both programs with good input, with every kind of bad input, stopped, resumed, and
+# with a reader that goes away. Runs from the top folder; MEGALODON_BIN says where the programs are.
+
+bin=${MEGALODON_BIN:-.}
+train=$bin/train
+generate=$bin/generate
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+# Threads that wait asleep: the models here are so small that waiting is most of the work.
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
+
+ok() {
+    passed=$((passed + 1))
+}
+fail() {
+    failed=$((failed + 1))
+    echo "FAIL: $*"
+    sed 's/^/    /' "$dir/out" "$dir/err" 2> /dev/null | tail -n 12
+}
+run() {                                     # run COMMAND...: sets $status; the output is in $dir/out and $dir/err
+    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
+    status=$?
+}
+# good NAME COMMAND...: status 0 and nothing on stderr that looks like an error
+good() {
+    name=$1
+    shift
+    run "$@"
+    if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err"; then ok; else fail "$name: status $status"; fi
+}
+# bad TEXT COMMAND...: status 1 and exactly one line on stderr, an error with TEXT in it
+bad() {
+    text=$1
+    shift
+    run "$@"
+    if [ $status -eq 1 ] && [ "$(wc -l < "$dir/err")" -eq 1 ] && grep -q '^error: ' "$dir/err" &&
+        grep -qF -e "$text" "$dir/err"; then ok; else fail "expected an error with \"$text\": $*: status $status"; fi
+}
+# same NAME FILE FILE
+same() {
+    if cmp -s "$2" "$3"; then ok; else fail "$1: $2 and $3 differ"; fi
+}
+# holds NAME TEXT FILE
+holds() {
+    if grep -qF -e "$2" "$3"; then ok; else fail "$1: no \"$2\" in $3"; fi
+}
+
+# A model so small that a step takes milliseconds, and a text of 6,000 bytes.
+tiny="--num-layers 2 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 4 --chunk-size 16
+      --norm-num-groups 4"
+i=0
+while [ $i -lt 200 ]; do
+    echo "The cat no. $i sat on the mat."
+    i=$((i + 1))
+done > "$dir/text"
+fit="--data $dir/text --batch 2 --seq-len 24 $tiny"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Good input: train, log, evaluate, sample, resume.
+
+good "train --help" "$train" --help
+holds "train --help" "--model-dim" "$dir/out"
+holds "train --help" "demo" "$dir/out"
+good "train -h" "$train" -h
+good "generate --help" "$generate" --help
+holds "generate --help" "--top-p" "$dir/out"
+
+# dropout, several passes a step and a clip that bites: resuming must be exact with all of it
+long="$fit --steps 20 --lr 0.01 --accumulate 2 --dropout 0.1 --attention-dropout 0.1 --clip 0.5 --eval-every 10
+      --eval-batches 2"
+good "train" "$train" $long --checkpoint-dir "$dir/a" --save-every 10 --log "$dir/a.csv" --sample-every 10 \
+    --sample-tokens 20 --prompt "The cat"
+for text in "parameters" "activations" "total" "tokens to train on" "step 20/20 | loss" "bits/byte" "held-out loss" \
+    "tok/s" "left" "done after step 20 of 20" "sample: The cat" "--model-dim 16"; do
+    holds "train's output" "$text" "$dir/out"
+done
+holds "the log" "step,tokens,loss,val_loss,val_bpb,grad_norm,lr,ms,tokens_per_s" "$dir/a.csv"
+if [ "$(wc -l < "$dir/a.csv")" -eq 21 ]; then ok; else fail "the log: expected 21 lines"; fi
+if [ -f "$dir/a/step-00000010/model.safetensors" ] && [ -f "$dir/a/latest" ]; then ok; else fail "checkpoints"; fi
+
+good "resume" "$train" --resume "$dir/a/step-00000010" --checkpoint-dir "$dir/b" --log "$dir/b.csv" --threads 1
+same "20 steps = 10 + save + load + 10 (on one thread)" "$dir/a/step-00000020/model.safetensors" \
+    "$dir/b/step-00000020/model.safetensors"
+same "the same for the moments" "$dir/a/step-00000020/trainer.safetensors" "$dir/b/step-00000020/trainer.safetensors"
+# A log that went on after the checkpoint is cut back to it, and continued.
+cut -d, -f1-7 "$dir/a.csv" > "$dir/a.cut"
+good "resume with a log" "$train" --resume "$dir/a/step-00000010" --checkpoint-dir "$dir/c" --log "$dir/a.csv"
+cut -d, -f1-7 "$dir/a.csv" > "$dir/c.cut"
+same "the log of a resumed run" "$dir/a.cut" "$dir/c.cut"
+good "resume in the same folder" "$train" --resume "$dir/b" --steps 22 --log-every 1
+holds "a changed option" "instead of the checkpoint's 20" "$dir/err"
+good "--init" "$train" --init "$dir/a" --data "$dir/text" --batch 2 --seq-len 24 --steps 2 --checkpoint-dir none
+good "--tokens" "$train" $fit --tokens 100 --checkpoint-dir none
+holds "--tokens" "--steps 3 " "$dir/out"
+good "--quiet" "$train" $fit --steps 3 --quiet --checkpoint-dir none
+if [ "$(wc -l < "$dir/out")" -eq 1 ]; then ok; else fail "--quiet: expected one line"; fi
+for schedule in linear constant; do
+    good "$schedule" "$train" $fit --steps 4 --warmup 2 --schedule $schedule --checkpoint-dir none --log "$dir/l.csv"
+done
+holds "constant after the warm-up" ",0.001," "$dir/l.csv"
+good "no held-out data" "$train" $fit --steps 2 --val-fraction 0 --checkpoint-dir none
+good "--val" "$train" $fit --steps 2 --val "$dir/text" --checkpoint-dir none
+mkdir "$dir/texts" && cp "$dir/text" "$dir/texts/1" && cp "$dir/text" "$dir/texts/2"
+good "a folder" "$train" --data "$dir/texts" --batch 2 --seq-len 24 $tiny --steps 2 --checkpoint-dir none
+# A .npy file of the tokens 0 to 9, many times: 8 bytes of magic and version, the header's length, the header.
+{
+    printf '\223NUMPY\001\000\076\000'
+    printf '%-61s\n' "{'descr': '<u2', 'fortran_order': False, 'shape': (500,), }"
+    i=0
+    while [ $i -lt 50 ]; do
+        printf '\000\000\001\000\002\000\003\000\004\000\005\000\006\000\007\000\010\000\011\000'
+        i=$((i + 1))
+    done
+} > "$dir/tokens.npy"
+npy="--data $dir/tokens.npy --batch 2 --seq-len 16 $tiny --checkpoint-dir none --steps 2"
+good "token files" "$train" $npy --vocab-size 10
+if grep -q "bits/byte" "$dir/out"; then fail "tokens are not bytes"; else ok; fi
+
+# Ctrl-C and SIGTERM: a checkpoint, one line, status 0; and the run goes on from there.
+for signal in INT TERM; do
+    "$train" $fit --steps 1000000 --warmup 2 --checkpoint-dir "$dir/$signal" > "$dir/out" 2> "$dir/err" &
+    pid=$!
+    i=0
+    while [ $i -lt 200 ] && ! grep -q "step *10/" "$dir/out"; do
+        sleep 0.1
+        i=$((i + 1))
+    done
+    kill -$signal $pid
+    wait $pid
+    status=$?
+    if [ $status -eq 0 ] && [ ! -s "$dir/err" ]; then ok; else fail "SIG$signal: status $status"; fi
+    holds "SIG$signal" "stopped by" "$dir/out"
+    step=$(sed 's/step-0*//' "$dir/$signal/latest")
+    good "going on after SIG$signal" "$train" --resume "$dir/$signal" --steps $((step + 2))
+    holds "going on after SIG$signal" "after step $((step + 2)) of" "$dir/out"
+done
+
+# Numbers that overflow: the steps are skipped, then the run stops and names the last good checkpoint.
+# Decay of 10 at a rate of 10 multiplies every weight by -99 in each step.
+run "$train" $fit --steps 400 --lr 10 --weight-decay 10 --schedule constant --warmup 0 --max-bad-steps 3 \
+    --save-every 2 --checkpoint-dir "$dir/bad" --log "$dir/bad.csv"
+if [ $status -eq 1 ]; then ok; else fail "divergence: status $status"; fi
+holds "divergence" "the step was skipped (2 in a row" "$dir/err"
+holds "divergence" "error: 3 steps in a row were not finite; the last good checkpoint is step" "$dir/err"
+good "what a diverged run saved" "$generate" --checkpoint "$dir/bad/step-00000002" --max-tokens 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Good input: generate.
+
+story="$generate --checkpoint $dir/a --prompt The"
+make="$story --max-tokens 50"
+good "generate" $make
+cp "$dir/out" "$dir/first"
+holds "the prompt comes first" "The" "$dir/out"
+holds "statistics" "generated 50 tokens in" "$dir/err"
+if [ "$(wc -c < "$dir/out")" -le 53 ]; then ok; else fail "generate: more than prompt and tokens"; fi
+good "generate again" $make --threads 1
+same "the same seed, another number of threads" "$dir/first" "$dir/out"
+good "generate from a step" "$generate" --checkpoint "$dir/a/step-00000020" --prompt The --max-tokens 50
+same "a run's folder and its newest step" "$dir/first" "$dir/out"
+good "generate from a file" "$generate" --checkpoint "$dir/a/step-00000020/model.safetensors" --prompt The \
+    --max-tokens 50
+same "a run's folder and its model file" "$dir/first" "$dir/out"
+good "another seed" $make --seed 2
+if cmp -s "$dir/first" "$dir/out"; then fail "another seed gave the same text"; else ok; fi
+good "greedy" $make --temperature 0
+cp "$dir/out" "$dir/greedy"
+good "top-k 1" $make --top-k 1
+same "greedy and top-k 1" "$dir/greedy" "$dir/out"
+good "top-p" $make --top-p 0.5 --top-k 20 --temperature 1.5
+# The stop text: where greedy text has "x" for the first time, stopping at x gives what stands before it.
+good "--stop" $make --temperature 0 --stop "$(tail -c 1 "$dir/greedy")"
+if [ "$(wc -c < "$dir/out")" -lt "$(wc -c < "$dir/greedy")" ]; then ok; else fail "--stop did not stop"; fi
+printf The > "$dir/prompt"
+good "--prompt-file" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/prompt" --max-tokens 50
+tail -c +4 "$dir/first" > "$dir/rest"
+same "--prompt-file gives the same text without the prompt" "$dir/rest" "$dir/out"
+"$generate" --checkpoint "$dir/a" --prompt-file - --max-tokens 50 < "$dir/prompt" > "$dir/out" 2> "$dir/err"
+same "a prompt on stdin" "$dir/rest" "$dir/out"
+# A prompt of several pieces gives the same text from a file and through a pipe that trickles.
+good "a long prompt" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/text" --max-tokens 20
+cp "$dir/out" "$dir/long"
+{ head -c 700 "$dir/text"; sleep 0.2; tail -c +701 "$dir/text"; } |
+    "$generate" --checkpoint "$dir/a" --prompt-file - --max-tokens 20 > "$dir/out" 2> "$dir/err"
+same "a long prompt through a pipe" "$dir/long" "$dir/out"
+good "no tokens" $story --max-tokens 0
+# A reader that goes away ends the program quietly.
+{ $story --max-tokens 1000000 2> "$dir/err"; echo $? > "$dir/status"; } | head -c 20 > "$dir/out"
+if [ "$(cat "$dir/status")" -eq 0 ] && [ ! -s "$dir/err" ]; then ok; else fail "a closed pipe"; fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: options. Each is one line on stderr and status 1.
+
+for program in "$train" "$generate"; do
+    bad "unexpected argument" "$program" text
+    bad "unexpected argument" "$program" -x
+    bad "unexpected argument" "$program" ""
+    bad "unknown option" "$program" --
+    bad "unknown option" "$program" --no-such-option-at-all-and-longer-than-any-name 1
+    bad "did you mean --threads?" "$program" --thraeds 2
+    bad "needs a value" "$program" --seed
+    bad "needs a value" "$program" --seed --threads
+    bad "given twice" "$program" --seed 1 --seed 1
+    bad "is empty" "$program" --seed ""
+    bad "is empty" "$program" --seed=
+    for value in x 1x -1 1.5 1e99 0x10 " 1" "1 " 99999999999999999999 nan inf - ,; do
+        bad "--seed: expected a whole number" "$program" --seed "$value"
+    done
+    bad "one of auto, cpu, cuda" "$program" --backend gpu
+    bad "one of auto, cpu, cuda" "$program" --backend "auto|cpu"
+    bad "--threads: expected" "$program" --threads 1000000
+done
+for value in x 1e999 -1 nan inf 0x1p3 1e-400 1e . "" 11 +1; do
+    bad "--lr" "$train" --lr "$value"
+done
+bad "takes no value" "$train" --quiet=true
+bad "true or false" "$train" --swiglu yes
+bad "one of cosine, linear, constant" "$train" --schedule ""
+bad "--temperature: expected" "$generate" --temperature -0.1
+bad "--top-p: expected" "$generate" --top-p 0
+bad "--top-p: expected" "$generate" --top-p 1.01
+bad "--stop" "$generate" --stop "$(head -c 300 "$dir/text")"
+
+# Options that contradict each other, or would silently do nothing.
+bad "exclude each other" "$train" $fit --steps 3 --tokens 100
+bad "exclude each other" "$train" $fit --val "$dir/text" --val-fraction 0.1
+bad "exclude each other" "$train" --resume "$dir/a" --init "$dir/a"
+bad "does nothing" "$train" $fit --prompt hello
+bad "does nothing" "$train" $fit --schedule constant --min-lr-ratio 0.5
+bad "takes the model from the checkpoint" "$train" --resume "$dir/a" --model-dim 16
+bad "longer than the whole run" "$train" $fit --steps 5 --warmup 6
+bad "more tokens than can be counted" "$train" $fit --steps 9007199254740992 --accumulate 60000
+bad "exclude each other" "$generate" --prompt a --prompt-file b
+bad "does nothing" "$generate" --temperature 0 --top-p 0.5
+bad "bf16 needs a GPU" "$train" $fit --backend cpu --precision bf16
+bad "bf16 needs a GPU" "$generate" --checkpoint "$dir/a" --backend cpu --precision bf16
+
+# Models that cannot be.
+none="--data $dir/text --checkpoint-dir none"
+bad "no-such-preset" "$train" $none --preset no-such-preset
+bad "model_dim 190 is not a multiple of norm_num_groups" "$train" $none --model-dim 190
+bad "num_heads" "$train" $none --num-heads 3
+bad "num_layers is 0" "$train" $none --num-layers 0
+bad "dropout is 1" "$train" $none --dropout 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: files.
+
+: > "$dir/empty"
+head -c 24 "$dir/text" > "$dir/short"
+mkdir "$dir/nothing"
+bad "--data is missing" "$train"
+bad "cannot be opened" "$train" --data "$dir/no-such-file" --checkpoint-dir none
+bad "is empty" "$train" --data "$dir/empty" --checkpoint-dir none
+bad "holds no files" "$train" --data "$dir/nothing" --checkpoint-dir none
+bad "is not a regular file" "$train" --data "$dir" --checkpoint-dir none
+bad "is not a regular file" "$train" --data /dev/null --checkpoint-dir none
+bad "fewer than one sequence" "$train" --data "$dir/short" --seq-len 24 --val-fraction 0 --checkpoint-dir none
+bad "fewer than one sequence" "$train" --data "$dir/text" --val "$dir/short" --seq-len 24 --checkpoint-dir none
+bad "held-out tokens are fewer" "$train" --data "$dir/text" --seq-len 2000 --checkpoint-dir none
+bad "of one kind" "$train" $npy --val "$dir/text"
+bad "the model knows only 0 to 8" "$train" $npy --vocab-size 9
+bad "the model knows only 0 to 49" "$train" $fit --vocab-size 50 --checkpoint-dir none
+bad "already holds the checkpoints of a run" "$train" $fit --checkpoint-dir "$dir/a"
+bad "already holds the checkpoints of a run" "$train" --resume "$dir/a/step-00000010" --checkpoint-dir "$dir/b"
+bad "cannot be written" "$train" $fit --checkpoint-dir none --log "$dir/no/such/folder.csv"
+bad "is not a log of this program" "$train" $fit --checkpoint-dir none --log "$dir/text"
+bad "could not be saved" "$train" $fit --steps 1 --checkpoint-dir "$dir/text/below"
+bad "is already done" "$train" --resume "$dir/a"
+bad "$dir/nothing" "$train" --resume "$dir/nothing"
+bad "$dir/text" "$generate" --checkpoint "$dir/text/model.safetensors"
+bad "train a model first" "$generate" --checkpoint "$dir/no-such-checkpoint"
+bad "$dir/nothing" "$generate" --checkpoint "$dir/nothing"
+bad "is empty" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/empty"
+bad "is empty" "$generate" --checkpoint "$dir/a" --prompt-file -
+bad "cannot be opened" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/no-such-file"
+bad "is a folder" "$generate" --checkpoint "$dir/a" --prompt-file "$dir"
+
+# Data that changed since the checkpoint is refused, unless it is asked for by name.
+sed 's/cat/dog/' "$dir/text" > "$dir/other"
+good "train for a data check" "$train" --data "$dir/other" --batch 2 --seq-len 24 $tiny --steps 3 \
+    --save-every 2 --checkpoint-dir "$dir/d"
+cp "$dir/text" "$dir/other"
+bad "has changed since the checkpoint" "$train" --resume "$dir/d/step-00000002"
+good "changed data by name" "$train" --resume "$dir/d/step-00000002" --data "$dir/other"
+
+# Checkpoints that are cut or damaged: a message, never a crash, wherever the file ends.
+model=$dir/a/step-00000020/model.safetensors
+size=$(wc -c < "$model")
+for bytes in 0 1 7 8 9 100 1000 2500 $((size / 2)) $((size - 1)); do
+    head -c "$bytes" "$model" > "$dir/cut.safetensors"
+    bad "cut.safetensors" "$generate" --checkpoint "$dir/cut.safetensors" --max-tokens 1
+done
+{ cat "$model"; printf x; } > "$dir/cut.safetensors"
+bad "cut.safetensors" "$generate" --checkpoint "$dir/cut.safetensors" --max-tokens 1
+
+echo "test_cli: $passed passed, $failed failed"
+[ "$failed" -eq 0 ]
