@@ -26,7 +26,8 @@ quiet_goals := clean help
 announce := $(if $(filter $(quiet_goals),$(MAKECMDGOALS)),,yes)
 
 ifeq ($(OPENMP),)
-OPENMP := $(shell d=$$(mktemp -d) && printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > $$d/t.c \
+OPENMP := $(shell d=$$(mktemp -d) \
+            && printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > $$d/t.c \
             && $(CC) -fopenmp $$d/t.c -o $$d/t > /dev/null 2>&1 && echo 1 || echo 0; rm -rf "$$d")
 endif
 ifeq ($(OPENMP),1)
@@ -49,7 +50,7 @@ else
 CUDA_SAYS := yes: $(NVCC)
 CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUDA_OBJECT := $(BUILD)/megalodon_cuda.o
-ALL_CFLAGS += -DMEGALODON_WITH_CUDA -isystem $(CUDA_HOME)/include
+ALL_CFLAGS += -DMEGALODON_WITH_CUDA
 CUDA_LDLIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublas -lcublasLt -lstdc++
 # Machine code for 8.0 and 9.0, and PTX from which the driver makes code for anything newer.
 NVCCFLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
@@ -63,7 +64,7 @@ endif
 # ---------------------------------------------------------------------------------------------------------------------
 # Targets
 
-PROGRAMS := $(addprefix $(BIN)/,train generate)
+PROGRAMS := $(addprefix $(BIN)/,train generate $(basename $(wildcard numdiff.c)))
 TESTS := $(sort $(patsubst %.c,$(BUILD)/%,$(notdir $(wildcard tests/test_*.c test_gradcheck.c))))
 TEST_SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
@@ -78,7 +79,7 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-all: $(PROGRAMS) ## build ./train and ./generate (the default)
+all: $(PROGRAMS) ## build ./train, ./generate and ./numdiff (the default)
 
 test: $(PROGRAMS) $(TESTS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
@@ -86,7 +87,7 @@ test: $(PROGRAMS) $(TESTS) ## prove every number: all tests, ends in "N passed, 
 build-tests: $(PROGRAMS) $(TESTS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
-	@sh dev/demo.sh
+	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
 
 # Shorter cases, the same programs: the sanitizers make everything several times slower.
 asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
@@ -136,6 +137,9 @@ $(BIN)/train: $(BUILD)/train.o $(MODEL_OBJECTS)
 	$(LINK)
 $(BIN)/generate: $(BUILD)/generate.o $(MODEL_OBJECTS)
 	$(LINK)
+# It compares any two backends, the one in double among them.
+$(BIN)/numdiff: $(BUILD)/numdiff.o $(TEST_OBJECTS)
+	$(LINK)
 
 # The gradient check includes megalodon.c itself, compiled in double, and so links nothing else of ours.
 $(BUILD)/test_gradcheck: $(BUILD)/test_gradcheck.o
@@ -143,6 +147,7 @@ $(BUILD)/test_gradcheck: $(BUILD)/test_gradcheck.o
 
 $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS)
 	$(LINK)
+# The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS)
 	$(LINK) -ldl
 

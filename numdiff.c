@@ -94,8 +94,8 @@ static const char *find_numeric(const char *option, const char *name, const Nume
       "the reference: errors are relative to it; with --dump, the one that is dumped") \
     X(CHOICE, b,             "cpu",        0, 0, NUMERIC_WORDS, "Numerics", "the one that is measured") \
     X(REAL,   threshold,     NULL,         0, 1e6, "X", "Numerics", \
-      "largest relative RMS that passes; if not given, 1e-10 where both compute in double, 5e-2 where one computes in " \
-      "bf16, and 1e-4 otherwise") \
+      "largest relative RMS that passes; if not given, 1e-10 where both compute in double, 5e-2 where one computes " \
+      "in bf16, and 1e-4 otherwise") \
     X(FLAG,   apply_dropout, NULL,         0, 0, "", "Numerics", \
       "run with the model's dropout, the same masks on both sides") \
     X(FLAG,   update,        NULL,         0, 0, "", "Numerics", \
@@ -208,7 +208,8 @@ typedef struct Inputs {
 /* Memory, or the end of the program. */
 static void *allocate(size_t count, size_t size) {
     void *memory = calloc(count ? count : 1, size);
-    if (!memory) die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len", count, size));
+    if (!memory)
+        die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len", count, size));
     return memory;
 }
 
@@ -257,11 +258,14 @@ static void load_checkpoint_parameters(Inputs *in, const char *checkpoint) {
 /* The parameters from where `origin` says. `dump` is the file that has them, if it is "dump". */
 static void load_parameters(Inputs *in, const char *checkpoint, const Safetensors *dump) {
     allocate_parameters(in);
-    if (strcmp(in->origin, "checkpoint") == 0) load_checkpoint_parameters(in, checkpoint);
-    else if (strcmp(in->origin, "dump") == 0) die_if(read_parameters(in, dump, "param."));
-    else
+    if (strcmp(in->origin, "checkpoint") == 0) {
+        load_checkpoint_parameters(in, checkpoint);
+    } else if (strcmp(in->origin, "dump") == 0) {
+        die_if(read_parameters(in, dump, "param."));
+    } else {
         for (int i = 0; i < in->num_parameters; i++)
             megalodon_initial_values(&in->config, &in->list[i], in->seed, in->parameters[i]);
+    }
     hash_parameters(in);
 }
 
@@ -396,7 +400,8 @@ typedef struct Recording {
 
 /* An empty place for an item, with its shape. */
 static SafetensorsTensor describe(const Item *item, SafetensorsDType dtype) {
-    SafetensorsTensor value = {.name = item->name, .dtype = dtype, .ndim = item->tensor.ndim, .size = item->tensor.size};
+    SafetensorsTensor value = {.name = item->name, .dtype = dtype, .ndim = item->tensor.ndim,
+                               .size = item->tensor.size};
     memcpy(value.dims, item->tensor.dims, sizeof item->tensor.dims);
     value.bytes = (size_t)value.size * safetensors_dtype_bytes(dtype);
     return value;
@@ -498,7 +503,14 @@ static SafetensorsTensor describe_tokens(const char *name, const Inputs *in, con
                                .size = (int64_t)in->B * in->T, .data = data};
 }
 
-static void write_dump(const char *path, const Recording *r, const Plan *plan, const Inputs *in, bool with_parameters) {
+/* Where a run's parameters come from, for people. */
+static const char *origin_text(const char *origin) {
+    return strcmp(origin, "seed") == 0 ? "the initial values of its seed"
+         : strcmp(origin, "dump") == 0 ? "in the dump" : "those of a checkpoint";
+}
+
+static void write_dump(const char *path, const Recording *r, const Plan *plan, const Inputs *in,
+                       bool with_parameters) {
     size_t count = 0, most = (size_t)plan->count + (size_t)in->num_parameters + 2;
     SafetensorsTensor *tensors = allocate(most, sizeof *tensors);
     char (*names)[MEGALODON_MAX_NAME + 16] = allocate((size_t)in->num_parameters, sizeof *names);
@@ -525,9 +537,8 @@ static void write_dump(const char *path, const Recording *r, const Plan *plan, c
         {"update", in->update ? "true" : "false"}, {"parameters", with_parameters ? "dump" : in->origin},
         {"parameters_hash", hash}, {NULL, NULL}};
     die_if(safetensors_write(path, tensors, count, metadata, NULL, NULL));
-    printf("%s: %zu tensors of %s, on %d rows of %d tokens; parameters: %s\n", path, count, r->label, in->B, in->T,
-           with_parameters ? "in the file"
-           : strcmp(in->origin, "seed") == 0 ? "the initial values of its seed" : "those of the checkpoint, not in the file");
+    printf("%s: %zu tensors of %s, rows x tokens %d x %d; parameters: %s\n", path, count, r->label, in->B, in->T,
+           origin_text(with_parameters ? "dump" : in->origin));
     if (r->not_kept) printf("%d activations that %s does not keep are not in it\n", r->not_kept, r->label);
     free(config.text);
     free(names);
@@ -541,8 +552,8 @@ static int32_t *read_tokens(const Safetensors *file, const char *name, int low, 
         die(errorf("%s: expected the tensor %s with the shape [rows,tokens], found %s", file->path, name,
                    tensor ? "another shape" : "no such tensor"));
     if (in->B && (tensor->dims[0] != in->B || tensor->dims[1] != in->T))
-        die(errorf("%s: tensor %s: expected the shape [%d,%d] of the tokens, found another one", file->path, name, in->B,
-                   in->T));
+        die(errorf("%s: tensor %s: expected the shape [%d,%d] of the tokens, found another one", file->path, name,
+                   in->B, in->T));
     in->B = (int)tensor->dims[0];
     in->T = (int)tensor->dims[1];
     int64_t *wide = allocate((size_t)tensor->size, sizeof *wide);
@@ -551,8 +562,8 @@ static int32_t *read_tokens(const Safetensors *file, const char *name, int low, 
     if (error) die(errorf("%s: %s", file->path, error));
     for (int64_t i = 0; i < tensor->size; i++) {
         if (wide[i] < low || wide[i] >= in->config.vocab_size)
-            die(errorf("%s: tensor %s: element %" PRId64 ": expected a number from %d to %d, found %" PRId64, file->path,
-                       name, i, low, in->config.vocab_size - 1, wide[i]));
+            die(errorf("%s: tensor %s: element %" PRId64 ": expected a number from %d to %d, found %" PRId64,
+                       file->path, name, i, low, in->config.vocab_size - 1, wide[i]));
         out[i] = (int32_t)wide[i];
     }
     free(wide);
@@ -565,8 +576,8 @@ static int read_word(const Safetensors *file, const char *key, const char *const
     die_if(checkpoint_fact(file, key, &text));
     for (int i = 0; i < count; i++)
         if (strcmp(text, words[i]) == 0) return i;
-    die(errorf("%s: \"%s\" in __metadata__ is \"%.40s\", which this program does not know; is the dump from a newer one?",
-               file->path, key, text));
+    die(errorf("%s: \"%s\" in __metadata__ is \"%.40s\", which this program does not know; is the dump from a newer "
+               "one?", file->path, key, text));
 }
 
 /* Opens a dump: its inputs but for the parameters' values, and which numeric it is of. */
@@ -591,7 +602,7 @@ static void open_dump(Recording *r, Inputs *in, const char *path) {
     in->hash = strtoull(hash, NULL, 16);
 }
 
-/* Finds the plan's tensors in an open dump. Error: one has another shape or is not of numbers. */
+/* Finds the plan's tensors in an open dump. Only an activation may be missing, and no tensor may have another shape. */
 static void read_recording(Recording *r, const Plan *plan) {
     r->values = allocate((size_t)plan->count, sizeof *r->values);
     for (int i = 0; i < plan->count; i++) {
@@ -599,11 +610,13 @@ static void read_recording(Recording *r, const Plan *plan) {
         const SafetensorsTensor *found = safetensors_find(&r->file, item->name);
         char expected[SAFETENSORS_SHAPE_TEXT], shape[SAFETENSORS_SHAPE_TEXT];
         r->values[i] = describe(item, SAFETENSORS_F32);
+        safetensors_shape_text(item->tensor.ndim, item->tensor.dims, expected);
+        if (!found && item->part != ACTIVATIONS)
+            die(errorf("%s: expected the tensor %s %s, found no such tensor", r->file.path, item->name, expected));
         if (!found) {
             r->not_kept++;
             continue;
         }
-        safetensors_shape_text(item->tensor.ndim, item->tensor.dims, expected);
         if (strcmp(expected, safetensors_shape_text(found->ndim, found->dims, shape)) != 0)
             die(errorf("%s: tensor %s: expected the shape %s, found %s", r->file.path, item->name, expected, shape));
         r->values[i] = *found;
@@ -623,8 +636,8 @@ static void load_dump_parameters(Inputs *in, const Recording *dump, const char *
         die(errorf("--checkpoint does nothing here: %s says which parameters its run had", path));
     load_parameters(in, checkpoint, &dump->file);
     if (in->hash == expected) return;
-    die(errorf("%s: the parameters here differ from those of the dump (hash %016" PRIx64 ", expected %016" PRIx64 "); %s",
-               path, in->hash, expected, wants ? "this is not the checkpoint that it was made from"
+    die(errorf("%s: the parameters here are not those of the dump (hash %016" PRIx64 ", expected %016" PRIx64 "); %s",
+               path, in->hash, expected, wants ? "it was made from another checkpoint"
                : "another machine's log and cos may give other last bits of initial values: dump with --dump-params"));
 }
 
@@ -639,7 +652,8 @@ static void check_same_run(const Recording *a, const Inputs *x, const Recording 
     if (!what && (memcmp(x->tokens, y->tokens, bytes) || memcmp(x->targets, y->targets, bytes))) what = "tokens";
     if (!what && x->hash != y->hash) what = "parameters";
     if (!what && (x->dropout != y->dropout || (x->dropout && x->seed != y->seed))) what = "dropout masks";
-    if (what) die(errorf("%s and %s are of different runs: they do not have the same %s", a->file.path, b->file.path, what));
+    if (what)
+        die(errorf("%s and %s are of different runs: they do not have the same %s", a->file.path, b->file.path, what));
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -674,7 +688,7 @@ static Difference compare_tensors(const SafetensorsTensor *a, const SafetensorsT
     return d;
 }
 
-/* All differences, relative to the tensors' sizes. malloc'ed: one an item of the plan. */
+/* All differences, relative to the tensors' magnitudes. malloc'ed: one an item of the plan. */
 static Difference *compare_recordings(const Plan *plan, const Recording *a, const Recording *b) {
     Difference *differences = allocate((size_t)plan->count, sizeof *differences);
     double squares[NUM_PARTS] = {0}, sizes[NUM_PARTS] = {0};
@@ -683,7 +697,8 @@ static Difference *compare_recordings(const Plan *plan, const Recording *a, cons
         Part part = plan->items[i].part;
         if (!x->data || !y->data) continue;
         differences[i] = compare_tensors(x, y);
-        if (x->dtype == SAFETENSORS_I64) continue;           /* counts are no part of the state's magnitude */
+        /* Counts are no part of the state's magnitude, and a bad tensor must not hide the magnitude of the others. */
+        if (x->dtype == SAFETENSORS_I64 || !isfinite(differences[i].squares_a)) continue;
         squares[part] += differences[i].squares_a;
         sizes[part] += (double)x->size;
     }
@@ -758,12 +773,12 @@ static void print_table(const Plan *plan, const Recording *a, const Difference *
         if (shape_length > shape_width) shape_width = shape_length;
     }
     printf("   %-*s  %-*s  %8s  %8s  %s\n", name_width, "tensor", shape_width, "shape", "rel RMS", "largest", "at");
-    Part part = ACTIVATIONS;
+    Part part = GRADIENTS;
     for (int i = 0; i < plan->count; i++) {
         const Difference *d = &differences[i];
         const SafetensorsTensor *value = &a->values[i];
         if (!is_chosen(&plan->items[i], only)) continue;
-        if (plan->items[i].part == GRADIENTS && part != GRADIENTS) printf("\n");     /* forward above, backward below */
+        if (part < GRADIENTS && plan->items[i].part == GRADIENTS) printf("\n");      /* forward above, backward below */
         part = plan->items[i].part;
         safetensors_shape_text(value->ndim, value->dims, shape);
         if (!d->compared) {
@@ -798,10 +813,44 @@ static void write_csv(const char *path, const Plan *plan, const Recording *a, co
 
 static void print_inputs(const Inputs *in, const Recording *a, const Recording *b, double threshold) {
     printf("a          %s\nb          %s\n", a->label, b->label);
-    printf("model      %" PRId64 " parameters in %d layers of width %d, chunks of %d\n",
-           megalodon_num_parameters(&in->config), in->config.num_layers, in->config.model_dim, in->config.chunk_size);
-    printf("batch      %d rows of %d tokens, %s dropout\n", in->B, in->T, in->dropout ? "with" : "without");
+    printf("model      %d layers of width %d, chunks of %d; %" PRId64 " parameters: %s\n", in->config.num_layers,
+           in->config.model_dim, in->config.chunk_size, megalodon_num_parameters(&in->config), origin_text(in->origin));
+    printf("batch      rows x tokens %d x %d, %s dropout, seed %" PRIu64 "\n", in->B, in->T,
+           in->dropout ? "with" : "without", in->seed);
     printf("rel RMS    RMS(b - a) / RMS(a); threshold %g\n\n", threshold);
+}
+
+/* Where a tensor starts to differ says more than where it differs most: from the second chunk on, in all rows but the
+ * first, in the last columns. So the verdict also has the first element, in the order of memory, whose error is past
+ * the threshold times the tensor's RMS. */
+static int64_t first_bad_element(const SafetensorsTensor *a, const SafetensorsTensor *b, const Difference *d,
+                                 double threshold) {
+    double allowed = threshold * sqrt(d->squares_a / (double)a->size);
+    for (int64_t i = 0; i < a->size; i++)
+        if (!(fabs(safetensors_element(b, i) - safetensors_element(a, i)) <= allowed)) return i;
+    return d->at;
+}
+
+static void print_verdict(const Plan *plan, const Recording *a, const Recording *b, const Difference *differences,
+                          const Verdict *verdict, double threshold) {
+    char relative[16], largest[16], at[SAFETENSORS_SHAPE_TEXT];
+    printf("\n%d tensor%s compared, %d past %g", verdict->compared, verdict->compared == 1 ? "" : "s", verdict->past,
+           threshold);
+    if (verdict->one_sided) printf(", %d not kept by both sides", verdict->one_sided);
+    if (differences[verdict->worst].relative > 0)
+        printf("; worst: %s, %s\n", plan->items[verdict->worst].name,
+               short_number(differences[verdict->worst].relative, relative));
+    else printf("; all are equal\n");
+    if (verdict->first < 0) return;
+    const SafetensorsTensor *x = &a->values[verdict->first], *y = &b->values[verdict->first];
+    const Difference *d = &differences[verdict->first];
+    printf("first past the threshold: %s, relative RMS %s\n", plan->items[verdict->first].name,
+           short_number(d->relative, relative));
+    printf("  largest error %s at %s: a %.9g, b %.9g\n", short_number(d->largest, largest), index_text(x, d->at, at),
+           d->at_a, d->at_b);
+    int64_t first = first_bad_element(x, y, d, threshold);
+    printf("  it begins at %s: a %.9g, b %.9g\n", index_text(x, first, at), safetensors_element(x, first),
+           safetensors_element(y, first));
 }
 
 /* Compares, prints and returns the exit status. */
@@ -809,7 +858,6 @@ static int report(const Plan *plan, const Inputs *in, const Recording *a, const 
     const Values *v = &o->values;
     Rounding coarser = a->rounding > b->rounding ? a->rounding : b->rounding;
     Difference *differences = compare_recordings(plan, a, b);
-    char relative[16], largest[16], at[SAFETENSORS_SHAPE_TEXT];
     double threshold = options_given(&o->set, "threshold") ? v->threshold : roundings[coarser].threshold;
     Verdict verdict = judge(plan, differences, threshold, v->only);
     if (verdict.compared == 0 && v->only)
@@ -819,16 +867,7 @@ static int report(const Plan *plan, const Inputs *in, const Recording *a, const 
     print_table(plan, a, differences, &verdict, threshold, v->only);
     if (v->csv) write_csv(v->csv, plan, a, differences, threshold, v->only);
 
-    printf("\n%d tensors compared, %d past %g", verdict.compared, verdict.past, threshold);
-    if (verdict.one_sided) printf(", %d not kept by both sides", verdict.one_sided);
-    printf("; worst: %s, %s\n", plan->items[verdict.worst].name,
-           short_number(differences[verdict.worst].relative, relative));
-    if (verdict.first >= 0) {
-        const Difference *d = &differences[verdict.first];
-        printf("first past the threshold: %s, relative RMS %s, largest error %s at %s: a %.9g, b %.9g\n",
-               plan->items[verdict.first].name, short_number(d->relative, relative), short_number(d->largest, largest),
-               index_text(&a->values[verdict.first], d->at, at), d->at_a, d->at_b);
-    }
+    print_verdict(plan, a, b, differences, &verdict, threshold);
     free(differences);
     return verdict.first >= 0;
 }

@@ -61,7 +61,7 @@ typedef struct Comparison {
 } Comparison;
 
 /* Compares a gradient of J with respect to x with finite differences. Every compared number, an entry's derivative or
- * the one along a direction of the length of one entry, is of the size of RMS(gradient): the error is relative to it. */
+ * the one along a direction as long as one entry, has the size of RMS(gradient): the error is relative to that. */
 static Comparison compare_gradient(const Function *f, double *x, int64_t size, const double *gradient, int entries,
                                    uint64_t seed) {
     Random random = {seed, 0};
@@ -172,7 +172,8 @@ static void check_same_gradients(Call *call, const Port *port, double *const *wa
         const MegalodonArg *arg = &call->component->args[i];
         if (!call->grad_present[i]) continue;
         if (arg->role == MEGALODON_WEIGHT) for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] -= start;
-        check(same_values(call->grad[i], want[i], call->size[i], 1e-11), "%s: gradient of %s %s", where, arg->name, why);
+        check(same_values(call->grad[i], want[i], call->size[i], 1e-11), "%s: gradient of %s %s", where, arg->name,
+              why);
     }
 }
 

@@ -152,8 +152,7 @@ template <int VEC, typename T> __device__ inline void store(T *to, const float (
 
 /* May rows of `columns` elements be read 16 bytes at a time? Absent (null) pointers do not object. */
 template <typename T, typename... P> static bool vectorises(int64_t columns, const P *...pointers) {
-    uintptr_t bits = 0;
-    for (uintptr_t p : {(uintptr_t)pointers...}) bits |= p;
+    uintptr_t bits = ((uintptr_t)pointers | ... | 0);
     return columns % (16 / (int64_t)sizeof(T)) == 0 && bits % 16 == 0;
 }
 

@@ -125,8 +125,8 @@ enum { FEW_ROWS = 8, FEW_ROWS_WARPS = 4 };
  * traffic:  N K sizeof(T) bytes, read once; x comes from the caches
  * needs:    VEC 16 / sizeof(T) wants K and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float sums in a fixed order: deterministic; y may be add */
-template <typename T, int VEC, int ROWS>
-__global__ void linear_few_rows_kernel(T *y, const T *x, const T *weight, const T *bias, const T *add, int M, int N, int K) {
+template <typename T, typename O, int VEC, int ROWS>
+__global__ void linear_few_rows_kernel(O *y, const T *x, const T *weight, const T *bias, const O *add, int M, int N, int K) {
     int j = (int)blockIdx.x * FEW_ROWS_WARPS + (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
     if (j >= N) return;   // a whole warp leaves: no shuffle below lacks a lane
     float sum[ROWS] = {};
@@ -150,20 +150,20 @@ __global__ void linear_few_rows_kernel(T *y, const T *x, const T *weight, const 
         if (lane == 0) {
             if (bias) total += to_float(bias[j]);
             if (add) total += to_float(add[(int64_t)m * N + j]);
-            y[(int64_t)m * N + j] = from_float<T>(total);
+            y[(int64_t)m * N + j] = from_float<O>(total);
         }
     }
 }
 
-template <typename T>
-static void linear_few_rows(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add, int M, int N,
+template <typename T, typename O>
+static void linear_few_rows(Context *context, O *y, const T *x, const T *weight, const T *bias, const O *add, int M, int N,
                             int K) {
     WITH_VEC(T, vectorises<T>(K, x, weight), {
         if (M == 1)
-            LAUNCH((linear_few_rows_kernel<T, VEC, 1>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE, context,
+            LAUNCH((linear_few_rows_kernel<T, O, VEC, 1>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE, context,
                    y, x, weight, bias, add, M, N, K);
         else
-            LAUNCH((linear_few_rows_kernel<T, VEC, FEW_ROWS>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE,
+            LAUNCH((linear_few_rows_kernel<T, O, VEC, FEW_ROWS>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE,
                    context, y, x, weight, bias, add, M, N, K);
     });
 }

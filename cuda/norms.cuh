@@ -17,8 +17,8 @@ enum { NORM_WARPS = 8 };
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rmsnorm_forward_kernel(T *y, const T *x, const T *weight, int64_t rows, int columns, float eps,
-                                       Dropout dropout) {
+__global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, const T *weight, int64_t rows, int columns,
+                                       float eps, Dropout dropout) {
     int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
     int lane = (int)threadIdx.x % WARP_SIZE;
     if (row >= rows) return;   // a whole warp leaves
@@ -30,6 +30,7 @@ __global__ void rmsnorm_forward_kernel(T *y, const T *x, const T *weight, int64_
         for (int i = 0; i < VEC; i++) sum += value[i] * value[i];
     }
     float rstd = 1.0f / sqrtf(warp_sum(sum) / (float)columns + eps);
+    if (lane == 0) saved_rstd[row] = rstd;
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x_row + c);
         if (weight) load<VEC>(w, weight + c);
@@ -40,46 +41,40 @@ __global__ void rmsnorm_forward_kernel(T *y, const T *x, const T *weight, int64_
     }
 }
 
-/* y and x are rows,columns; weight (columns) may be NULL. */
+/* y and x are rows,columns; rstd (rows) is saved; weight (columns) may be NULL. */
 template <typename T>
-static void rmsnorm_forward(Context *context, T *y, const T *x, const T *weight, int64_t rows, int64_t columns, float eps,
-                            Dropout dropout) {
+static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, const T *weight, int64_t rows, int64_t columns,
+                            float eps, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(columns, y, x, weight),
-             LAUNCH((rmsnorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y, x,
-                    weight, rows, (int)columns, eps, dropout));
+             LAUNCH((rmsnorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y,
+                    rstd, x, weight, rows, (int)columns, eps, dropout));
 }
 
 /* y = x rstd (1 + w):  with g = keep dy (1 + w):  dx = rstd (g - x rstd^2 mean(g x));  dw += sum over rows of keep dy x rstd
  * computes: dx, partial sums of dw, and y once more (the backward of the layers that read y needs it)
- * launch:   grid ceil(rows / 32), block 256: first a warp a row for the two sums, then a thread walks down its columns
+ * launch:   grid ceil(rows / 32), block 256: first a warp a row for the mean, then a thread walks down its columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const T *x, const T *weight, int64_t rows,
-                                        int columns, float eps, Dropout dropout) {
-    __shared__ float row_rstd[SWEEP_ROWS], row_factor[SWEEP_ROWS];
+__global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd, const T *x,
+                                        const T *weight, int64_t rows, int columns, Dropout dropout) {
+    __shared__ float row_factor[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
     float value[VEC], grad[VEC], w[VEC] = {};
     int lane = (int)threadIdx.x % WARP_SIZE;
     for (int64_t row = first + threadIdx.x / WARP_SIZE; row < last; row += SWEEP_THREADS / WARP_SIZE) {
-        float squares = 0, products = 0;
+        float products = 0;
         for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
             if (weight) load<VEC>(w, weight + c);
 #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                squares += value[i] * value[i];
+            for (int i = 0; i < VEC; i++)
                 products += keep_scale(dropout, (uint64_t)(row * columns + c + i)) * grad[i] * (1.0f + w[i]) * value[i];
-            }
         }
-        squares = warp_sum(squares), products = warp_sum(products);
-        if (lane == 0) {
-            float rstd = 1.0f / sqrtf(squares / (float)columns + eps);
-            row_rstd[row - first] = rstd;
-            row_factor[row - first] = rstd * rstd * products / (float)columns;
-        }
+        products = warp_sum(products);
+        if (lane == 0) row_factor[row - first] = saved_rstd[row] * saved_rstd[row] * products / (float)columns;
     }
     __syncthreads();   // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
 
@@ -90,7 +85,7 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
         float dw[VEC] = {}, again[VEC];
         if (weight) load<VEC>(w, weight + c);
         for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            float rstd = row_rstd[row - first], factor = row_factor[row - first];
+            float rstd = saved_rstd[row], factor = row_factor[row - first];
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
 #pragma unroll
@@ -112,13 +107,13 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
 
 /* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to. */
 template <typename T>
-static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const T *x, const T *weight,
-                             int64_t rows, int64_t columns, float eps, Dropout dropout) {
+static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd, const T *x,
+                             const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
     ScratchScope scope(context);
     float *partial = dweight ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight), {
-        LAUNCH((rmsnorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial, dy, x, weight,
-               rows, (int)columns, eps, dropout);
+        LAUNCH((rmsnorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial, dy, rstd, x,
+               weight, rows, (int)columns, dropout);
         if (dweight)
             add_partials(context, dweight, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC), columns);
     });
@@ -153,13 +148,14 @@ __device__ inline void row_moments(const T *row, int columns, float eps, float *
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, two passes for the variance, fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void layernorm_forward_kernel(T *y, const T *x, const T *weight, const T *bias, int64_t rows, int columns,
-                                         float eps) {
+__global__ void layernorm_forward_kernel(T *y, float *saved_mean, float *saved_rstd, const T *x, const T *weight,
+                                         const T *bias, int64_t rows, int columns, float eps) {
     int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
     int lane = (int)threadIdx.x % WARP_SIZE;
     if (row >= rows) return;   // a whole warp leaves
     float mean, rstd, value[VEC], w[VEC] = {}, b[VEC] = {};
     row_moments<T, VEC>(x + row * columns, columns, eps, &mean, &rstd);
+    if (lane == 0) saved_mean[row] = mean, saved_rstd[row] = rstd;
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x + row * columns + c);
         if (weight) load<VEC>(w, weight + c);
@@ -170,13 +166,13 @@ __global__ void layernorm_forward_kernel(T *y, const T *x, const T *weight, cons
     }
 }
 
-/* y and x are rows,columns; weight and bias (columns) may be NULL. */
+/* y and x are rows,columns; mean and rstd (rows) are saved; weight and bias (columns) may be NULL. */
 template <typename T>
-static void layernorm_forward(Context *context, T *y, const T *x, const T *weight, const T *bias, int64_t rows,
-                              int64_t columns, float eps) {
+static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias,
+                              int64_t rows, int64_t columns, float eps) {
     WITH_VEC(T, vectorises<T>(columns, y, x, weight, bias),
-             LAUNCH((layernorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y, x,
-                    weight, bias, rows, (int)columns, eps));
+             LAUNCH((layernorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y,
+                    mean, rstd, x, weight, bias, rows, (int)columns, eps));
 }
 
 /* y = xhat (1 + w) + b:  with g = dy (1 + w):  dx = rstd (g - mean(g) - xhat mean(g xhat));  dw += dy xhat;  db += dy
@@ -187,14 +183,14 @@ static void layernorm_forward(Context *context, T *y, const T *x, const T *weigh
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy, const T *x,
-                                          const T *weight, const T *bias, int64_t rows, int columns, float eps) {
-    __shared__ float row_mean[SWEEP_ROWS], row_rstd[SWEEP_ROWS], row_g[SWEEP_ROWS], row_gx[SWEEP_ROWS];
+                                          const float *mean, const float *rstd, const T *weight, const T *bias,
+                                          int64_t rows, int columns) {
+    __shared__ float row_g[SWEEP_ROWS], row_gx[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
     float value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};
     int lane = (int)threadIdx.x % WARP_SIZE;
     for (int64_t row = first + threadIdx.x / WARP_SIZE; row < last; row += SWEEP_THREADS / WARP_SIZE) {
-        float mean, rstd, g_sum = 0, gx_sum = 0;
-        row_moments<T, VEC>(x + row * columns, columns, eps, &mean, &rstd);
+        float g_sum = 0, gx_sum = 0, row_mean = mean[row], row_rstd = rstd[row];
         for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
@@ -203,14 +199,11 @@ __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *
             for (int i = 0; i < VEC; i++) {
                 float g = grad[i] * (1.0f + w[i]);
                 g_sum += g;
-                gx_sum += g * (value[i] - mean) * rstd;
+                gx_sum += g * (value[i] - row_mean) * row_rstd;
             }
         }
         g_sum = warp_sum(g_sum), gx_sum = warp_sum(gx_sum);
-        if (lane == 0) {
-            row_mean[row - first] = mean, row_rstd[row - first] = rstd;
-            row_g[row - first] = g_sum / (float)columns, row_gx[row - first] = gx_sum / (float)columns;
-        }
+        if (lane == 0) row_g[row - first] = g_sum / (float)columns, row_gx[row - first] = gx_sum / (float)columns;
     }
     __syncthreads();   // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
 
@@ -223,15 +216,16 @@ __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *
         if (bias) load<VEC>(b, bias + c);
         for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
             int r = (int)(row - first);
+            float row_mean = mean[row], row_rstd = rstd[row];
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                float xhat = (value[i] - row_mean[r]) * row_rstd[r];
+                float xhat = (value[i] - row_mean) * row_rstd;
                 dw[i] += grad[i] * xhat;
                 db[i] += grad[i];
                 again[i] = xhat * (1.0f + w[i]) + b[i];
-                grad[i] = row_rstd[r] * (grad[i] * (1.0f + w[i]) - row_g[r] - xhat * row_gx[r]);
+                grad[i] = row_rstd * (grad[i] * (1.0f + w[i]) - row_g[r] - xhat * row_gx[r]);
             }
             store<VEC>(dx + row * columns + c, grad);
             if (y) store<VEC>(y + row * columns + c, again);
@@ -246,15 +240,16 @@ __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *
 
 /* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias (NULL: none) are added to. */
 template <typename T>
-static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, const T *dy, const T *x,
-                               const T *weight, const T *bias, int64_t rows, int64_t columns, float eps) {
+static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, const T *dy, const float *mean,
+                               const float *rstd, const T *x, const T *weight, const T *bias, int64_t rows,
+                               int64_t columns) {
     ScratchScope scope(context);
     float *partial_w = dweight ? take_partials(context, rows, columns) : nullptr;
     float *partial_b = dbias ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight, bias), {
         int64_t count = (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC);
         LAUNCH((layernorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial_w, partial_b,
-               dy, x, weight, bias, rows, (int)columns, eps);
+               dy, x, mean, rstd, weight, bias, rows, (int)columns);
         if (dweight) add_partials(context, dweight, partial_w, count, columns);
         if (dbias) add_partials(context, dbias, partial_b, count, columns);
     });

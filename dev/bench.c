@@ -85,7 +85,18 @@ static void wait_for(const Bench *bench) {
 #endif
 }
 
-/* Lets idle threads of the other side fall asleep: for some milliseconds they spin on the cores about to be measured. */
+/* Says so if other programs are running: two threads that wait for each other lose whole time slices to them. */
+static void warn_if_busy(void) {
+    double load = 0;
+    FILE *file = fopen("/proc/loadavg", "r");
+    if (!file) return;
+    if (fscanf(file, "%lf", &load) == 1 && load > 0.5)
+        printf("note: the load average is %.1f already; times will be too long, those of several threads most\n", load);
+    fclose(file);
+}
+
+/* Lets idle threads of the other side fall asleep: for some milliseconds they spin on the cores about to be measured.
+ * What comes next should run once without a clock, until the system has spread its own threads over the cores. */
 static void rest(const Bench *bench) {
     struct timespec pause = {0, 50000000};
     if (bench->threads > 1) nanosleep(&pause, NULL);
@@ -105,11 +116,11 @@ static double sample(const Bench *bench, const Work *work) {
     return (report_seconds() - start) / work->inner;
 }
 
-/* Warms up and chooses `inner` so that a sample takes 10 ms at least. */
+/* Warms up and chooses `inner` so that a sample takes 20 ms at least. */
 static void prepare(const Bench *bench, Work *work) {
     work->inner = 1;
     sample(bench, work);
-    while (work->inner < 4096 && sample(bench, work) * work->inner < 0.01) work->inner *= 2;
+    while (work->inner < 4096 && sample(bench, work) * work->inner < 0.02) work->inner *= 2;
 }
 
 /* Seconds of one call: the median sample. */
@@ -239,19 +250,21 @@ static void product_check(Product *p) {
  * OpenBLAS. */
 static void product_rates(Product *p, double *ours, double *theirs, double *ratio) {
     const Bench *bench = p->bench;
-    int repeats = bench->values.repeats;
+    int repeats = bench->values.repeats, sides = bench->sgemm ? 2 : 1;
     double *seconds[3], flops = 2. * p->M * p->K * p->N;
     Work work[2] = {{product_ours, p, 1}, {product_theirs, p, 1}};
     for (int i = 0; i < 3; i++) seconds[i] = host_allocate((size_t)repeats * sizeof **seconds);
-    for (int side = 0; side < (bench->sgemm ? 2 : 1); side++) {
+    for (int side = 0; side < sides; side++) {
         rest(bench);
         prepare(bench, &work[side]);
     }
     for (int i = 0; i < repeats; i++) {
-        rest(bench);
-        seconds[0][i] = sample(bench, &work[0]);
-        if (bench->sgemm) rest(bench);
-        seconds[1][i] = bench->sgemm ? sample(bench, &work[1]) : NAN;
+        seconds[1][i] = NAN;
+        for (int side = 0; side < sides; side++) {
+            rest(bench);
+            sample(bench, &work[side]);
+            seconds[side][i] = sample(bench, &work[side]);
+        }
         seconds[2][i] = seconds[1][i] / seconds[0][i];
     }
     *ours = 1e-9 * flops / median(seconds[0], repeats);
@@ -681,6 +694,7 @@ int main(int argc, char **argv) {
         fprintf(bench.csv, "benchmark,what,unit,value\n");
     }
     printf("backend %s, %d thread%s\n", bench.backend->name, bench.threads, bench.threads == 1 ? "" : "s");
+    warn_if_busy();
     load_openblas(&bench);
     for (int i = 0; i < NUM_BENCHMARKS; i++)
         if (strcmp(which, "all") == 0 || strcmp(which, benchmarks[i].name) == 0) benchmarks[i].run(&bench);

@@ -9,8 +9,8 @@ dir=build/demo
 
 rm -rf "$dir"
 "$bin/train" --data data/tinystories_sample.txt --val data/tinystories_valid.txt --preset demo \
-    --batch 8 --seq-len 256 --steps 250 --lr 0.004 --warmup 20 --min-lr-ratio 0.02 \
-    --eval-every 100 --eval-batches 16 --checkpoint-dir "$dir" --log "build/demo.csv"
+    --batch 4 --seq-len 256 --steps 900 --lr 0.004 --warmup 50 --min-lr-ratio 0.02 \
+    --eval-every 300 --eval-batches 32 --checkpoint-dir "$dir" --log "build/demo.csv"
 echo
 "$bin/generate" --checkpoint "$dir" --prompt "Once upon a time" --max-tokens 800 --stop '<|endoftext|>' --seed 7
 echo

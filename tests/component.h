@@ -266,7 +266,8 @@ static inline const char *buffer_finish(CallBuffer *buffer, const Port *port, Me
 static inline const char *call_run(Call *call, const Port *port, bool backward) {
     static char message[160];
     const char *error = NULL;
-    CallBuffer arg_buffers[MEGALODON_MAX_ARGS] = {{NULL, NULL, 0}}, grad_buffers[MEGALODON_MAX_ARGS] = {{NULL, NULL, 0}};
+    CallBuffer arg_buffers[MEGALODON_MAX_ARGS] = {{NULL, NULL, 0}};
+    CallBuffer grad_buffers[MEGALODON_MAX_ARGS] = {{NULL, NULL, 0}};
     void *args[MEGALODON_MAX_ARGS] = {NULL}, *grads[MEGALODON_MAX_ARGS] = {NULL};
     for (int i = 0; i < call->num_args; i++) {
         const MegalodonArg *arg = &call->component->args[i];

@@ -73,7 +73,8 @@ static void check_presets(void) {
     MegalodonConfig small, unknown;
     megalodon_default_config(&small);
     long long parameters = (long long)megalodon_num_parameters(&small);
-    check(parameters > 12050000 && parameters < 12150000, "the default model has %lld parameters, not 12.1 M", parameters);
+    check(parameters > 12050000 && parameters < 12150000, "the default model has %lld parameters, not 12.1 M",
+          parameters);
     const char *error = megalodon_preset("mega9000", &unknown);
     check(error && strstr(error, "mega9000"), "an unknown preset is not named: %s", error ? error : "no error");
     for (const MegalodonPreset *p = megalodon_presets; p->name && error; p++)

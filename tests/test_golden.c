@@ -72,8 +72,8 @@ static const char *compare_tensor(Run *run, const SafetensorsTensor *want, Megal
     return error;
 }
 
-/* Compares every tensor of the file whose name is PREFIX + the name of one of the model's tensors of this kind. One that
- * the model does not have is an error, but among activations, where each side may know more than the other. */
+/* Compares every tensor of the file whose name is PREFIX + the name of one of the model's tensors of this kind. One
+ * that the model does not have is an error, but among activations, where each side may know more than the other. */
 static const char *compare_kind(Run *run, const char *prefix, MegalodonKind kind, double tolerance) {
     const char *error = NULL;
     int B, n;
@@ -125,7 +125,8 @@ static const char *read_integers(const SafetensorsTensor *tensor, int64_t low, i
 static const char *read_inputs(Run *run) {
     const char *format = safetensors_metadata(run->file, "format"), *text = safetensors_metadata(run->file, "config");
     if (!format || strcmp(format, "megalodon-fixture-1") != 0)
-        return errorf("expected the format \"megalodon-fixture-1\" in __metadata__, found %.80s", format ? format : "none");
+        return errorf("expected the format \"megalodon-fixture-1\" in __metadata__, found %.80s",
+                      format ? format : "none");
     if (!text) return "expected \"config\" in __metadata__, found none";
     const char *error = checkpoint_config_parse(text, &run->config);
     if (error) return error;
@@ -140,7 +141,8 @@ static const char *read_inputs(Run *run) {
     if (!error) error = find_tensor(run->file, "input.tokens", 2, &tokens);
     if (!error) error = find_tensor(run->file, "input.targets", 2, &targets);
     if (error) return error;
-    if (tokens->size < 1 || tokens->size > INT32_MAX / 2 || memcmp(tokens->dims, targets->dims, 2 * sizeof *tokens->dims))
+    if (tokens->size < 1 || tokens->size > INT32_MAX / 2 ||
+        memcmp(tokens->dims, targets->dims, 2 * sizeof *tokens->dims) != 0)
         return "input.tokens and input.targets: expected equal shapes of at least one token";
     run->B = (int)tokens->dims[0];
     run->T = (int)tokens->dims[1];

@@ -70,8 +70,8 @@ static double *run_parts(Setup *s, const int *parts, int num_parts) {
 static void check_splits(const char *name, const MegalodonConfig *config, bool training) {
     int C = config->chunk_size;
     const struct { int parts[8], count; } splits[] = {
-        {{1}, 1}, {{C - 1}, 1}, {{C}, 1}, {{C + 1}, 1}, {{2, 3, 5, 7, 11, 13, 17, 3}, 8}, {{37, 24}, 2}, {{T - 1, 1}, 2},
-        {{1, T - 1}, 2}, {{C - 1, 2, C - 1, 1}, 4}, {{2 * C, 1}, 2},
+        {{1}, 1}, {{C - 1}, 1}, {{C}, 1}, {{C + 1}, 1}, {{2, 3, 5, 7, 11, 13, 17, 3}, 8}, {{37, 24}, 2},
+        {{T - 1, 1}, 2}, {{1, T - 1}, 2}, {{C - 1, 2, C - 1, 1}, 4}, {{2 * C, 1}, 2},
     };
     for (int precision = 0; precision < 2; precision++) {
         Setup s;

@@ -187,7 +187,8 @@ static void check_threads(void) {
         ours[3] = snapshot(model, &config, MEGALODON_MOMENT2, &bytes[3]);
         for (int i = 0; i < 4; i++) {
             if (threads == 1) reference[i] = ours[i];
-            else check(!memcmp(ours[i], reference[i], bytes[i]), "%s differ between 1 and %d threads", names[i], threads);
+            else check(!memcmp(ours[i], reference[i], bytes[i]), "%s differ between 1 and %d threads", names[i],
+                       threads);
             if (threads > 1) free(ours[i]);
         }
         backend->destroy(model);
@@ -271,8 +272,8 @@ static void check_clipping(void) {
         check(fabs(norm / (cases[i].gradient * root) - 1) < 1e-5, "case %zu: gradient norm %g, not %g", i, norm,
               cases[i].gradient * root);
         must(backend->get(model, MEGALODON_MOMENT1, "layers.1.mega.gamma", moment, MEGALODON_F32));
-        check(fabs(moment[5] / (0.1 * cases[i].used) - 1) < 1e-5, "case %zu: a gradient of %g was used as %g, not %g", i,
-              cases[i].gradient, moment[5] / 0.1, cases[i].used);
+        check(fabs(moment[5] / (0.1 * cases[i].used) - 1) < 1e-5, "case %zu: a gradient of %g was used as %g, not %g",
+              i, cases[i].gradient, moment[5] / 0.1, cases[i].used);
         backend->destroy(model);
     }
 }

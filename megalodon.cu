@@ -1,0 +1,1561 @@
+/* megalodon.cu - Megalodon on a CUDA device: the backend megalodon_cuda.
+ *
+ * It mirrors megalodon.c: components carry the same names and argument orders, and the model's functions come in the same
+ * order. The kernels stand in cuda/, in the order of that file:
+ *
+ *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
+ *   cuda/matmul.cuh        cuBLAS, the linear layer
+ *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh  cuda/pointwise.cuh
+ *
+ * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and dropout; a
+ * residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's inputs anyway writes that
+ * activation once more, and everything temporary lives in one scratch stack whose size create() measures by a dry run.
+ */
+#include <cfloat>
+#include <cmath>
+#include <cstdarg>
+#include <cstring>
+#include <vector>
+
+#include "cuda/attention.cuh"
+#include "cuda/cema.cuh"
+#include "cuda/megalodon_cuda.h"
+#include "cuda/norms.cuh"
+#include "cuda/pointwise.cuh"
+#include "cuda/queries.cuh"
+#include "cuda/timestepnorm.cuh"
+
+/* The error sentence of this thread. */
+static const char *errorf(const char *format, ...) {
+    static thread_local char message[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    return message;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 1. Kernels of the model: AdamW, norm of the gradients, the working copy of the weights
+ */
+
+enum { ARENA_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
+
+/* Numbers on the device that one step's kernels hand to each other. */
+struct Scalars {
+    double loss, norm;
+    float clip;         /* factor of the gradients, 0 where the norm is not finite: then nothing may change */
+};
+
+/* computes: partial[block] = sum of g[i]^2 over the block's 65536 gradients
+ * launch:   grid ceil(count / 65536), block 256: a thread adds every 256th vector
+ * traffic:  4 count bytes
+ * needs:    count a multiple of 4
+ * numerics: double, fixed order: deterministic, the same on every device */
+__global__ static void square_sums_kernel(double *partial, const float *g, int64_t count) {
+    __shared__ double shared[UPDATE_THREADS / WARP_SIZE];
+    int64_t first = (int64_t)blockIdx.x * NORM_CHUNK, last = min(first + NORM_CHUNK, count);
+    double sum = 0;
+    float value[UPDATE_VEC];
+    for (int64_t i = first + threadIdx.x * UPDATE_VEC; i < last; i += UPDATE_THREADS * UPDATE_VEC) {
+        load<UPDATE_VEC>(value, g + i);
+#pragma unroll
+        for (int j = 0; j < UPDATE_VEC; j++) sum += (double)value[j] * value[j];
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+/* computes: norm = sqrt of the sum of the partial sums; clip = the factor that brings it down to `largest` (0: no clipping)
+ * launch:   one block of 1024: a thread adds every 1024th
+ * traffic:  8 count bytes
+ * needs:    nothing
+ * numerics: double, fixed order: deterministic */
+__global__ static void clip_kernel(Scalars *scalars, const double *partial, int64_t count, double largest) {
+    __shared__ double shared[SUM_THREADS / WARP_SIZE];
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < count; i += SUM_THREADS) sum += partial[i];
+    sum = sqrt(block_sum(sum, shared));
+    if (threadIdx.x != 0) return;
+    scalars->norm = sum;
+    scalars->clip = !isfinite(sum) ? 0.0f : largest > 0 && sum > largest ? (float)(largest / sum) : 1.0f;
+}
+
+struct AdamW {
+    float b1, b2, lr, eps, correction1, correction2, decay;
+};
+
+/* computes: g' = clip g;  m1 = b1 m1 + (1-b1) g';  m2 = b2 m2 + (1-b2) g'^2;
+ *           w = decay w - lr (m1 correction1) / (sqrt(m2 correction2) + eps);  copy = bf16 of w, if there is one
+ * launch:   grid ceil(count / 1024), block 256: a thread owns 4 parameters
+ * traffic:  28 count bytes, and 2 count for the copy
+ * needs:    count a multiple of 4
+ * numerics: float; clip 0 (a norm that is not finite) changes nothing */
+__global__ static void adamw_kernel(float *w, bf16 *copy, float *m1, float *m2, const float *g, const Scalars *scalars,
+                                    int64_t count, AdamW adamw) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * UPDATE_VEC;
+    float clip = scalars->clip, weight[UPDATE_VEC], first[UPDATE_VEC], second[UPDATE_VEC], grad[UPDATE_VEC];
+    if (at >= count || clip == 0) return;
+    load<UPDATE_VEC>(weight, w + at);
+    load<UPDATE_VEC>(first, m1 + at);
+    load<UPDATE_VEC>(second, m2 + at);
+    load<UPDATE_VEC>(grad, g + at);
+#pragma unroll
+    for (int i = 0; i < UPDATE_VEC; i++) {
+        float gradient = grad[i] * clip;
+        first[i] = adamw.b1 * first[i] + (1 - adamw.b1) * gradient;
+        second[i] = adamw.b2 * second[i] + (1 - adamw.b2) * gradient * gradient;
+        weight[i] = adamw.decay * weight[i] -
+                    adamw.lr * (first[i] * adamw.correction1) / (sqrtf(second[i] * adamw.correction2) + adamw.eps);
+    }
+    store<UPDATE_VEC>(w + at, weight);
+    store<UPDATE_VEC>(m1 + at, first);
+    store<UPDATE_VEC>(m2 + at, second);
+    if (copy) store<UPDATE_VEC>(copy + at, weight);
+}
+
+/* computes: to[i] = from[i] in another type
+ * launch:   grid ceil(count / 256), block 256: a thread owns an element
+ * traffic:  (sizeof(O) + sizeof(I)) count bytes
+ * needs:    nothing
+ * numerics: round to nearest */
+template <typename O, typename I> __global__ void convert_kernel(O *to, const I *from, int64_t count) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) to[i] = from_float<O>(to_float(from[i]));
+}
+template <typename O, typename I> static void convert(Context *context, O *to, const I *from, int64_t count) {
+    LAUNCH((convert_kernel<O, I>), blocks_for(count, 256), 256, context, to, from, count);
+}
+
+/* computes: out[b] = in[b] (0 where there is no state) + steps
+ * launch:   grid ceil(B / 256), block 256: a thread owns a row of the batch
+ * traffic:  16 B bytes
+ * needs:    nothing; out may be in
+ * numerics: integers */
+__global__ static void count_kernel(int64_t *out, const int64_t *in, int64_t steps, int B) {
+    int b = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (b < B) out[b] = (in ? in[b] : 0) + steps;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 2. The model
+ */
+
+/* Activations that are statistics: float whatever the activation type is. */
+static constexpr bool same(const char *a, const char *b) { return *a == *b && (*a == 0 || same(a + 1, b + 1)); }
+static constexpr bool is_statistic(const char *field) {
+    return same(field, "mean") || same(field, "var") || same(field, "c_rstd") || same(field, "lse") ||
+           same(field, "y_mean") || same(field, "y_rstd") || same(field, "final_mean") || same(field, "final_var") ||
+           same(field, "nll");
+}
+
+/* The structs mirror the lists of megalodon.h: a pointer for each tensor, NULL where the configuration has none. */
+#define X(field, name, shape, ...) P *field;
+template <typename P> struct LayerParams { MEGALODON_LAYER_PARAMS(X) };
+template <typename P> struct ModelParams { MEGALODON_MODEL_PARAMS(X) };
+#undef X
+#define X(field, name, shape, ...) std::conditional_t<is_statistic(#field), float, T> *field;
+template <typename T> struct LayerActs { MEGALODON_LAYER_ACTS(X) };
+template <typename T> struct ModelActs { MEGALODON_MODEL_ACTS(X) };
+#undef X
+
+/* k and v have room for C tokens a row, the first n of them in use. */
+template <typename T> struct LayerState {
+    double *norm_mean, *norm_var;
+    float *cema;
+    T *k, *v;
+};
+/* The state of B rows after count[b] tokens. */
+template <typename T> struct State {
+    int B, n;
+    int64_t *count;                        /* (B) on the device */
+    std::vector<LayerState<T>> layers;
+    double *final_mean, *final_var;        /* (B,G) */
+};
+
+enum Kept { SAVED, CHEAP, LOGITS };
+
+constexpr size_t LOGIT_BYTES = (size_t)128 << 20, CUBLAS_WORKSPACE = (size_t)32 << 20;
+enum { SMALLEST_LOGIT_ROWS = 128 };
+
+/* What the two precisions share, and what the table's functions see. */
+struct MegalodonModel {
+    MegalodonConfig config;
+    MegalodonOptions options;
+    MegalodonMemory memory;
+    Context context;
+    std::vector<void *> arenas;            /* device memory, freed by destroy */
+    std::vector<MegalodonTensor> params;   /* the list of parameters and each one's place in the arenas below */
+    std::vector<int64_t> offset;
+    int64_t arena_size;                    /* numbers in one arena, padding included (always zero) */
+    float *weights, *grads, *moment1, *moment2;
+    bool weights_changed;                  /* by set, since the working copy and CEMA's coefficients were made */
+    std::vector<LayerParams<float>> masters, dlayers;
+    ModelParams<float> dtop;
+    std::vector<CemaCoefficients> coef;
+    float2 *rope;                          /* (C,z/2) */
+    double *norm_partials;
+    Scalars *scalars, *host_scalars;
+    float *last_logits;                    /* (B,V) */
+
+    MegalodonBatch batch;                  /* the last forward's */
+    bool carried, have_dstate_out, can_backward;
+    /* One block of memory for all that a step uploads, on the host (pinned) and on the device. */
+    char *host_upload, *device_upload;
+    size_t upload_bytes;
+    cudaEvent_t uploaded;
+    int32_t *tokens, *targets;             /* on the device */
+    EmbeddingPlan plan;                    /* arrays on the device */
+    std::vector<int32_t> token_counts;
+    /* Generation repeats one short pass: it is recorded once for its batch size and replayed. */
+    cudaGraphExec_t step_graph;
+    int step_rows;                         /* batch size of the recorded pass; 0: none */
+    virtual ~MegalodonModel() {}
+};
+
+template <typename T> struct Model : MegalodonModel {
+    T *copy;                               /* the weights in T: the weights themselves, or a bf16 copy */
+    std::vector<LayerParams<T>> layers;
+    ModelParams<T> top;
+    std::vector<LayerActs<T>> acts;
+    ModelActs<T> top_acts;
+    float *logit_lse;                      /* (B,T) */
+    T *last;                               /* (B,D) final_norm of the last position */
+    State<T> state, state_in, dstate_in, dstate_out;
+};
+
+/* An arena is laid out twice by the same code: once to learn its size, once for real. The first time its addresses are
+ * made up (not null, since null means absent). */
+struct Arena {
+    char *base;
+    size_t used;
+};
+template <typename P> static P *take(Arena *arena, int64_t count) {
+    size_t at = arena->used;
+    arena->used += ((size_t)count * sizeof(P) + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+    return (P *)((uintptr_t)arena->base + at);
+}
+
+static bool is_present(const MegalodonConfig *c, MegalodonPresence presence) {
+    switch (presence) {
+    case MEGALODON_IF_AFFINE: return c->norm_affine;
+    case MEGALODON_IF_SWIGLU: return c->swiglu;
+    case MEGALODON_IF_RESCALE: return c->rescale_nffn;
+    case MEGALODON_IF_UNTIED: return !c->share_emb;
+    default: return true;
+    }
+}
+
+static int64_t element_count(const MegalodonModel *m, const char *shape, int B, int T, int n) {
+    int64_t dims[MEGALODON_MAX_DIMS], size = 1;
+    int ndim = megalodon_shape(shape, &m->config, B, T, n, dims);
+    for (int i = 0; i < ndim; i++) size *= dims[i];
+    return size;
+}
+
+template <typename T> static void layout_weights(Model<T> *m, Arena *arena) {
+    m->weights = take<float>(arena, m->arena_size);
+    m->copy = std::is_same<T, float>::value ? (T *)m->weights : take<T>(arena, m->arena_size);
+}
+template <typename T> static void layout_gradients(Model<T> *m, Arena *arena) {
+    if (m->options.training) m->grads = take<float>(arena, m->arena_size);
+}
+template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
+    if (!m->options.training) return;
+    m->moment1 = take<float>(arena, m->arena_size);
+    m->moment2 = take<float>(arena, m->arena_size);
+}
+
+/* An activation's own memory for the largest batch. CHEAP ones have none unless all are kept: whoever computes one borrows
+ * scratch. Without a backward, layers share: `earlier` is what an earlier layer has (NULL: take). */
+template <typename P>
+static P *take_activation(const MegalodonModel *m, Arena *arena, const char *shape, Kept kept, MegalodonPresence presence,
+                          P *earlier) {
+    const MegalodonOptions *o = &m->options;
+    if (!is_present(&m->config, presence) || (kept != SAVED && !o->keep_activations)) return nullptr;
+    if (earlier && !o->keep_activations && !o->training) return earlier;
+    return take<P>(arena, element_count(m, shape, o->max_batch, o->max_length, 0));
+}
+
+template <typename T> static void layout_activations(Model<T> *m, Arena *arena) {
+    int64_t rows = (int64_t)m->options.max_batch * m->options.max_length;
+    for (int l = 0; l < m->config.num_layers; l++) {
+        /* A block reads the output of the one before while it writes its own: those alternate between two buffers. */
+#define X(field, name, shape, kept, presence)                                                               \
+    m->acts[l].field = take_activation(m, arena, shape, kept, presence,                                     \
+                                       l < (same(#field, "out") ? 2 : 1) ? (decltype(m->acts[l].field)) nullptr \
+                                       : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
+        MEGALODON_LAYER_ACTS(X)
+#undef X
+    }
+#define X(field, name, shape, kept, presence)                                                               \
+    m->top_acts.field = take_activation(m, arena, shape, kept, presence, (decltype(m->top_acts.field)) nullptr);
+    MEGALODON_MODEL_ACTS(X)
+#undef X
+    m->logit_lse = take<float>(arena, rows);
+    m->last = take<T>(arena, (int64_t)m->options.max_batch * m->config.model_dim);
+}
+
+template <typename T> static void take_state(const Model<T> *m, Arena *arena, State<T> *state) {
+    const MegalodonConfig *c = &m->config;
+    int64_t B = m->options.max_batch, statistics = B * c->norm_num_groups;
+    state->count = take<int64_t>(arena, B);
+    for (LayerState<T> &layer : state->layers) {
+        layer.norm_mean = take<double>(arena, statistics);
+        layer.norm_var = take<double>(arena, statistics);
+        layer.cema = take<float>(arena, B * c->model_dim * c->cema_ndim * 2);
+        layer.k = take<T>(arena, B * c->chunk_size * c->z_dim);
+        layer.v = take<T>(arena, B * c->chunk_size * c->value_dim);
+    }
+    state->final_mean = take<double>(arena, statistics);
+    state->final_var = take<double>(arena, statistics);
+}
+
+static bool keeps_state(const MegalodonModel *m) { return m->options.carry || !m->options.training; }
+
+/* Training keeps the incoming state for the backward; inference moves one state on in place. */
+template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
+    if (!keeps_state(m)) return;
+    take_state(m, arena, &m->state);
+    m->state_in = m->state;
+    if (!m->options.training) return;
+    take_state(m, arena, &m->state_in);
+    if (!m->options.state_gradients) return;
+    take_state(m, arena, &m->dstate_in);
+    take_state(m, arena, &m->dstate_out);
+}
+
+template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
+    const MegalodonConfig *c = &m->config;
+    int64_t rows = (int64_t)m->options.max_batch * m->options.max_length, states = (int64_t)c->model_dim * c->cema_ndim;
+    for (CemaCoefficients &coef : m->coef)
+        coef = cema_coefficients_at(take<float>(arena, states * NUM_CEMA_COEFFICIENTS), c->model_dim, c->cema_ndim);
+    m->rope = take<float2>(arena, (int64_t)c->chunk_size * (c->z_dim / c->num_heads / 2));
+    m->norm_partials = take<double>(arena, ceil_div(m->arena_size, NORM_CHUNK));
+    m->scalars = take<Scalars>(arena, 1);
+    m->last_logits = take<float>(arena, (int64_t)m->options.max_batch * c->vocab_size);
+    m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
+
+    Arena upload = {arena->base + arena->used, 0};
+    m->tokens = take<int32_t>(&upload, rows);
+    m->targets = take<int32_t>(&upload, rows);
+    if (m->options.training) {
+        m->plan.order = take<int32_t>(&upload, rows);
+        m->plan.segments = take<Segment>(&upload, max_segments(rows, c->vocab_size));
+        m->plan.groups = take<SegmentGroup>(&upload, max_partials(rows));
+    }
+    m->device_upload = take<char>(arena, (int64_t)upload.used);
+    m->upload_bytes = upload.used;
+}
+
+template <typename T> static void layout_scratch(Model<T> *m, Arena *arena) {
+    m->context.scratch = take<char>(arena, (int64_t)m->context.scratch_bytes);
+}
+
+static int find_param(const MegalodonModel *m, const char *name) {
+    for (size_t i = 0; i < m->params.size(); i++)
+        if (strcmp(m->params[i].name, name) == 0) return (int)i;
+    return -1;
+}
+
+template <typename P> static P *param_in(const MegalodonModel *m, P *arena, int layer, const char *name) {
+    char full[MEGALODON_MAX_NAME];
+    if (layer >= 0) snprintf(full, sizeof full, "layers.%d.%s", layer, name);
+    else snprintf(full, sizeof full, "%s", name);
+    int i = find_param(m, full);
+    return i < 0 || !arena ? nullptr : arena + m->offset[(size_t)i];
+}
+
+template <typename P>
+static void point_params(const MegalodonModel *m, P *arena, std::vector<LayerParams<P>> *layers, ModelParams<P> *top) {
+    for (int l = 0; l < m->config.num_layers; l++) {
+#define X(field, name, ...) (*layers)[(size_t)l].field = param_in(m, arena, l, name);
+        MEGALODON_LAYER_PARAMS(X)
+#undef X
+    }
+#define X(field, name, ...) top->field = param_in(m, arena, -1, name);
+    MEGALODON_MODEL_PARAMS(X)
+#undef X
+    if (m->config.share_emb) top->output_weight = top->embed_weight;
+}
+
+template <typename T> static void point_all_params(Model<T> *m) {
+    ModelParams<float> unused;
+    point_params(m, m->weights, &m->masters, &unused);
+    point_params(m, m->copy, &m->layers, &m->top);
+    point_params(m, m->grads, &m->dlayers, &m->dtop);
+}
+
+/* ---- forward ---- */
+
+/* The dropout of a site in the last forward: none where the batch has none. */
+static Dropout dropout_at(const MegalodonModel *m, double p, int layer, MegalodonSite site) {
+    if (!m->batch.dropout || p == 0) return no_dropout();
+    return make_dropout(p, megalodon_dropout_key(m->batch.seed, m->batch.step, layer, site));
+}
+
+/* Memory for a CHEAP activation: its own if all are kept, else scratch. */
+template <typename T> static T *room(MegalodonModel *m, T *own, int64_t count) {
+    return own ? own : take<T>(&m->context, count);
+}
+
+static int64_t tokens_before(const MegalodonModel *m, int n) { return m->carried ? n : 0; }
+
+template <typename T> static AttentionKeys<T> attention_keys(const Model<T> *m, int l, const T *v) {
+    const MegalodonConfig *c = &m->config;
+    AttentionKeys<T> keys = {m->acts[l].k, v, nullptr, nullptr, tokens_before(m, m->state_in.n), c->chunk_size, m->batch.B,
+                             m->batch.T, c->num_heads, c->z_dim / c->num_heads, c->value_dim / c->num_heads,
+                             c->chunk_size};
+    if (m->carried) keys.k_in = m->state_in.layers[l].k, keys.v_in = m->state_in.layers[l].v;
+    return keys;
+}
+
+template <typename T> static QueryShape query_shape(const Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    const int64_t *count = m->carried ? m->state_in.count : nullptr;
+    return QueryShape{(int64_t)m->batch.B * m->batch.T, count, m->batch.T, c->num_heads, c->z_dim / c->num_heads,
+                      c->chunk_size};
+}
+
+/* a = attention(q, k, v), and the state that it leaves. One token a row at a time, without a backward, has kernels of
+ * its own, which add the token to the state in place. */
+template <typename T> static void model_attention(Model<T> *m, int l, const T *v) {
+    const MegalodonConfig *c = &m->config;
+    LayerActs<T> *a = &m->acts[l];
+    int64_t B = m->batch.B, steps = m->batch.T, Z = c->z_dim, E = c->value_dim, H = c->num_heads, C = c->chunk_size;
+    int64_t n = tokens_before(m, m->state_in.n);
+    Dropout dropout = dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION);
+    if (steps == 1 && !m->options.training && dropout.threshold == 0) {
+        attention_step(&m->context, a->a, a->lse, a->q, a->k, v, m->state.layers[l].k, m->state.layers[l].v,
+                       m->state_in.count, B, H, Z / H, E / H, C);
+        return;
+    }
+    attention_forward(&m->context, a->a, a->lse, a->q, attention_keys(m, l, v), dropout);
+    if (!keeps_state(m)) return;
+    const LayerState<T> *in = &m->state_in.layers[l], *out = &m->state.layers[l];
+    attention_state_forward(&m->context, out->k, in->k, a->k, n, C, B, steps, Z, C);
+    attention_state_forward(&m->context, out->v, in->v, v, n, C, B, steps, E, C);
+}
+
+/* The mega half of a block:  y = m Wh1^T + bh1 + (a r) Wh2^T + x. x (B,T,D) is the block's input. */
+template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    const LayerState<T> none = {}, *in = m->carried ? &m->state_in.layers[l] : &none;
+    const LayerState<T> *out = keeps_state(m) ? &m->state.layers[l] : &none;
+    LayerActs<T> *a = &m->acts[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim, E = c->value_dim;
+    float eps = (float)c->norm_eps;
+
+    T *u = room(m, a->u, rows * D), *mm = room(m, a->m, rows * D), *v = room(m, a->v, rows * E);
+    timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count, in->norm_mean,
+                         in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D, c->norm_num_groups, eps);
+    linear_forward<T>(context, a->vv, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D);
+    silu_forward(context, v, a->vv, rows * E);
+    cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D, c->cema_ndim);
+    rmsnorm_forward(context, mm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, eps,
+                    dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    linear_forward<T>(context, a->zz, mm, w->wz_weight, w->wz_bias, nullptr, rows, Z, D);
+    queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
+    model_attention(m, l, v);
+    linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
+    T *ar = a->ar ? a->ar : v;   // v is not needed any more
+    silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+
+    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
+    const T *residual = dropout.threshold ? nullptr : x;   // dropout stands between the products and the residual
+    linear_forward<T>(context, a->y, mm, w->wh1_weight, w->wh1_bias, residual, rows, D, D);
+    linear_forward<T>(context, a->y, ar, w->wh2_weight, nullptr, a->y, rows, D, E);
+    if (dropout.threshold) rescale_forward<T>(context, a->y, nullptr, a->y, x, nullptr, rows, D, dropout);
+}
+
+/* The feed-forward half:  out = alpha * fc2(hidden) + x: the second hop skips from the block's input, not from y. */
+template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    LayerActs<T> *a = &m->acts[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
+
+    T *n = room(m, a->n, rows * D), *hidden = room(m, a->hidden, rows * F);
+    layernorm_forward(context, n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D, (float)c->norm_eps);
+    linear_forward<T>(context, a->f1, n, w->fc1_weight, nullptr, nullptr, rows, F, D);
+    if (c->swiglu) linear_forward<T>(context, a->f3, n, w->fc3_weight, nullptr, nullptr, rows, F, D);
+    swiglu_forward<T>(context, hidden, a->f1, a->f3, rows * F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
+    if (!c->rescale_nffn && dropout.threshold == 0) {
+        linear_forward<T>(context, a->out, hidden, w->fc2_weight, nullptr, x, rows, D, F);
+        return;
+    }
+    T *f = c->rescale_nffn ? a->f2 : a->out;
+    linear_forward<T>(context, f, hidden, w->fc2_weight, nullptr, nullptr, rows, D, F);
+    rescale_forward<T>(context, a->out, c->rescale_nffn ? f : nullptr, f, x, w->ffn_alpha, rows, D, dropout);
+}
+
+/* ---- backward ---- */
+
+/* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays, since
+ * out = f + x hands dout on to x unchanged. */
+template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    LayerParams<float> *dw = &m->dlayers[l];
+    LayerActs<T> *a = &m->acts[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
+
+    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
+    const T *df = dx;
+    if (c->rescale_nffn || dropout.threshold) {
+        T *scaled = take<T>(context, rows * D);
+        rescale_backward<T>(context, scaled, nullptr, dw->ffn_alpha, dx, a->f2, w->ffn_alpha, rows, D, dropout);
+        df = scaled;
+    }
+    T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
+    T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
+    linear_backward<T>(context, df1, false, nullptr, nullptr, df, nullptr, w->fc2_weight, rows, D, F);
+    swiglu_backward<T>(context, df1, df3, hidden, df1, a->f1, a->f3, rows, F,
+                       dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    linear_backward<T>(context, nullptr, false, dw->fc2_weight, nullptr, df, hidden, nullptr, rows, D, F);
+    linear_backward<T>(context, dy, false, nullptr, nullptr, df1, nullptr, w->fc1_weight, rows, F, D);
+    if (c->swiglu) linear_backward<T>(context, dy, true, nullptr, nullptr, df3, nullptr, w->fc3_weight, rows, F, D);
+    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd, a->y,
+                          w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
+    linear_backward<T>(context, nullptr, false, dw->fc1_weight, nullptr, df1, n, nullptr, rows, F, D);
+    if (c->swiglu) linear_backward<T>(context, nullptr, false, dw->fc3_weight, nullptr, df3, n, nullptr, rows, F, D);
+}
+
+/* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
+template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const T *dy) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    const LayerParams<float> *master = &m->masters[l];
+    LayerParams<float> *dw = &m->dlayers[l];
+    const LayerState<T> none = {}, *in = m->carried ? &m->state_in.layers[l] : &none;
+    const LayerState<T> *din = m->carried && m->options.state_gradients ? &m->dstate_in.layers[l] : &none;
+    const LayerState<T> *dout = m->have_dstate_out ? &m->dstate_out.layers[l] : &none;
+    LayerActs<T> *a = &m->acts[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim, E = c->value_dim;
+    int64_t C = c->chunk_size, G = c->norm_num_groups, n = tokens_before(m, m->state_in.n);
+    float eps = (float)c->norm_eps;
+
+    /* y = dropout(m Wh1^T + bh1 + ar Wh2^T) + x,  ar = dropout(a silu(rr)) */
+    const T *dh = dy;
+    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
+    if (dropout.threshold) {
+        T *dropped = take<T>(context, rows * D);
+        dropout_forward<T>(context, dropped, dy, rows, D, dropout);
+        dh = dropped;
+    }
+    T *dm = take<T>(context, rows * D), *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
+    linear_backward<T>(context, da, false, nullptr, nullptr, dh, nullptr, w->wh2_weight, rows, D, E);
+    {
+        ScratchScope gated(context);
+        T *ar = room(m, a->ar, rows * E);
+        silu_gate_backward<T>(context, drr, da, ar, dw->wr_bias, da, a->rr, a->a, rows, E,
+                              dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+        linear_backward<T>(context, nullptr, false, dw->wh2_weight, nullptr, dh, ar, nullptr, rows, D, E);
+    }
+    linear_backward<T>(context, dm, false, nullptr, dw->wh1_bias, dh, nullptr, w->wh1_weight, rows, D, D);
+    linear_backward<T>(context, dm, true, nullptr, nullptr, drr, nullptr, w->wr_weight, rows, E, D);
+
+    /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z */
+    T *v = room(m, a->v, rows * E), *dv = take<T>(context, rows * E), *dzz = take<T>(context, rows * Z);
+    silu_forward(context, v, a->vv, rows * E);
+    {
+        ScratchScope queries(context);
+        T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);
+        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, a->lse, a->q, attention_keys(m, l, (const T *)v),
+                              dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION));
+        if (m->have_dstate_out) {
+            attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
+            attention_state_backward<T>(context, din->v, dv, dout->v, n, C, B, steps, E, C);
+        }
+        queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
+                            query_shape(m), eps);
+    }
+    silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
+    linear_backward<T>(context, dm, true, nullptr, nullptr, dzz, nullptr, w->wz_weight, rows, Z, D);
+
+    /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
+    T *mm = room(m, a->m, rows * D);
+    rmsnorm_backward<T>(context, dm, mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D,
+                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    linear_backward<T>(context, nullptr, false, dw->wh1_weight, nullptr, dh, mm, nullptr, rows, D, D);
+    linear_backward<T>(context, nullptr, false, dw->wr_weight, nullptr, drr, mm, nullptr, rows, E, D);
+    linear_backward<T>(context, nullptr, false, dw->wz_weight, nullptr, dzz, mm, nullptr, rows, Z, D);
+
+    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
+    T *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
+    timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, G, eps);
+    linear_backward<T>(context, du, false, dw->wv_weight, nullptr, dv, u, w->wv_weight, rows, E, D);
+    cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
+                     dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha, master->cema_delta,
+                     master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
+    timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight, dw->timenorm_bias, du,
+                             dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var, x, m->state_in.count, in->norm_mean,
+                             w->timenorm_weight, B, steps, D, G, eps);
+}
+
+/* ---- the head ---- */
+
+template <typename T> static int64_t logit_rows(const Model<T> *m, int64_t rows) {
+    int64_t fit = (int64_t)(LOGIT_BYTES / sizeof(T)) / m->config.vocab_size;
+    if (fit < SMALLEST_LOGIT_ROWS) fit = SMALLEST_LOGIT_ROWS;
+    if (fit >= rows) return rows;
+    return ceil_div(ceil_div(rows, ceil_div(rows, fit)), 8) * 8;   // blocks of about the same size
+}
+
+/* logits = final Wout^T, a block of rows at a time:  nll = cross_entropy(logits, targets) */
+template <typename T> static void head_forward(Model<T> *m, const T *final) {
+    const MegalodonConfig *c = &m->config;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size, block = logit_rows(m, rows);
+    if (!m->batch.targets && !m->top_acts.logits) return;
+    ScratchScope scope(&m->context);
+    T *memory = m->top_acts.logits ? nullptr : take<T>(&m->context, (block + 8) * V);
+    for (int64_t r = 0; r < rows; r += block) {
+        int64_t count = rows - r < block ? rows - r : block;
+        T *logits = m->top_acts.logits ? m->top_acts.logits + r * V : memory;
+        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count, V, D);
+        if (m->batch.targets)
+            cross_entropy_forward<T>(&m->context, m->top_acts.nll + r, m->logit_lse + r, logits, m->targets + r, count, V);
+    }
+}
+
+/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;  dWout += ... */
+template <typename T> static void head_backward(Model<T> *m, T *dfinal, const T *final, float scale) {
+    const MegalodonConfig *c = &m->config;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size, block = logit_rows(m, rows);
+    ScratchScope scope(&m->context);
+    T *logits = take<T>(&m->context, (block + 8) * V);
+    for (int64_t r = 0; r < rows; r += block) {
+        int64_t count = rows - r < block ? rows - r : block;
+        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count, V, D);
+        cross_entropy_backward<T>(&m->context, logits, nullptr, scale, logits, m->logit_lse + r, m->targets + r, count, V);
+        linear_backward<T>(&m->context, dfinal + r * D, false, m->dtop.output_weight, nullptr, logits, final + r * D,
+                           m->top.output_weight, count, V, D);
+    }
+}
+
+/* ---- whole passes: no error, no wait, so that a dry run can make them too ---- */
+
+static float embedding_scale(const MegalodonConfig *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1.0f; }
+
+template <typename T> static void forward_pass(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim;
+    T *x = m->top_acts.embed;
+    embedding_forward<T>(context, x, m->tokens, m->top.embed_weight, embedding_scale(c), rows, D,
+                         dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
+    for (int l = 0; l < c->num_layers; l++) {
+        mega_forward<T>(m, l, x);
+        ffn_forward<T>(m, l, x);
+        x = m->acts[l].out;
+    }
+    ModelActs<T> *a = &m->top_acts;
+    T *final = room(m, a->final, rows * D);
+    bool keeps = keeps_state(m);
+    timestepnorm_forward<T>(context, final, a->final_mean, a->final_var, keeps ? m->state.final_mean : nullptr,
+                            keeps ? m->state.final_var : nullptr, x, m->state_in.count,
+                            m->carried ? m->state_in.final_mean : nullptr, m->carried ? m->state_in.final_var : nullptr,
+                            m->top.final_weight, m->top.final_bias, B, steps, D, c->norm_num_groups, (float)c->norm_eps);
+    if (keeps)
+        LAUNCH(count_kernel, blocks_for(B, 256), 256, context, m->state.count, m->carried ? m->state_in.count : nullptr, steps,
+               (int)B);
+    copy_rows(context, m->last, (size_t)D * sizeof(T), final + (steps - 1) * D, (size_t)(steps * D) * sizeof(T),
+              (size_t)D * sizeof(T), (size_t)B);
+    head_forward<T>(m, final);
+}
+
+template <typename T> static void backward_pass(Model<T> *m, double scale) {
+    const MegalodonConfig *c = &m->config;
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, G = c->norm_num_groups;
+    bool din = m->carried && m->options.state_gradients;
+    float eps = (float)c->norm_eps;
+    ModelActs<T> *a = &m->top_acts;
+    const T *last = m->acts[c->num_layers - 1].out;
+    T *dx = take<T>(context, rows * D), *dy = take<T>(context, rows * D);
+    {
+        ScratchScope head(context);
+        T *final = room(m, a->final, rows * D);
+        timestepnorm_again<T>(context, final, a->final_mean, a->final_var, last, m->top.final_weight, m->top.final_bias, rows,
+                              D, G, eps);
+        head_backward<T>(m, dx, final, (float)scale);
+    }
+    timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr, din ? m->dstate_in.final_var : nullptr,
+                             m->dtop.final_weight, m->dtop.final_bias, dx,
+                             m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
+                             m->have_dstate_out ? m->dstate_out.final_var : nullptr, nullptr, nullptr, a->final_mean,
+                             a->final_var, last, m->state_in.count, m->carried ? m->state_in.final_mean : nullptr,
+                             m->top.final_weight, B, steps, D, G, eps);
+    for (int l = c->num_layers - 1; l >= 0; l--) {
+        ffn_backward<T>(m, l, dx, dy);
+        mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
+    }
+    embedding_backward<T>(context, m->dtop.embed_weight, dx, m->plan, embedding_scale(c), rows, D,
+                          dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
+}
+
+/* ---- create and destroy ---- */
+
+/* Walks through the largest passes without launching anything: the high-water mark of scratch is what a step needs.
+ * Every launcher's need grows with B, T and with n > 0, so that these passes stand for all. */
+template <typename T> static size_t measure_scratch(Model<T> *m) {
+    Context *context = &m->context;
+    context->dry_run = true;
+    context->scratch = nullptr;
+    context->scratch_used = context->scratch_peak = 0;
+    static const int32_t some_target = 0;
+    const int lengths[] = {1, m->options.max_length};
+    for (int steps : lengths) {
+        m->batch = MegalodonBatch{};
+        m->batch.B = m->options.max_batch, m->batch.T = steps;
+        m->batch.targets = &some_target;
+        m->batch.dropout = true;
+        for (int with_dropout = 0; with_dropout < 2; with_dropout++) {
+            m->batch.dropout = with_dropout;
+            m->carried = keeps_state(m);
+            m->state_in.n = m->config.chunk_size > 1 && m->carried ? 1 : 0;
+            m->have_dstate_out = m->options.training && m->options.state_gradients;
+            forward_pass(m);
+            if (m->options.training) backward_pass(m, 1);
+        }
+    }
+    size_t peak = context->scratch_peak;
+    m->batch = MegalodonBatch{};
+    m->carried = m->have_dstate_out = false;
+    m->state_in.n = 0;
+    context->dry_run = false;
+    context->scratch_peak = 0;
+    return peak;
+}
+
+/* Sizes an arena with its layout function. */
+template <typename T> static size_t measure(Model<T> *m, void (*layout)(Model<T> *, Arena *)) {
+    Arena arena = {(char *)(uintptr_t)SCRATCH_ALIGN, 0};
+    layout(m, &arena);
+    return arena.used;
+}
+
+/* Allocates an arena zeroed, and lays it out. */
+template <typename T> static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *), int64_t *bytes) {
+    Arena arena = {nullptr, 0};
+    size_t size = measure(m, layout);
+    if (size == 0) return nullptr;
+    if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
+        cudaGetLastError();   // the refusal is reported here and must not be found again later
+        return errorf("out of device memory: asked for %.2f GiB", (double)size / (1 << 30));
+    }
+    m->arenas.push_back(arena.base);
+    CHECK_CUDA(cudaMemset(arena.base, 0, size));
+    *bytes += (int64_t)size;
+    layout(m, &arena);
+    return nullptr;
+}
+
+template <typename T> static const char *build(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    size_t L = (size_t)c->num_layers;
+    m->params.resize((size_t)megalodon_tensors(c, MEGALODON_PARAM, 1, 1, 0, nullptr, 0));
+    megalodon_tensors(c, MEGALODON_PARAM, 1, 1, 0, m->params.data(), (int)m->params.size());
+    for (const MegalodonTensor &tensor : m->params) {
+        m->offset.push_back(m->arena_size);
+        m->arena_size += ceil_div(tensor.size, ARENA_ALIGN) * ARENA_ALIGN;
+    }
+    m->masters.resize(L), m->dlayers.resize(L), m->layers.resize(L), m->acts.resize(L), m->coef.resize(L);
+    State<T> *states[] = {&m->state, &m->state_in, &m->dstate_in, &m->dstate_out};
+    for (State<T> *state : states) state->layers.resize(L);
+    m->token_counts.resize((size_t)c->vocab_size);
+
+    struct { void (*layout)(Model<T> *, Arena *); int64_t *bytes; } const arenas[] = {
+        {layout_weights<T>, &m->memory.parameters},     {layout_gradients<T>, &m->memory.gradients},
+        {layout_moments<T>, &m->memory.moments},        {layout_activations<T>, &m->memory.activations},
+        {layout_state<T>, &m->memory.state},            {layout_workspace<T>, &m->memory.workspace},
+        {layout_scratch<T>, &m->memory.workspace}};
+    size_t needed = 0, available = 0, all = 0;
+    for (const auto &arena : arenas) {
+        if (arena.layout == layout_scratch<T>) {
+            point_all_params(m);
+            m->context.scratch_bytes = measure_scratch(m);
+        }
+        needed += measure(m, arena.layout);
+    }
+    CHECK_CUDA(cudaMemGetInfo(&available, &all));
+    if (needed > available)
+        return errorf("this model needs %.2f GiB of device memory (%zu bytes) and %.2f GiB are free (%zu bytes): make it "
+                      "smaller, or the batch, or the sequence", (double)needed / (1 << 30), needed,
+                      (double)available / (1 << 30), available);
+    for (const auto &arena : arenas) {
+        const char *error = build_arena(m, arena.layout, arena.bytes);
+        if (error) return error;
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());   // the zeros came by the default stream, which the model's does not wait for
+    point_all_params(m);
+    CHECK_CUDA(cudaMallocHost((void **)&m->host_upload, m->upload_bytes));
+    CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
+    CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace, m->context.cublas_workspace_bytes));
+    rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    return nullptr;
+}
+
+static void start_context(Context *context, bool own_stream) {
+    int device = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&context->num_sms, cudaDevAttrMultiProcessorCount, device));
+    if (own_stream) CHECK_CUDA(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking));
+    CHECK_CUBLAS(cublasCreate(&context->cublas));
+    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
+    CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
+    /* No TF32, and partial sums of a product split over K stay float. */
+    CHECK_CUBLAS(cublasSetMathMode(context->cublas, (cublasMath_t)(CUBLAS_DEFAULT_MATH |
+                                                                   CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+}
+
+static void cuda_destroy(MegalodonModel *m) {
+    if (!m) return;
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    CHECK_CUBLAS(cublasDestroy(m->context.cublas));
+    CHECK_CUBLAS(cublasLtDestroy(m->context.cublas_lt));
+    CHECK_CUDA(cudaEventDestroy(m->uploaded));
+    if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+    CHECK_CUDA(cudaStreamDestroy(m->context.stream));
+    for (void *arena : m->arenas) CHECK_CUDA(cudaFree(arena));
+    if (m->host_upload) CHECK_CUDA(cudaFreeHost(m->host_upload));
+    if (m->host_scalars) CHECK_CUDA(cudaFreeHost(m->host_scalars));
+    delete m;
+}
+
+template <typename T>
+static const char *create_model(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options) {
+    Model<T> *m = new Model<T>();
+    m->config = *config;
+    m->options = *options;
+    start_context(&m->context, true);
+    CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
+    m->weights_changed = true;
+    const char *error = build(m);
+    if (error) {
+        cuda_destroy(m);
+        return error;
+    }
+    *model = m;
+    return nullptr;
+}
+
+static const char *cuda_unavailable(void) {
+    static char message[256];
+    int devices = 0, device = 0, major = 0, driver = 0, runtime = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (status != cudaSuccess || devices == 0) {
+        cudaGetLastError();
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&runtime);
+        if (driver > 0 && driver < runtime)
+            snprintf(message, sizeof message, "the driver knows CUDA %d.%d and this program was built for %d.%d: update the "
+                     "driver", driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        else
+            snprintf(message, sizeof message, "no CUDA device was found (%s)",
+                     status == cudaSuccess ? "none is visible" : cudaGetErrorString(status));
+        return message;
+    }
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (major >= 8) return nullptr;
+    snprintf(message, sizeof message, "the device has compute capability %d.x and at least 8.0 is needed", major);
+    return message;
+}
+
+static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options) {
+    *model = nullptr;
+    const char *error = megalodon_validate(config);
+    if (!error) error = cuda_unavailable();
+    if (error) return error;
+    if (options->max_batch < 1 || options->max_length < 1)
+        return errorf("batch %d x length %d: both must be at least 1", options->max_batch, options->max_length);
+    if (options->precision == MEGALODON_BF16_MIXED) return create_model<bf16>(model, config, options);
+    return create_model<float>(model, config, options);
+}
+
+/* Calls f<T>(...) of the model's type: ON_MODEL(m, f, more arguments) */
+#define ON_MODEL(m, f, ...)                                                                                 \
+    ((m)->options.precision == MEGALODON_BF16_MIXED ? f(static_cast<Model<bf16> *>(m), ##__VA_ARGS__)       \
+                                                    : f(static_cast<Model<float> *>(m), ##__VA_ARGS__))
+
+/* ---- the table's functions ---- */
+
+/* Error: what in the batch this model cannot take. */
+static const char *check_batch(const MegalodonModel *m, const MegalodonBatch *batch, int state_rows) {
+    const MegalodonOptions *o = &m->options;
+    if (batch->B < 1 || batch->T < 1 || batch->B > o->max_batch || batch->T > o->max_length)
+        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T, o->max_batch,
+                      o->max_length);
+    int64_t rows = (int64_t)batch->B * batch->T, V = m->config.vocab_size;
+    for (int64_t i = 0; i < rows; i++) {
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
+            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld", batch->tokens[i],
+                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
+        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE && (batch->targets[i] < 0 || batch->targets[i] >= V))
+            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld", batch->targets[i],
+                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
+    }
+    if (!batch->carry) return nullptr;
+    if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state to go on from");
+    if (state_rows != batch->B)
+        return errorf("the state has %d rows and the batch %d: they must agree to go on", state_rows, batch->B);
+    return nullptr;
+}
+
+/* Everything of a state zero, its keys and values too. */
+template <typename T> static void clear_state(Model<T> *m, State<T> *s) {
+    const MegalodonConfig *c = &m->config;
+    size_t B = (size_t)m->options.max_batch, statistics = B * (size_t)c->norm_num_groups * sizeof(double);
+    for (LayerState<T> &layer : s->layers) {
+        clear(&m->context, layer.norm_mean, statistics);
+        clear(&m->context, layer.norm_var, statistics);
+        clear(&m->context, layer.cema, B * (size_t)(c->model_dim * c->cema_ndim * 2) * sizeof(float));
+        clear(&m->context, layer.k, B * (size_t)c->chunk_size * (size_t)c->z_dim * sizeof(T));
+        clear(&m->context, layer.v, B * (size_t)c->chunk_size * (size_t)c->value_dim * sizeof(T));
+    }
+    clear(&m->context, s->final_mean, statistics);
+    clear(&m->context, s->final_var, statistics);
+    clear(&m->context, s->count, B * sizeof(int64_t));
+}
+
+/* Makes the present state the incoming one. Inference has one state: an empty start is a state of zeros. */
+template <typename T> static void begin_state(Model<T> *m) {
+    m->carried = m->batch.carry;
+    m->have_dstate_out = false;
+    if (!keeps_state(m)) return;
+    if (m->options.training) std::swap(m->state, m->state_in);
+    else if (!m->carried) {
+        clear_state(m, &m->state);
+        m->state.n = 0;
+        m->carried = true;
+    }
+    if (!m->options.training) m->state_in.n = m->state.n;
+    m->state.B = m->batch.B;
+    m->state.n = (int)((tokens_before(m, m->state_in.n) + m->batch.T) % m->config.chunk_size);
+}
+
+/* Where `device` memory of the upload lies on the host. */
+template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
+    return (P *)(m->host_upload + ((char *)device - m->device_upload));
+}
+
+/* Sends tokens, targets and the plan of the embedding's gradient. */
+static void upload_batch(MegalodonModel *m) {
+    size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
+    CHECK_CUDA(cudaEventSynchronize(m->uploaded));   // the last upload has left the host's memory
+    memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
+    size_t used = rows * sizeof(int32_t);
+    if (m->batch.targets) {
+        memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
+        used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
+    }
+    if (m->options.training && m->batch.targets) {
+        EmbeddingPlan plan = {on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
+        plan_embedding(&plan, m->batch.tokens, (int64_t)rows, m->config.vocab_size, m->token_counts.data());
+        m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
+        m->plan.num_partials = plan.num_partials;
+        used = m->upload_bytes;
+    }
+    CHECK_CUDA(cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
+    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+}
+
+static void refresh_coefficients(MegalodonModel *m) {
+    const MegalodonConfig *c = &m->config;
+    for (size_t l = 0; l < m->coef.size(); l++)
+        cema_coefficients(&m->context, m->coef[l], m->masters[l].cema_alpha, m->masters[l].cema_delta,
+                          m->masters[l].cema_theta, m->masters[l].cema_gamma, c->model_dim, c->cema_ndim);
+}
+
+/* The working copy and CEMA's coefficients, after weights were set. */
+template <typename T> static void refresh_weights(Model<T> *m) {
+    if (!m->weights_changed) return;
+    if ((void *)m->copy != (void *)m->weights) convert(&m->context, m->copy, m->weights, m->arena_size);
+    refresh_coefficients(m);
+    m->weights_changed = false;
+}
+
+/* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the state stays where
+ * it is, so that the same launches serve every token. */
+static bool is_step(const MegalodonModel *m) {
+    return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets && !m->batch.dropout;
+}
+
+template <typename T> static void replay_step(Model<T> *m) {
+    if (m->step_rows != m->batch.B) {
+        cudaGraph_t graph;
+        if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+        CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
+        forward_pass(m);
+        CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
+        CHECK_CUDA(cudaGraphInstantiate(&m->step_graph, graph, 0));
+        CHECK_CUDA(cudaGraphDestroy(graph));
+        m->step_rows = m->batch.B;
+    }
+    CHECK_CUDA(cudaGraphLaunch(m->step_graph, m->context.stream));
+}
+
+template <typename T> static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
+    const char *error = check_batch(m, batch, m->state.B);
+    if (error) return error;
+    m->batch = *batch;
+    begin_state(m);
+    upload_batch(m);
+    refresh_weights(m);
+    if (is_step(m)) replay_step(m);
+    else forward_pass(m);
+    m->can_backward = m->options.training && batch->targets;
+    if (!loss) return nullptr;
+    *loss = MegalodonLoss{0, 0};
+    if (!batch->targets) return nullptr;
+    int64_t rows = (int64_t)batch->B * batch->T;
+    for (int64_t i = 0; i < rows; i++) loss->counted += batch->targets[i] != MEGALODON_IGNORE;
+    LAUNCH(sum_kernel, 1, SUM_THREADS, &m->context, &m->scalars->loss, m->top_acts.nll, rows);
+    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->loss, &m->scalars->loss, sizeof(double), cudaMemcpyDeviceToHost,
+                               m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    loss->nll_sum = m->host_scalars->loss;
+    return nullptr;
+}
+static const char *cuda_forward(MegalodonModel *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
+    return ON_MODEL(m, forward_model, batch, loss);
+}
+
+template <typename T> static const char *last_logits_of(Model<T> *m, float *out) {
+    int64_t B = m->batch.B, D = m->config.model_dim, V = m->config.vocab_size;
+    if (B == 0) return errorf("there are no logits before the first forward");
+    if (B <= FEW_ROWS)
+        linear_few_rows<T, float>(&m->context, m->last_logits, m->last, m->top.output_weight, nullptr, nullptr, (int)B, (int)V,
+                                  (int)D);
+    else
+        matmul<T, float>(&m->context, false, true, B, V, D, 1.0f, matrix((const T *)m->last, D),
+                         matrix((const T *)m->top.output_weight, D), 0.0f, matrix(m->last_logits, V));
+    CHECK_CUDA(cudaMemcpyAsync(out, m->last_logits, (size_t)(B * V) * sizeof(float), cudaMemcpyDeviceToHost,
+                               m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    return nullptr;
+}
+static const char *cuda_last_logits(MegalodonModel *m, float *out) { return ON_MODEL(m, last_logits_of, out); }
+
+template <typename T> static const char *backward_model(Model<T> *m, double scale) {
+    if (!m->can_backward)
+        return errorf("backward needs a forward with targets, once each, in a model made for training");
+    m->can_backward = false;
+    if (m->carried && m->options.state_gradients) m->dstate_in.B = m->state_in.B, m->dstate_in.n = m->state_in.n;
+    backward_pass(m, scale);
+    return nullptr;
+}
+static const char *cuda_backward(MegalodonModel *m, double scale) { return ON_MODEL(m, backward_model, scale); }
+
+static void cuda_zero_gradients(MegalodonModel *m) {
+    if (m->grads) clear(&m->context, m->grads, (size_t)m->arena_size * sizeof(float));
+}
+
+/* AdamW with decoupled decay on every parameter, gradients clipped by the global norm. */
+static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
+    if (!m->options.training) return errorf("a model made for inference cannot be updated");
+    int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
+    LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads, m->arena_size);
+    LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
+    AdamW a = {(float)adamw->beta1, (float)adamw->beta2, (float)adamw->lr, (float)adamw->eps,
+               (float)(1 / (1 - pow(adamw->beta1, (double)adamw->step))),
+               (float)(1 / (1 - pow(adamw->beta2, (double)adamw->step))),
+               (float)(1 - adamw->lr * adamw->weight_decay)};
+    bool has_copy = m->options.precision == MEGALODON_BF16_MIXED;
+    bf16 *copy = has_copy ? static_cast<Model<bf16> *>(m)->copy : nullptr;
+    LAUNCH(adamw_kernel, blocks_for(m->arena_size, UPDATE_THREADS * UPDATE_VEC), UPDATE_THREADS, &m->context, m->weights,
+           copy, m->moment1, m->moment2, m->grads, m->scalars, m->arena_size, a);
+    refresh_coefficients(m);
+    if (!grad_norm) return nullptr;
+    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->norm, &m->scalars->norm, sizeof(double), cudaMemcpyDeviceToHost,
+                               m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    *grad_norm = m->host_scalars->norm;
+    return nullptr;
+}
+
+/* ---- get and set ---- */
+
+/* Where a tensor lies: `rows` pieces of `row_size` numbers, `stride` apart, of one of four types. */
+struct View {
+    void *data;
+    MegalodonDType type;
+    int64_t rows, row_size, stride;
+};
+template <typename P> static MegalodonDType dtype_of(const P *) {
+    return std::is_same<P, float>::value ? MEGALODON_F32 : std::is_same<P, double>::value ? MEGALODON_F64
+         : std::is_same<P, bf16>::value ? MEGALODON_BF16 : MEGALODON_I64;
+}
+template <typename P> static void view_as(View *view, P *data) { view->data = data, view->type = dtype_of(data); }
+static size_t dtype_bytes(MegalodonDType type) {
+    return type == MEGALODON_BF16 ? 2 : type == MEGALODON_F32 || type == MEGALODON_I32 ? 4 : 8;
+}
+
+/* "layers.3.norm.mean" -> "norm.mean"; a name outside the blocks stays. */
+static const char *field_of(const MegalodonTensor *tensor, const char *name) {
+    return tensor->layer < 0 ? name : strchr(strchr(name, '.') + 1, '.') + 1;
+}
+
+template <typename T> static const char *view_state(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
+    const MegalodonConfig *c = &m->config;
+    State<T> *s = kind == MEGALODON_STATE ? &m->state : kind == MEGALODON_GRAD_STATE_IN ? &m->dstate_in : &m->dstate_out;
+    MegalodonTensor tensor = {};
+    const char *error = megalodon_find_tensor(c, kind, s->B, 1, s->n, name, &tensor);
+    if (error) return error;
+    *view = View{nullptr, MEGALODON_F32, 1, tensor.size, tensor.size};
+    const char *field = field_of(&tensor, name);
+    if (strcmp(name, "count") == 0) view_as(view, s->count);
+    else if (tensor.layer < 0) view_as(view, strstr(name, "mean") ? s->final_mean : s->final_var);
+    else {
+        const LayerState<T> *layer = &s->layers[(size_t)tensor.layer];
+        if (strcmp(field, "norm.mean") == 0) view_as(view, layer->norm_mean);
+        else if (strcmp(field, "norm.var") == 0) view_as(view, layer->norm_var);
+        else if (strcmp(field, "cema") == 0) view_as(view, layer->cema);
+        else {
+            bool is_k = strcmp(field, "k") == 0;
+            view_as(view, is_k ? layer->k : layer->v);
+            view->rows = s->B;
+            view->row_size = s->B ? tensor.size / s->B : 0;
+            view->stride = (int64_t)c->chunk_size * (is_k ? c->z_dim : c->value_dim);
+        }
+    }
+    return nullptr;
+}
+
+template <typename T> static const char *view_activation(Model<T> *m, const char *name, View *view) {
+    MegalodonTensor tensor = {};
+    const char *error = megalodon_find_tensor(&m->config, MEGALODON_ACT, m->batch.B, m->batch.T, 0, name, &tensor);
+    if (error) return error;
+    if (!m->options.keep_activations && strcmp(name, "nll") != 0)
+        return errorf("activation '%s' is not kept: the model was made without keep_activations", name);
+    *view = View{nullptr, MEGALODON_F32, 1, tensor.size, tensor.size};
+    const char *field = field_of(&tensor, name);
+#define X(member, field_name, ...)                                                                          \
+    if (tensor.layer >= 0 && strcmp(field, field_name) == 0) view_as(view, m->acts[(size_t)tensor.layer].member);
+    MEGALODON_LAYER_ACTS(X)
+#undef X
+#define X(member, field_name, ...)                                                                          \
+    if (tensor.layer < 0 && strcmp(field, field_name) == 0) view_as(view, m->top_acts.member);
+    MEGALODON_MODEL_ACTS(X)
+#undef X
+    return nullptr;
+}
+
+template <typename T> static const char *view_of(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
+    if (kind == MEGALODON_ACT) return view_activation(m, name, view);
+    bool of_state = kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
+    if (of_state) {
+        bool exists = kind == MEGALODON_STATE ? keeps_state(m)
+                                              : m->options.training && m->options.carry && m->options.state_gradients;
+        if (!exists) return errorf("this model has no '%s': it was made without carry or state_gradients", name);
+        return view_state(m, kind, name, view);
+    }
+    float *arena = kind == MEGALODON_PARAM ? m->weights : kind == MEGALODON_GRAD ? m->grads
+                 : kind == MEGALODON_MOMENT1 ? m->moment1 : m->moment2;
+    int i = find_param(m, name);
+    if (i < 0) return errorf("this configuration has no parameter named '%s'", name);
+    if (!arena) return errorf("a model made for inference has no gradient or moment of '%s'", name);
+    const MegalodonTensor &tensor = m->params[(size_t)i];
+    *view = View{arena + m->offset[(size_t)i], MEGALODON_F32, 1, tensor.size, tensor.size};
+    return nullptr;
+}
+
+static double number_at(MegalodonDType type, const void *data, int64_t i) {
+    switch (type) {
+    case MEGALODON_F32: return ((const float *)data)[i];
+    case MEGALODON_F64: return ((const double *)data)[i];
+    case MEGALODON_BF16: return to_float(((const bf16 *)data)[i]);
+    default: return 0;
+    }
+}
+static void put_number(MegalodonDType type, void *data, int64_t i, double x) {
+    switch (type) {
+    case MEGALODON_F32: ((float *)data)[i] = (float)x; break;
+    case MEGALODON_F64: ((double *)data)[i] = x; break;
+    case MEGALODON_BF16: ((bf16 *)data)[i] = from_float<bf16>((float)x); break;
+    default: break;
+    }
+}
+static bool is_number(MegalodonDType type) {
+    return type == MEGALODON_F32 || type == MEGALODON_F64 || type == MEGALODON_BF16;
+}
+
+/* Between the device's type and the caller's, on the host: nothing here is in a step. */
+template <typename T>
+static const char *get_from(Model<T> *m, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype) {
+    View v;
+    const char *error = view_of(m, kind, name, &v);
+    if (error) return error;
+    if ((dtype == MEGALODON_I64) != (v.type == MEGALODON_I64)) return errorf("'%s' is not of the type asked for", name);
+    if (dtype != MEGALODON_I64 && !is_number(dtype)) return errorf("'%s' cannot be had as that type", name);
+    size_t bytes = dtype_bytes(v.type);
+    int64_t size = v.rows * v.row_size;
+    if (size == 0) return nullptr;
+    std::vector<char> staged(dtype == v.type ? 0 : (size_t)size * bytes);
+    char *raw = dtype == v.type ? (char *)out : staged.data();
+    CHECK_CUDA(cudaMemcpy2DAsync(raw, (size_t)v.row_size * bytes, v.data, (size_t)v.stride * bytes,
+                                 (size_t)v.row_size * bytes, (size_t)v.rows, cudaMemcpyDeviceToHost, m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    if (dtype != v.type)
+        for (int64_t i = 0; i < size; i++) put_number(dtype, out, i, number_at(v.type, raw, i));
+    return nullptr;
+}
+static const char *cuda_get(MegalodonModel *m, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype) {
+    return ON_MODEL(m, get_from, kind, name, out, dtype);
+}
+
+template <typename T>
+static const char *set_in(Model<T> *m, MegalodonKind kind, const char *name, const void *in, MegalodonDType dtype) {
+    if (kind == MEGALODON_ACT || kind == MEGALODON_GRAD_STATE_IN)
+        return errorf("'%s' is a result and cannot be set", name);
+    if (strcmp(name, "count") == 0) return errorf("'count' is set by start_state");
+    View v;
+    if (kind == MEGALODON_GRAD_STATE_OUT && m->options.state_gradients && !m->have_dstate_out)
+        m->dstate_out.B = m->state.B, m->dstate_out.n = m->state.n;
+    const char *error = view_of(m, kind, name, &v);
+    if (error) return error;
+    if (!is_number(dtype)) return errorf("'%s' cannot be set from that type", name);
+    if (kind == MEGALODON_GRAD_STATE_OUT && !m->have_dstate_out) {
+        clear_state(m, &m->dstate_out);
+        m->have_dstate_out = true;
+    }
+    if (kind == MEGALODON_PARAM) m->weights_changed = true;
+    size_t bytes = dtype_bytes(v.type);
+    int64_t size = v.rows * v.row_size;
+    if (size == 0) return nullptr;
+    std::vector<char> staged(dtype == v.type ? 0 : (size_t)size * bytes);
+    for (int64_t i = 0; dtype != v.type && i < size; i++) put_number(v.type, staged.data(), i, number_at(dtype, in, i));
+    CHECK_CUDA(cudaMemcpy2DAsync(v.data, (size_t)v.stride * bytes, dtype == v.type ? in : staged.data(),
+                                 (size_t)v.row_size * bytes, (size_t)v.row_size * bytes, (size_t)v.rows,
+                                 cudaMemcpyHostToDevice, m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    return nullptr;
+}
+static const char *cuda_set(MegalodonModel *m, MegalodonKind kind, const char *name, const void *in, MegalodonDType dtype) {
+    return ON_MODEL(m, set_in, kind, name, in, dtype);
+}
+
+template <typename T> static const char *start_state_of(Model<T> *m, int B, const int64_t *count) {
+    if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state");
+    if (B < 1 || B > m->options.max_batch)
+        return errorf("a state of %d rows does not fit a model made for %d", B, m->options.max_batch);
+    int C = m->config.chunk_size;
+    for (int b = 0; b < B; b++)
+        if (count[b] < 0 || count[b] % C != count[0] % C)
+            return errorf("row %d of the state has seen %lld tokens and row 0 %lld: rows must stand at the same place in "
+                          "their chunk of %d", b, (long long)count[b], (long long)count[0], C);
+    clear_state(m, &m->state);
+    m->state.B = B;
+    m->state.n = (int)(count[0] % C);
+    CHECK_CUDA(cudaMemcpyAsync(m->state.count, count, (size_t)B * sizeof *count, cudaMemcpyHostToDevice,
+                               m->context.stream));
+    CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    return nullptr;
+}
+static const char *cuda_start_state(MegalodonModel *m, int B, const int64_t *count) {
+    return ON_MODEL(m, start_state_of, B, count);
+}
+
+template <typename T> static void state_shape_of(const Model<T> *m, int *B, int *n) { *B = m->state.B, *n = m->state.n; }
+static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
+    MegalodonModel *m = const_cast<MegalodonModel *>(model);
+    ON_MODEL(m, state_shape_of, B, n);
+}
+
+static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the backend
+ */
+
+/* Names for the sizes of a component call, so that each wrapper below is one readable line. */
+#define SIZES_OF(s)                                                                                         \
+    const MegalodonConfig *c = &(s)->config;                                                                \
+    const int64_t B = (s)->B, steps = (s)->T, n = (s)->n, rows = B * steps, D = c->model_dim, N = c->cema_ndim; \
+    const int64_t H = c->num_heads, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups; \
+    const int64_t C = c->chunk_size, V = c->vocab_size, z = Z / H, e = E / H;                               \
+    const float eps = (float)c->norm_eps;                                                                   \
+    (void)n, (void)rows, (void)D, (void)N, (void)F, (void)G, (void)C, (void)V, (void)z, (void)e, (void)eps
+#define FORWARD(name) template <typename T> static void component_##name##_forward(Context *x, void *const *a, const MegalodonShape *s)
+#define BACKWARD(name)                                                                                      \
+    template <typename T>                                                                                   \
+    static void component_##name##_backward(Context *x, void *const *g, void *const *a, const MegalodonShape *s)
+/* Arguments and gradients by type: REAL, STAT, WIDE, integers. Gradients of weights are always float (see below). */
+#define R(p) ((T *)(p))
+#define S(p) ((float *)(p))
+#define W(p) ((double *)(p))
+#define I32(p) ((const int32_t *)(p))
+#define I64(p) ((const int64_t *)(p))
+
+FORWARD(embedding) {
+    SIZES_OF(s);
+    embedding_forward<T>(x, R(a[0]), I32(a[1]), R(a[2]), embedding_scale(c), rows, D, no_dropout());
+}
+BACKWARD(embedding) {
+    SIZES_OF(s);
+    std::vector<int32_t> tokens((size_t)rows), counts((size_t)V), order((size_t)rows);
+    std::vector<Segment> segments((size_t)max_segments(rows, V));
+    std::vector<SegmentGroup> groups((size_t)max_partials(rows));
+    EmbeddingPlan host = {order.data(), segments.data(), groups.data(), 0, 0, 0}, plan;
+    ScratchScope scope(x);
+    plan.order = take<int32_t>(x, rows);
+    plan.segments = take<Segment>(x, (int64_t)segments.size());
+    plan.groups = take<SegmentGroup>(x, (int64_t)groups.size());
+    if (!x->dry_run) {
+        CHECK_CUDA(cudaMemcpy(tokens.data(), a[1], (size_t)rows * sizeof(int32_t), cudaMemcpyDeviceToHost));
+        plan_embedding(&host, tokens.data(), rows, V, counts.data());
+        CHECK_CUDA(cudaMemcpy(plan.order, host.order, (size_t)rows * sizeof(int32_t), cudaMemcpyHostToDevice));
+        CHECK_CUDA(cudaMemcpy(plan.segments, host.segments, segments.size() * sizeof(Segment), cudaMemcpyHostToDevice));
+        CHECK_CUDA(cudaMemcpy(plan.groups, host.groups, groups.size() * sizeof(SegmentGroup), cudaMemcpyHostToDevice));
+    }
+    plan.num_segments = host.num_segments, plan.num_groups = host.num_groups, plan.num_partials = host.num_partials;
+    embedding_backward<T>(x, S(g[2]), R(g[0]), plan, embedding_scale(c), rows, D, no_dropout());
+}
+
+FORWARD(timestepnorm) {
+    SIZES_OF(s);
+    timestepnorm_forward<T>(x, R(a[0]), S(a[1]), S(a[2]), W(a[3]), W(a[4]), R(a[5]), I64(a[6]), W(a[7]), W(a[8]), R(a[9]),
+                            R(a[10]), B, steps, D, G, eps);
+}
+BACKWARD(timestepnorm) {
+    SIZES_OF(s);
+    timestepnorm_backward<T>(x, R(g[5]), W(g[7]), W(g[8]), S(g[9]), S(g[10]), R(g[0]), W(g[3]), W(g[4]), nullptr, nullptr,
+                             S(a[1]), S(a[2]), R(a[5]), I64(a[6]), W(a[7]), R(a[9]), B, steps, D, G, eps);
+}
+
+/* Coefficients of one call; the model keeps its own. */
+static CemaCoefficients component_coefficients(Context *x, void *const *a, int64_t D, int64_t N) {
+    CemaCoefficients coef = cema_coefficients_at(take<float>(x, D * N * NUM_CEMA_COEFFICIENTS), D, N);
+    cema_coefficients(x, coef, S(a[4]), S(a[5]), S(a[6]), S(a[7]), D, N);
+    return coef;
+}
+FORWARD(cema) {
+    SIZES_OF(s);
+    ScratchScope scope(x);
+    CemaCoefficients coef = component_coefficients(x, a, D, N);
+    cema_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), S(a[3]), coef, S(a[8]), B, steps, D, N);
+}
+BACKWARD(cema) {
+    SIZES_OF(s);
+    ScratchScope scope(x);
+    CemaCoefficients coef = component_coefficients(x, a, D, N);
+    cema_backward<T>(x, R(g[2]), false, S(g[3]), S(g[4]), S(g[5]), S(g[6]), S(g[7]), S(g[8]), R(g[0]), S(g[1]), R(a[2]),
+                     S(a[3]), coef, S(a[4]), S(a[5]), S(a[6]), S(a[8]), B, steps, D, N);
+}
+
+FORWARD(rmsnorm) { SIZES_OF(s); rmsnorm_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), R(a[3]), rows, D, eps, no_dropout()); }
+BACKWARD(rmsnorm) {
+    SIZES_OF(s);
+    rmsnorm_backward<T>(x, R(g[2]), nullptr, S(g[3]), R(g[0]), S(a[1]), R(a[2]), R(a[3]), rows, D, no_dropout());
+}
+
+FORWARD(linear) { SIZES_OF(s); linear_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), nullptr, rows, E, D); }
+BACKWARD(linear) {
+    SIZES_OF(s);
+    linear_backward<T>(x, R(g[1]), false, S(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[2]), rows, E, D);
+}
+
+FORWARD(znorm) { SIZES_OF(s); znorm_forward<T>(x, R(a[0]), R(a[1]), rows, H, z, eps); }
+BACKWARD(znorm) { SIZES_OF(s); znorm_backward<T>(x, R(g[1]), R(g[0]), R(a[1]), rows, H, z, eps); }
+
+FORWARD(qk_affine) { SIZES_OF(s); qk_affine_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), R(a[4]), rows, H, z); }
+BACKWARD(qk_affine) {
+    SIZES_OF(s);
+    qk_affine_backward<T>(x, R(g[2]), S(g[3]), S(g[4]), R(g[0]), R(g[1]), R(a[2]), R(a[3]), rows, H, z);
+}
+
+static float2 *component_rope_table(Context *x, const MegalodonShape *s) {
+    SIZES_OF(s);
+    float2 *table = take<float2>(x, C * (z / 2));
+    rope_table(x, table, C, z, c->rope_base);
+    return table;
+}
+FORWARD(rope) {
+    SIZES_OF(s);
+    ScratchScope scope(x);
+    rope_forward<T>(x, R(a[0]), R(a[1]), component_rope_table(x, s), n, B, steps, H, z, C);
+}
+BACKWARD(rope) {
+    SIZES_OF(s);
+    (void)a;
+    ScratchScope scope(x);
+    rope_backward<T>(x, R(g[1]), R(g[0]), component_rope_table(x, s), n, B, steps, H, z, C);
+}
+
+FORWARD(silu) { SIZES_OF(s); silu_forward<T>(x, R(a[0]), R(a[1]), rows * E); }
+BACKWARD(silu) { SIZES_OF(s); silu_backward<T>(x, R(g[1]), nullptr, R(g[0]), R(a[1]), rows, E); }
+
+template <typename T> static AttentionKeys<T> component_keys(void *const *a, const MegalodonShape *s) {
+    SIZES_OF(s);
+    return AttentionKeys<T>{R(a[3]), R(a[4]), R(a[5]), R(a[6]), a[5] ? n : 0, n, B, steps, H, z, e, C};
+}
+FORWARD(attention) {
+    attention_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
+}
+BACKWARD(attention) {
+    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), S(a[1]), R(a[2]), component_keys<T>(a, s),
+                          make_dropout(s->config.attention_dropout, s->key));
+}
+
+FORWARD(gate) { SIZES_OF(s); gate_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * E); }
+BACKWARD(gate) { SIZES_OF(s); gate_backward<T>(x, R(g[1]), R(g[2]), R(g[0]), R(a[1]), R(a[2]), rows * E); }
+
+FORWARD(layernorm) {
+    SIZES_OF(s);
+    layernorm_forward<T>(x, R(a[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]), R(a[5]), rows, D, eps);
+}
+BACKWARD(layernorm) {
+    SIZES_OF(s);
+    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), R(g[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]), R(a[5]), rows, D);
+}
+
+FORWARD(swiglu) { SIZES_OF(s); swiglu_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * F, no_dropout()); }
+BACKWARD(swiglu) {
+    SIZES_OF(s);
+    swiglu_backward<T>(x, R(g[1]), R(g[2]), nullptr, R(g[0]), R(a[1]), R(a[2]), rows, F, no_dropout());
+}
+
+FORWARD(rescale) { SIZES_OF(s); rescale_forward<T>(x, R(a[0]), nullptr, R(a[1]), R(a[2]), R(a[3]), rows, D, no_dropout()); }
+BACKWARD(rescale) {
+    SIZES_OF(s);
+    rescale_backward<T>(x, R(g[1]), R(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[3]), rows, D, no_dropout());
+}
+
+FORWARD(dropout) { SIZES_OF(s); dropout_forward<T>(x, R(a[0]), R(a[1]), rows, D, make_dropout(c->dropout, s->key)); }
+BACKWARD(dropout) {
+    SIZES_OF(s);
+    (void)a;
+    dropout_forward<T>(x, R(g[1]), R(g[0]), rows, D, make_dropout(c->dropout, s->key));
+}
+
+FORWARD(cross_entropy) { SIZES_OF(s); cross_entropy_forward<T>(x, S(a[0]), nullptr, R(a[1]), I32(a[2]), rows, V); }
+BACKWARD(cross_entropy) {
+    SIZES_OF(s);
+    cross_entropy_backward<T>(x, R(g[1]), S(g[0]), 1.0f, R(a[1]), nullptr, I32(a[2]), rows, V);
+}
+
+/* The context of component calls: the default stream, and scratch that grows to what a call's dry run asks for. A model
+ * allocates nothing in a step; a single call has no create() to do it in. */
+static Context *component_context(void) {
+    static Context context;
+    static bool started = false;
+    if (!started) {
+        start_context(&context, false);
+        CHECK_CUDA(cudaMalloc(&context.cublas_workspace, CUBLAS_WORKSPACE));
+        CHECK_CUBLAS(cublasSetWorkspace(context.cublas, context.cublas_workspace, CUBLAS_WORKSPACE));
+        started = true;
+    }
+    return &context;
+}
+
+/* Runs f twice: dry, to learn its scratch, and for real. */
+template <typename F> static void call_component(F &&f) {
+    Context *x = component_context();
+    char *scratch = x->scratch;
+    x->dry_run = true, x->scratch = nullptr, x->scratch_used = x->scratch_peak = 0;
+    f(x);
+    x->dry_run = false, x->scratch = scratch, x->scratch_used = 0;
+    if (x->scratch_peak > x->scratch_bytes) {
+        CHECK_CUDA(cudaDeviceSynchronize());
+        CHECK_CUDA(cudaFree(x->scratch));
+        CHECK_CUDA(cudaMalloc((void **)&x->scratch, x->scratch_peak));
+        x->scratch_bytes = x->scratch_peak;
+    }
+    f(x);
+}
+
+/* Kernels add to float gradients of weights; where the caller's are bf16, they are converted before and after. A gradient
+ * that is not wanted goes to scratch. */
+template <typename T, typename F>
+static void call_backward(MegalodonComponentId id, F f, void *const *g, void *const *a, const MegalodonShape *s) {
+    call_component([&](Context *x) {
+        ScratchScope scope(x);
+        void *grads[MEGALODON_MAX_ARGS] = {};
+        int64_t sizes[MEGALODON_MAX_ARGS] = {};
+        const MegalodonArg *args = megalodon_components[id].args;
+        bool narrow[MEGALODON_MAX_ARGS] = {};
+        for (int i = 0; i < MEGALODON_MAX_ARGS && args[i].name; i++) {
+            int64_t dims[MEGALODON_MAX_DIMS];
+            int ndim = megalodon_shape(args[i].shape, &s->config, s->B, s->T, s->n, dims);
+            sizes[i] = 1;
+            for (int d = 0; d < ndim; d++) sizes[i] *= dims[d];
+            bool weight = args[i].role == MEGALODON_WEIGHT;
+            grads[i] = g[i];
+            narrow[i] = weight && g[i] && args[i].type == MEGALODON_REAL_ARG && !std::is_same<T, float>::value;
+            if (narrow[i]) {
+                grads[i] = take<float>(x, sizes[i]);
+                convert(x, (float *)grads[i], (const T *)g[i], sizes[i]);
+            } else if (!g[i] && a[i] && (weight || args[i].role == MEGALODON_IN)) {
+                grads[i] = take<float>(x, sizes[i]);
+                clear(x, grads[i], (size_t)sizes[i] * sizeof(float));
+            }
+        }
+        f(x, grads, a, s);
+        for (int i = 0; i < MEGALODON_MAX_ARGS; i++)
+            if (narrow[i]) convert(x, (T *)g[i], (const float *)grads[i], sizes[i]);
+    });
+}
+
+#define ENTRY(ID, name)                                                                                     \
+    static void entry_##name##_forward(void *const *a, const MegalodonShape *s) {                           \
+        call_component([&](Context *x) {                                                                    \
+            if (s->precision == MEGALODON_BF16_MIXED) component_##name##_forward<bf16>(x, a, s);            \
+            else component_##name##_forward<float>(x, a, s);                                                \
+        });                                                                                                 \
+    }                                                                                                       \
+    static void entry_##name##_backward(void *const *g, void *const *a, const MegalodonShape *s) {          \
+        if (s->precision == MEGALODON_BF16_MIXED)                                                           \
+            call_backward<bf16>(MEGALODON_##ID, component_##name##_backward<bf16>, g, a, s);                \
+        else call_backward<float>(MEGALODON_##ID, component_##name##_backward<float>, g, a, s);             \
+    }
+#define COMPONENTS(X)                                                                                       \
+    X(EMBEDDING, embedding) X(TIMESTEPNORM, timestepnorm) X(CEMA, cema) X(RMSNORM, rmsnorm) X(LINEAR, linear) \
+    X(ZNORM, znorm) X(QK_AFFINE, qk_affine) X(ROPE, rope) X(SILU, silu) X(ATTENTION, attention) X(GATE, gate) \
+    X(LAYERNORM, layernorm) X(SWIGLU, swiglu) X(RESCALE, rescale) X(DROPOUT, dropout)                       \
+    X(CROSS_ENTROPY, cross_entropy)
+COMPONENTS(ENTRY)
+
+/* In the order of MegalodonComponentId. */
+#define PAIR(ID, name) {entry_##name##_forward, entry_##name##_backward},
+static const MegalodonComponentFunctions cuda_components[MEGALODON_NUM_COMPONENTS] = {COMPONENTS(PAIR)};
+
+extern "C" {
+
+void *megalodon_cuda_alloc(size_t bytes) {
+    void *device = nullptr;
+    CHECK_CUDA(cudaMalloc(&device, bytes ? bytes : 1));
+    return device;
+}
+void megalodon_cuda_free(void *device) { CHECK_CUDA(cudaFree(device)); }
+void megalodon_cuda_upload(void *device, const void *host, size_t bytes) {
+    CHECK_CUDA(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+}
+void megalodon_cuda_download(void *host, const void *device, size_t bytes) {
+    CHECK_CUDA(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+}
+void megalodon_cuda_wait(void) { CHECK_CUDA(cudaDeviceSynchronize()); }
+
+extern const MegalodonBackend megalodon_cuda;
+const MegalodonBackend megalodon_cuda = {
+    "cuda",           cuda_unavailable, cuda_create, cuda_destroy, cuda_forward,
+    cuda_last_logits, cuda_backward,    cuda_zero_gradients,       cuda_update,
+    cuda_get,         cuda_set,         cuda_start_state,          cuda_state_shape,
+    cuda_memory,      cuda_components,
+};
+
+}

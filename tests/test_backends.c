@@ -1,0 +1,566 @@
+/* test_backends.c - whole models on two backends in one process: are they the same model?
+ *
+ *     test_backends [--backend NAME]         NAME: cpu-double, cuda-fp32 or cuda-bf16
+ *
+ * The reference is megalodon_cpu, which test_golden has compared with recorded numbers. Every candidate that can run
+ * here is compared with it; where there is no GPU, the double version of megalodon.c stands in, so that the program
+ * tests itself. What is compared:
+ *   - all named activations, the state, all gradients and those of the state, in graph order, over several
+ *     configurations and shapes, from an empty state and from a carried one; the first tensor that differs is named;
+ *   - dropout masks, exactly; gradients accumulated over micro-batches; one update; last_logits; two equal runs;
+ *   - the losses of 20 training steps;
+ *   - a training run and a state that one backend wrote to a file and the other goes on from, both ways.
+ *
+ * Tolerances, as RMS(ours - want) / RMS(want). fp32: 1e-5 for activations and 1e-4 for gradients, like test_golden
+ * and test_components, and losses to 1e-4 nats over 20 steps, which depend on all gradients before them. cpu-double
+ * shows at most 2e-6, 3e-6 and 2e-6 nats here. bf16 has 8 bits, so one rounding is up to 4e-3; a block has some ten of
+ * them one after the other, and its backward ten more on top: 3e-2 for activations, 8e-2 for gradients, 2e-2 nats. The
+ * observed worst is printed for every configuration.
+ */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include "../lib/checkpoint.h"
+#include "model.h"
+#include "test.h"
+
+#include <unistd.h>
+
+typedef struct Candidate {
+    const char *name;
+    const MegalodonBackend *backend;         /* NULL: not built in */
+    MegalodonPrecision precision;
+    double forward, backward, loss;          /* tolerances; loss in nats */
+    /* A tensor that cancels to nearly nothing is all rounding error: its error is taken relative to at least this
+     * share of the RMS over all tensors of its kind. */
+    double floor;
+} Candidate;
+
+#ifdef MEGALODON_WITH_CUDA
+#define CUDA_BACKEND &megalodon_cuda
+#else
+#define CUDA_BACKEND NULL
+#endif
+
+static const Candidate candidates[] = {
+    {"cuda-fp32",  CUDA_BACKEND,          MEGALODON_FP32,       1e-5, 1e-4, 1e-4, 1e-3},
+    {"cuda-bf16",  CUDA_BACKEND,          MEGALODON_BF16_MIXED, 3e-2, 8e-2, 2e-2, 1e-2},
+    {"cpu-double", &megalodon_cpu_double, MEGALODON_FP32,       1e-5, 1e-4, 1e-4, 1e-3},
+};
+enum { NUM_CANDIDATES = sizeof candidates / sizeof *candidates, STAND_IN = NUM_CANDIDATES - 1 };
+
+/* ---- two models ---- */
+
+enum { REFERENCE, OURS, MAX_B = 3, MAX_T = 64 };
+
+/* The same model on both backends. */
+typedef struct Pair {
+    const Candidate *candidate;
+    const char *what;                        /* the configuration, for messages */
+    MegalodonConfig config;
+    const MegalodonBackend *backend[2];
+    MegalodonModel *model[2];
+} Pair;
+
+static MegalodonModel *create_side(const Pair *pair, int side, bool training, uint64_t seed) {
+    MegalodonOptions options = {.max_batch = MAX_B, .max_length = MAX_T, .training = training,
+                                .keep_activations = training, .carry = true, .state_gradients = training,
+                                .precision = side == OURS ? pair->candidate->precision : MEGALODON_FP32};
+    return model_create(pair->backend[side], &pair->config, &options, seed);
+}
+
+static Pair pair_create(const Candidate *candidate, const char *what, const MegalodonConfig *config, bool training) {
+    Pair pair = {.candidate = candidate, .what = what, .config = *config,
+                 .backend = {&megalodon_cpu, candidate->backend}};
+    for (int side = 0; side < 2; side++) pair.model[side] = create_side(&pair, side, training, 17);
+    return pair;
+}
+
+static void pair_destroy(Pair *pair) {
+    for (int side = 0; side < 2; side++) pair->backend[side]->destroy(pair->model[side]);
+}
+
+/* Random tokens, and targets of which every seventh does not count. The arrays live until the next call. */
+static MegalodonBatch random_batch(const MegalodonConfig *config, int B, int T, uint64_t seed) {
+    static int32_t tokens[MAX_B * MAX_T], targets[MAX_B * MAX_T];
+    random_tokens(tokens, B * T, config->vocab_size, 2 * seed);
+    random_tokens(targets, B * T, config->vocab_size, 2 * seed + 1);
+    for (int i = 6; i < B * T; i += 7) targets[i] = MEGALODON_IGNORE;
+    return (MegalodonBatch){.tokens = tokens, .targets = targets, .B = B, .T = T, .seed = 5, .step = seed};
+}
+
+/* ---- comparing ---- */
+
+/* What a comparison of all tensors of a kind found. */
+typedef struct Divergence {
+    char first[MEGALODON_MAX_NAME];          /* in graph order, past the tolerance; "" if there is none */
+    double first_error;
+    char worst[MEGALODON_MAX_NAME];
+    double worst_error;
+    int not_kept;                            /* activations that one side does not keep */
+} Divergence;
+
+static void remember_worst(Divergence *into, const Divergence *found) {
+    if (found->worst_error <= into->worst_error) return;
+    memcpy(into->worst, found->worst, sizeof into->worst);
+    into->worst_error = found->worst_error;
+}
+
+/* A tensor of one side as doubles (free it), or NULL if that side does not keep it. It is NaN before it is fetched, so
+ * that what a backend does not write is seen. */
+static double *fetch_side(const Pair *pair, int side, MegalodonKind kind, const MegalodonTensor *tensor) {
+    bool count = strcmp(tensor->name, "count") == 0;
+    double *values = must_allocate((size_t)tensor->size * sizeof *values);
+    int64_t integers[MAX_B];
+    for (int64_t i = 0; i < tensor->size; i++) values[i] = NAN;
+    const char *error = pair->backend[side]->get(pair->model[side], kind, tensor->name,
+                                                 count ? (void *)integers : values,
+                                                 count ? MEGALODON_I64 : MEGALODON_F64);
+    for (int64_t i = 0; count && i < tensor->size; i++) values[i] = (double)integers[i];
+    if (!error) return values;
+    if (kind != MEGALODON_ACT) must(error);
+    free(values);
+    return NULL;
+}
+
+/* Compares all tensors of a kind on both sides, gradients from the last layer to the first. n: place in the chunk of
+ * the state in question. */
+static Divergence compare_kind(const Pair *pair, MegalodonKind kind, int B, int T, int n, double tolerance) {
+    MegalodonTensor list[MODEL_MAX_TENSORS];
+    double wants[MODEL_MAX_TENSORS], errors[MODEL_MAX_TENSORS], squares = 0, sizes = 0;
+    Divergence found = {.worst_error = 0};
+    int count = megalodon_tensors(&pair->config, kind, B, T, n, list, MODEL_MAX_TENSORS);
+    if (count > MODEL_MAX_TENSORS) must("too many tensors");
+    for (int i = 0; i < count; i++) {
+        double *want = fetch_side(pair, REFERENCE, kind, &list[i]), *ours = fetch_side(pair, OURS, kind, &list[i]);
+        size_t size = (size_t)list[i].size;
+        wants[i] = errors[i] = 0;
+        if (want && ours) {
+            wants[i] = test_rms(want, size);
+            for (size_t j = 0; j < size; j++) ours[j] -= want[j];
+            errors[i] = test_rms(ours, size);
+        } else {
+            found.not_kept++;
+        }
+        if (strcmp(list[i].name, "count") != 0) squares += wants[i] * wants[i] * (double)size, sizes += (double)size;
+        free(want);
+        free(ours);
+    }
+    double least = pair->candidate->floor * sqrt(squares / sizes);
+    for (int k = 0; k < count; k++) {
+        int i = kind == MEGALODON_GRAD ? count - 1 - k : k;
+        double unit = wants[i] > least ? wants[i] : least, error = errors[i] == 0 ? 0 : errors[i] / unit;
+        if (!isfinite(error)) error = INFINITY;
+        if (error > found.worst_error) {
+            found.worst_error = error;
+            memcpy(found.worst, list[i].name, sizeof found.worst);
+        }
+        if (error <= tolerance || found.first[0]) continue;
+        found.first_error = error;
+        memcpy(found.first, list[i].name, sizeof found.first);
+    }
+    return found;
+}
+
+/* compare_kind as one check. `worst` may be NULL. */
+static void check_kind(const Pair *pair, MegalodonKind kind, const MegalodonBatch *batch, int n, const char *kind_name,
+                       Divergence *worst) {
+    bool forward = kind == MEGALODON_ACT || kind == MEGALODON_STATE;
+    double tolerance = forward ? pair->candidate->forward : pair->candidate->backward;
+    Divergence found = compare_kind(pair, kind, batch->B, batch->T, n, tolerance);
+    check(!found.first[0], "%s, %s, B=%d T=%d%s: %s: the first that differs is %s, by %.2e (worst %s, %.2e)",
+          pair->candidate->name, pair->what, batch->B, batch->T, batch->carry ? " from a state" : "", kind_name,
+          found.first, found.first_error, found.worst, found.worst_error);
+    if (!worst) return;
+    remember_worst(worst, &found);
+    worst->not_kept = found.not_kept;
+}
+
+/* ---- activations and gradients ---- */
+
+/* Small random numbers as d loss / d state that went out, the same on both sides. */
+static void set_state_gradients(const Pair *pair, int B, int n) {
+    MegalodonTensor list[MODEL_MAX_TENSORS];
+    int count = megalodon_tensors(&pair->config, MEGALODON_GRAD_STATE_OUT, B, 1, n, list, MODEL_MAX_TENSORS);
+    for (int i = 0; i < count; i++) {
+        float *values = must_allocate((size_t)list[i].size * sizeof *values);
+        for (int64_t j = 0; j < list[i].size; j++)
+            values[j] = 1e-3f * (float)((int)(megalodon_random(900 + (uint64_t)i, (uint64_t)j) % 201) - 100);
+        for (int side = 0; side < 2; side++)
+            must(pair->backend[side]->set(pair->model[side], MEGALODON_GRAD_STATE_OUT, list[i].name, values,
+                                          MEGALODON_F32));
+        free(values);
+    }
+}
+
+/* The worst of a configuration, over its shapes. */
+typedef struct Worst {
+    Divergence activations, state, gradients, state_gradients;
+} Worst;
+
+/* One forward and backward on both sides, and everything that comes of it. before: tokens that the state has read. */
+static void check_pass(const Pair *pair, int B, int T, int before, bool dropout, Worst *worst) {
+    MegalodonLoss loss[2];
+    int C = pair->config.chunk_size, n = (before + T) % C;
+    for (int side = 0; side < 2 && before; side++) {
+        MegalodonBatch first = random_batch(&pair->config, B, before, 3);
+        must(pair->backend[side]->forward(pair->model[side], &first, NULL));
+    }
+    MegalodonBatch batch = random_batch(&pair->config, B, T, 4);
+    batch.carry = before > 0;
+    batch.dropout = dropout;
+    for (int side = 0; side < 2; side++) must(pair->backend[side]->forward(pair->model[side], &batch, &loss[side]));
+    double mean = loss[REFERENCE].nll_sum / (double)loss[REFERENCE].counted;
+    double ours = loss[OURS].nll_sum / (double)loss[OURS].counted;
+    check(loss[OURS].counted == loss[REFERENCE].counted, "%s, %s, B=%d T=%d: %lld targets were counted, expected %lld",
+          pair->candidate->name, pair->what, B, T, (long long)loss[OURS].counted, (long long)loss[REFERENCE].counted);
+    check(fabs(ours - mean) <= pair->candidate->forward * mean, "%s, %s, B=%d T=%d: loss %.9g, expected %.9g",
+          pair->candidate->name, pair->what, B, T, ours, mean);
+    check_kind(pair, MEGALODON_ACT, &batch, n, "activations", &worst->activations);
+    check_kind(pair, MEGALODON_STATE, &batch, n, "state", &worst->state);
+    if (before) set_state_gradients(pair, B, n);
+    for (int side = 0; side < 2; side++) {
+        pair->backend[side]->zero_gradients(pair->model[side]);
+        must(pair->backend[side]->backward(pair->model[side], 1 / (double)loss[REFERENCE].counted));
+    }
+    check_kind(pair, MEGALODON_GRAD, &batch, n, "gradients", &worst->gradients);
+    if (before)
+        check_kind(pair, MEGALODON_GRAD_STATE_IN, &batch, before % C, "gradients of the state",
+                   &worst->state_gradients);
+}
+
+/* All shapes of one configuration: T of one, primes, around the chunk size, several chunks and a rest. */
+static void check_shapes(const Candidate *candidate, const char *what, const MegalodonConfig *config, bool dropout) {
+    int C = config->chunk_size, lengths[] = {1, 2, 7, C - 1, C, C + 1, 3 * C + 2};
+    Pair pair = pair_create(candidate, what, config, true);
+    Worst worst;
+    memset(&worst, 0, sizeof worst);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (int B = 1; B <= MAX_B; B += 2) {
+            check_pass(&pair, B, lengths[i], 0, dropout, &worst);
+            check_pass(&pair, B, lengths[i], i % 2 ? C - 1 : C + 3, dropout, &worst);
+        }
+    printf("%-10s %-26s activations %.1e (%s)  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name,
+           what, worst.activations.worst_error, worst.activations.worst, worst.state.worst_error,
+           worst.gradients.worst_error, worst.gradients.worst, worst.state_gradients.worst_error);
+    if (worst.activations.not_kept) {
+        char text[160];
+        snprintf(text, sizeof text, "%s, %s: %d activations are not kept", candidate->name, what,
+                 worst.activations.not_kept);
+        test_skip(text);
+    }
+    pair_destroy(&pair);
+}
+
+/* ---- dropout ---- */
+
+/* A dropped element is exactly zero and nothing else is, so the masks can be read off the activations behind each site
+ * (and off `attn` where a token sees only itself). The sites inside sums are left to check_shapes: a mask that differs
+ * there is an error of the order of one. */
+static void check_masks(const Candidate *candidate, const MegalodonConfig *config) {
+    static const char *const names[] = {"embed", "layers.0.rmsnorm", "layers.0.attn", "layers.0.gated",
+                                        "layers.0.nffn.hidden", "layers.0.nffn.fc2", "layers.1.rmsnorm",
+                                        "layers.1.gated", "layers.1.nffn.hidden", "layers.1.nffn.fc2"};
+    Pair pair = pair_create(candidate, "dropout", config, true);
+    int C = config->chunk_size;
+    for (uint64_t step = 1; step <= 3; step++) {
+        MegalodonBatch batch = random_batch(config, MAX_B, 3 * C + 2, step);
+        batch.dropout = true;
+        for (int side = 0; side < 2; side++) must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
+        for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+            MegalodonTensor tensor;
+            must(megalodon_find_tensor(config, MEGALODON_ACT, batch.B, batch.T, 0, names[i], &tensor));
+            double *want = fetch_side(&pair, REFERENCE, MEGALODON_ACT, &tensor);
+            double *ours = fetch_side(&pair, OURS, MEGALODON_ACT, &tensor);
+            int64_t dropped = 0, differ = 0;
+            for (int64_t j = 0; want && ours && j < tensor.size; j++) {
+                dropped += want[j] == 0;
+                differ += (want[j] == 0) != (ours[j] == 0);
+            }
+            if (want && ours)
+                check(dropped > 0 && differ == 0, "%s: dropout of %s, step %d: %lld elements dropped, %lld differ",
+                      candidate->name, names[i], (int)step, (long long)dropped, (long long)differ);
+            free(want);
+            free(ours);
+        }
+    }
+    pair_destroy(&pair);
+}
+
+/* ---- the rest of a training step ---- */
+
+/* Rows in micro-batches of one on our side, in one batch on the reference's: the gradients add up to the same. Then
+ * two updates, the first one clipped. eps is above most gradients: with a tiny one, the first update is the sign of the
+ * gradient, and rounding errors decide over those of tiny gradients. The decay is large, so that an error of 1% in it
+ * would be seen. */
+static void check_accumulation(const Candidate *candidate, const MegalodonConfig *config) {
+    const int T = config->chunk_size + 3;
+    Pair pair = pair_create(candidate, "accumulated", config, true);
+    MegalodonBatch batch = random_batch(config, MAX_B, T, 8), row = batch;
+    MegalodonLoss loss, part;
+    int64_t counted = 0;
+    for (int side = 0; side < 2; side++) pair.backend[side]->zero_gradients(pair.model[side]);
+    must(pair.backend[REFERENCE]->forward(pair.model[REFERENCE], &batch, &loss));
+    must(pair.backend[REFERENCE]->backward(pair.model[REFERENCE], 1 / (double)loss.counted));
+    row.B = 1;
+    for (int b = 0; b < MAX_B; b++) {
+        row.tokens = batch.tokens + b * T;
+        row.targets = batch.targets + b * T;
+        must(pair.backend[OURS]->forward(pair.model[OURS], &row, &part));
+        must(pair.backend[OURS]->backward(pair.model[OURS], 1 / (double)loss.counted));
+        counted += part.counted;
+    }
+    check(counted == loss.counted, "%s: micro-batches count %lld targets, one batch %lld", candidate->name,
+          (long long)counted, (long long)loss.counted);
+    check_kind(&pair, MEGALODON_GRAD, &batch, 0, "gradients", NULL);
+    for (int step = 1; step <= 2; step++) {
+        MegalodonAdamW adamw = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-2, .weight_decay = 5,
+                                .clip = step == 1 ? 0.5 : 0, .step = step};
+        double norm[2];
+        for (int side = 0; side < 2; side++) must(pair.backend[side]->update(pair.model[side], &adamw, &norm[side]));
+        check(fabs(norm[OURS] - norm[REFERENCE]) <= candidate->backward * norm[REFERENCE],
+              "%s: gradient norm %.9g, expected %.9g", candidate->name, norm[OURS], norm[REFERENCE]);
+        check_kind(&pair, MEGALODON_PARAM, &batch, 0, "parameters after an update", NULL);
+        check_kind(&pair, MEGALODON_MOMENT1, &batch, 0, "first moments", NULL);
+        check_kind(&pair, MEGALODON_MOMENT2, &batch, 0, "second moments", NULL);
+    }
+    pair_destroy(&pair);
+}
+
+/* The same run twice gives the same bits. */
+static void check_repeatable(const Candidate *candidate, const MegalodonConfig *config) {
+    Pair pair = pair_create(candidate, "repeated", config, true);
+    const MegalodonBackend *backend = pair.backend[OURS];
+    MegalodonModel *model = pair.model[OURS];
+    MegalodonTensor list[MODEL_MAX_TENSORS];
+    double *before[MODEL_MAX_TENSORS];
+    int count = megalodon_tensors(config, MEGALODON_GRAD, 1, 1, 0, list, MODEL_MAX_TENSORS), equal = 0;
+    for (int run = 0; run < 2; run++) {
+        MegalodonBatch batch = random_batch(config, MAX_B, MAX_T, 8);
+        batch.dropout = true;
+        backend->zero_gradients(model);
+        must(backend->forward(model, &batch, NULL));
+        must(backend->backward(model, 0.01));
+        for (int i = 0; i < count; i++) {
+            double *values = fetch_side(&pair, OURS, MEGALODON_GRAD, &list[i]);
+            if (run == 0) {
+                before[i] = values;
+                continue;
+            }
+            equal += !memcmp(values, before[i], (size_t)list[i].size * sizeof *values);
+            free(values);
+            free(before[i]);
+        }
+    }
+    check(equal == count, "%s: %d of %d gradients differ between two equal runs", candidate->name, count - equal,
+          count);
+    pair_destroy(&pair);
+}
+
+/* ---- training ---- */
+
+enum { STEPS = 20 };
+
+/* Steps [first, last) of a training run of four batches that come again and again, with dropout; their losses. */
+static void train(const MegalodonBackend *backend, MegalodonModel *model, const MegalodonConfig *config, int first,
+                  int last, double *losses) {
+    for (int step = first; step < last; step++) {
+        MegalodonBatch batch = random_batch(config, MAX_B, config->chunk_size * 2 + 3, 20 + (uint64_t)step % 4);
+        MegalodonAdamW adamw = {.lr = 1e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1,
+                                .step = step + 1};
+        MegalodonLoss loss;
+        double norm;
+        batch.dropout = true;
+        batch.step = (uint64_t)step;
+        backend->zero_gradients(model);
+        must(backend->forward(model, &batch, &loss));
+        must(backend->backward(model, 1 / (double)loss.counted));
+        must(backend->update(model, &adamw, &norm));
+        losses[step] = loss.nll_sum / (double)loss.counted;
+    }
+}
+
+/* The largest distance of the losses of steps [first, last); infinite if one is no number. */
+static double largest_distance(const double *a, const double *b, int first, int last) {
+    double largest = 0;
+    for (int step = first; step < last; step++) {
+        double distance = fabs(a[step] - b[step]);
+        if (!(distance <= largest)) largest = isfinite(distance) ? distance : INFINITY;
+    }
+    return largest;
+}
+
+/* Removes the one step in a run's folder, and the folder. */
+static void remove_run(const char *folder) {
+    char path[SAFETENSORS_MAX_PATH];
+    must(checkpoint_directory(folder, path));
+    checkpoint_remove(path);
+    must(checkpoint_join(path, folder, "latest"));
+    unlink(path);
+    rmdir(folder);
+}
+
+/* 20 steps side by side; then one side's checkpoint of step 8, loaded by the other, goes on to the same losses. */
+static void check_training(const Candidate *candidate, const char *what, const MegalodonConfig *config) {
+    enum { SAVED = 8 };
+    static const SafetensorsPair no_facts[] = {{NULL, NULL}};
+    double losses[2][STEPS], resumed[STEPS];
+    Pair pair = pair_create(candidate, what, config, true);
+    for (int side = 0; side < 2; side++) {
+        char folder[] = "/tmp/test_backends_XXXXXX";
+        Safetensors trainer;
+        int other = 1 - side;
+        train(pair.backend[side], pair.model[side], config, 0, SAVED, losses[side]);
+        if (!mkdtemp(folder)) must("cannot create a folder in /tmp");
+        must(checkpoint_write(folder, SAVED, 0, pair.backend[side], pair.model[side], config, no_facts, false));
+        train(pair.backend[side], pair.model[side], config, SAVED, STEPS, losses[side]);
+
+        MegalodonModel *fresh = create_side(&pair, other, true, 99);
+        must(checkpoint_resume(folder, pair.backend[other], fresh, config, &trainer));
+        safetensors_close(&trainer);
+        train(pair.backend[other], fresh, config, SAVED, STEPS, resumed);
+        pair.backend[other]->destroy(fresh);
+        remove_run(folder);
+        double distance = largest_distance(resumed, losses[side], SAVED, STEPS);
+        check(distance <= candidate->loss, "%s, %s: resumed on %s from a checkpoint of %s, losses are off by %.2e",
+              candidate->name, what, pair.backend[other]->name, pair.backend[side]->name, distance);
+        printf("%-10s %-26s checkpoint of %s, %s goes on: losses differ by at most %.1e nats\n", candidate->name,
+               what, pair.backend[side]->name, pair.backend[other]->name, distance);
+    }
+    double distance = largest_distance(losses[OURS], losses[REFERENCE], 0, STEPS);
+    check(distance <= candidate->loss, "%s, %s: losses of %d steps are off by %.2e", candidate->name, what, STEPS,
+          distance);
+    check(losses[OURS][STEPS - 1] < losses[OURS][0] - 0.01, "%s, %s: the loss went from %.4f to %.4f", candidate->name,
+          what, losses[OURS][0], losses[OURS][STEPS - 1]);
+    printf("%-10s %-26s %d steps: losses differ by at most %.1e nats (from %.4f to %.4f)\n", candidate->name, what,
+           STEPS, distance, losses[OURS][0], losses[OURS][STEPS - 1]);
+    pair_destroy(&pair);
+}
+
+/* ---- state and logits ---- */
+
+/* Logits of the last position of each row on both sides agree. Returns their distance. */
+static double check_last_logits(const Pair *pair, MegalodonModel *const model[2], const char *when) {
+    int count = MAX_B * pair->config.vocab_size;
+    double *values[2];
+    for (int side = 0; side < 2; side++) {
+        float *logits = must_allocate((size_t)count * sizeof *logits);
+        values[side] = must_allocate((size_t)count * sizeof **values);
+        for (int i = 0; i < count; i++) logits[i] = NAN;
+        must(pair->backend[side]->last_logits(model[side], logits));
+        for (int i = 0; i < count; i++) values[side][i] = logits[i];
+        free(logits);
+    }
+    double error = relative_rms(values[OURS], values[REFERENCE], (size_t)count);
+    check(error <= pair->candidate->forward, "%s, %s, %s: last logits are off by %.2e", pair->candidate->name,
+          pair->what, when, error);
+    free(values[REFERENCE]);
+    free(values[OURS]);
+    return error;
+}
+
+/* Inference, piece by piece. After `cut` tokens each side's state goes through a file into a fresh model of the other;
+ * all four models then go on and must agree. */
+static void check_state(const Candidate *candidate, const char *what, const MegalodonConfig *config, int cut) {
+    Pair pair = pair_create(candidate, what, config, false);
+    MegalodonModel *crossed[2];
+    double worst = 0;
+    MegalodonBatch batch = random_batch(config, MAX_B, cut, 11);
+    for (int side = 0; side < 2; side++) must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
+    check_last_logits(&pair, pair.model, "first piece");
+    for (int side = 0; side < 2; side++) {
+        char path[] = "/tmp/test_backends_XXXXXX";
+        int file = mkstemp(path), other = 1 - side;
+        if (file < 0) must("cannot create a temporary file");
+        close(file);
+        crossed[other] = create_side(&pair, other, false, 17);
+        must(checkpoint_state_save(path, pair.backend[side], pair.model[side], config));
+        must(checkpoint_state_load(path, pair.backend[other], crossed[other], config));
+        unlink(path);
+    }
+    static const int pieces[] = {1, 1, 5, 20, 1};
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) {
+        batch = random_batch(config, MAX_B, pieces[i], 30 + i);
+        batch.targets = NULL;
+        batch.carry = true;
+        for (int side = 0; side < 2; side++) {
+            must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
+            must(pair.backend[side]->forward(crossed[side], &batch, NULL));
+        }
+        MegalodonModel *const from_reference[2] = {pair.model[REFERENCE], crossed[OURS]};
+        MegalodonModel *const from_ours[2] = {crossed[REFERENCE], pair.model[OURS]};
+        worst = fmax(worst, check_last_logits(&pair, pair.model, "each from its own state"));
+        worst = fmax(worst, check_last_logits(&pair, from_reference, "from the reference's state"));
+        worst = fmax(worst, check_last_logits(&pair, from_ours, "from the candidate's state"));
+    }
+    printf("%-10s %-26s states cross after %d tokens: last logits differ by at most %.1e\n", candidate->name, what,
+           cut, worst);
+    for (int side = 0; side < 2; side++) pair.backend[side]->destroy(crossed[side]);
+    pair_destroy(&pair);
+}
+
+/* ---- the program ---- */
+
+/* Sizes that no block of a kernel divides. */
+static MegalodonConfig odd_config(void) {
+    MegalodonConfig config = small_config();
+    config.model_dim = 45;
+    config.num_heads = 3;
+    config.z_dim = 18;
+    config.value_dim = 51;
+    config.ffn_hidden_dim = 37;
+    config.cema_ndim = 5;
+    config.chunk_size = 13;
+    config.norm_num_groups = 5;
+    config.vocab_size = 101;
+    return config;
+}
+
+static void check_candidate(const Candidate *candidate) {
+    MegalodonConfig plain = small_config(), full = plain, bare = plain, dropout = plain, odd = odd_config();
+    plain.swiglu = false;
+    full.rescale_nffn = full.share_emb = full.scale_emb = true;
+    bare.norm_affine = bare.swiglu = false;
+    bare.num_heads = 1;
+    dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
+    dropout.rescale_nffn = true;
+    check_shapes(candidate, "plain", &plain, false);
+    check_shapes(candidate, "swiglu, rescale, tied", &full, false);
+    check_shapes(candidate, "no affine, one head", &bare, false);
+    check_shapes(candidate, "dropout", &dropout, true);
+    check_shapes(candidate, "odd sizes", &odd, false);
+    check_masks(candidate, &dropout);
+    check_accumulation(candidate, &full);
+    check_repeatable(candidate, &dropout);
+    check_training(candidate, "plain", &plain);
+    check_training(candidate, "dropout", &dropout);
+    check_training(candidate, "swiglu, rescale, tied", &full);
+    check_state(candidate, "swiglu, rescale, tied", &full, 5);
+    check_state(candidate, "odd sizes", &odd, 2 * odd.chunk_size);
+    check_state(candidate, "no affine, one head", &bare, bare.chunk_size - 1);
+}
+
+int main(int argc, char **argv) {
+    const char *only = argc == 3 && strcmp(argv[1], "--backend") == 0 ? argv[2] : NULL;
+    bool known = argc == 1, any = false;
+    for (int i = 0; i < NUM_CANDIDATES; i++) known = known || (only && strcmp(only, candidates[i].name) == 0);
+    if (!known) {
+        fprintf(stderr, "usage: test_backends [--backend NAME]\n  NAME:");
+        for (int i = 0; i < NUM_CANDIDATES; i++) fprintf(stderr, " %s", candidates[i].name);
+        fprintf(stderr, "\n");
+        return 1;
+    }
+    test_begin("backends");
+    for (int i = 0; i < NUM_CANDIDATES; i++) {
+        const Candidate *candidate = &candidates[i];
+        if (only ? strcmp(only, candidate->name) != 0 : i == STAND_IN && any) continue;
+        const char *why = candidate->backend ? candidate->backend->unavailable()
+                                             : "this program was built without that backend";
+        char text[512];
+        snprintf(text, sizeof text, "%s: %s", candidate->name, why ? why : "");
+        if (why) test_skip(text);
+        else check_candidate(candidate);
+        any = any || !why;
+    }
+    return test_end();
+}
