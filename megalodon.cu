@@ -1,15 +1,17 @@
 /* megalodon.cu - Megalodon on a CUDA device: the backend megalodon_cuda.
  *
- * It mirrors megalodon.c: components carry the same names and argument orders, and the model's functions come in the same
- * order. The kernels stand in cuda/, in the order of that file:
+ * It mirrors megalodon.c: components carry the same names and argument orders, and the model's functions
+ * come in the same order. The kernels stand in cuda/, in the order of that file:
  *
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
  *   cuda/matmul.cuh        cuBLAS, the linear layer
- *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh  cuda/pointwise.cuh
+ *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
+ *   cuda/pointwise.cuh
  *
- * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and dropout; a
- * residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's inputs anyway writes that
- * activation once more, and everything temporary lives in one scratch stack whose size create() measures by a dry run.
+ * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
+ * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
+ * inputs anyway writes that activation once more, and everything temporary lives in one scratch stack whose
+ * size create() measures by a dry run.
  */
 #include <cfloat>
 #include <cmath>
@@ -35,7 +37,7 @@ static const char *errorf(const char *format, ...) {
     return message;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * 1. Kernels of the model: AdamW, norm of the gradients, the working copy of the weights
  */
 
@@ -44,7 +46,7 @@ enum { ARENA_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 
 /* Numbers on the device that one step's kernels hand to each other. */
 struct Scalars {
     double loss, norm;
-    float clip;         /* factor of the gradients, 0 where the norm is not finite: then nothing may change */
+    float clip; /* factor of the gradients, 0 where the norm is not finite: then nothing may change */
 };
 
 /* computes: partial[block] = sum of g[i]^2 over the block's 65536 gradients
@@ -66,7 +68,8 @@ __global__ static void square_sums_kernel(double *partial, const float *g, int64
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-/* computes: norm = sqrt of the sum of the partial sums; clip = the factor that brings it down to `largest` (0: no clipping)
+/* computes: norm = sqrt of the sum of the partial sums; clip = the factor that brings it down to `largest`
+ * (0: no clipping)
  * launch:   one block of 1024: a thread adds every 1024th
  * traffic:  8 count bytes
  * needs:    nothing
@@ -86,13 +89,14 @@ struct AdamW {
 };
 
 /* computes: g' = clip g;  m1 = b1 m1 + (1-b1) g';  m2 = b2 m2 + (1-b2) g'^2;
- *           w = decay w - lr (m1 correction1) / (sqrt(m2 correction2) + eps);  copy = bf16 of w, if there is one
+ *           w = decay w - lr (m1 correction1) / (sqrt(m2 correction2) + eps);  copy = bf16 of w, if there is
+ *           one
  * launch:   grid ceil(count / 1024), block 256: a thread owns 4 parameters
  * traffic:  28 count bytes, and 2 count for the copy
  * needs:    count a multiple of 4
  * numerics: float; clip 0 (a norm that is not finite) changes nothing */
-__global__ static void adamw_kernel(float *w, bf16 *copy, float *m1, float *m2, const float *g, const Scalars *scalars,
-                                    int64_t count, AdamW adamw) {
+__global__ static void adamw_kernel(float *w, bf16 *copy, float *m1, float *m2, const float *g,
+                                    const Scalars *scalars, int64_t count, AdamW adamw) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * UPDATE_VEC;
     float clip = scalars->clip, weight[UPDATE_VEC], first[UPDATE_VEC], second[UPDATE_VEC], grad[UPDATE_VEC];
     if (at >= count || clip == 0) return;
@@ -105,8 +109,8 @@ __global__ static void adamw_kernel(float *w, bf16 *copy, float *m1, float *m2, 
         float gradient = grad[i] * clip;
         first[i] = adamw.b1 * first[i] + (1 - adamw.b1) * gradient;
         second[i] = adamw.b2 * second[i] + (1 - adamw.b2) * gradient * gradient;
-        weight[i] = adamw.decay * weight[i] -
-                    adamw.lr * (first[i] * adamw.correction1) / (sqrtf(second[i] * adamw.correction2) + adamw.eps);
+        weight[i] = adamw.decay * weight[i] - adamw.lr * (first[i] * adamw.correction1) /
+                                                  (sqrtf(second[i] * adamw.correction2) + adamw.eps);
     }
     store<UPDATE_VEC>(w + at, weight);
     store<UPDATE_VEC>(m1 + at, first);
@@ -123,7 +127,8 @@ template <typename O, typename I> __global__ void convert_kernel(O *to, const I 
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) to[i] = from_float<O>(to_float(from[i]));
 }
-template <typename O, typename I> static void convert(Context *context, O *to, const I *from, int64_t count) {
+template <typename O, typename I>
+static void convert(Context *context, O *to, const I *from, int64_t count) {
     LAUNCH((convert_kernel<O, I>), blocks_for(count, 256), 256, context, to, from, count);
 }
 
@@ -137,19 +142,22 @@ __global__ static void count_kernel(int64_t *out, const int64_t *in, int64_t ste
     if (b < B) out[b] = (in ? in[b] : 0) + steps;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * 2. The model
  */
 
 /* Activations that are statistics: float whatever the activation type is. */
-static constexpr bool same(const char *a, const char *b) { return *a == *b && (*a == 0 || same(a + 1, b + 1)); }
+static constexpr bool same(const char *a, const char *b) {
+    return *a == *b && (*a == 0 || same(a + 1, b + 1));
+}
 static constexpr bool is_statistic(const char *field) {
     return same(field, "mean") || same(field, "var") || same(field, "c_rstd") || same(field, "lse") ||
-           same(field, "y_mean") || same(field, "y_rstd") || same(field, "final_mean") || same(field, "final_var") ||
-           same(field, "nll");
+           same(field, "y_mean") || same(field, "y_rstd") || same(field, "final_mean") ||
+           same(field, "final_var") || same(field, "nll");
 }
 
-/* The structs mirror the lists of megalodon.h: a pointer for each tensor, NULL where the configuration has none. */
+/* The structs mirror the lists of megalodon.h: a pointer for each tensor, NULL where the configuration has
+ * none. */
 #define X(field, name, shape, ...) P *field;
 template <typename P> struct LayerParams { MEGALODON_LAYER_PARAMS(X) };
 template <typename P> struct ModelParams { MEGALODON_MODEL_PARAMS(X) };
@@ -168,9 +176,9 @@ template <typename T> struct LayerState {
 /* The state of B rows after count[b] tokens. */
 template <typename T> struct State {
     int B, n;
-    int64_t *count;                        /* (B) on the device */
+    int64_t *count; /* (B) on the device */
     std::vector<LayerState<T>> layers;
-    double *final_mean, *final_var;        /* (B,G) */
+    double *final_mean, *final_var; /* (B,G) */
 };
 
 enum Kept { SAVED, CHEAP, LOGITS };
@@ -184,48 +192,49 @@ struct MegalodonModel {
     MegalodonOptions options;
     MegalodonMemory memory;
     Context context;
-    std::vector<void *> arenas;            /* device memory, freed by destroy */
-    std::vector<MegalodonTensor> params;   /* the list of parameters and each one's place in the arenas below */
+    std::vector<void *> arenas; /* device memory, freed by destroy */
+    std::vector<MegalodonTensor>
+        params; /* the list of parameters and each one's place in the arenas below */
     std::vector<int64_t> offset;
-    int64_t arena_size;                    /* numbers in one arena, padding included (always zero) */
+    int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
-    bool weights_changed;                  /* by set, since the working copy and CEMA's coefficients were made */
+    bool weights_changed; /* by set, since the working copy and CEMA's coefficients were made */
     std::vector<LayerParams<float>> masters, dlayers;
     ModelParams<float> dtop;
     std::vector<CemaCoefficients> coef;
-    float2 *rope;                          /* (C,z/2) */
+    float2 *rope; /* (C,z/2) */
     double *norm_partials;
     Scalars *scalars, *host_scalars;
-    float *last_logits;                    /* (B,V) */
+    float *last_logits; /* (B,V) */
 
-    MegalodonBatch batch;                  /* the last forward's */
+    MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
     /* One block of memory for all that a step uploads, on the host (pinned) and on the device. */
     char *host_upload, *device_upload;
     size_t upload_bytes;
     cudaEvent_t uploaded;
-    int32_t *tokens, *targets;             /* on the device */
-    EmbeddingPlan plan;                    /* arrays on the device */
+    int32_t *tokens, *targets; /* on the device */
+    EmbeddingPlan plan;        /* arrays on the device */
     std::vector<int32_t> token_counts;
     /* Generation repeats one short pass: it is recorded once for its batch size and replayed. */
     cudaGraphExec_t step_graph;
-    int step_rows;                         /* batch size of the recorded pass; 0: none */
+    int step_rows; /* batch size of the recorded pass; 0: none */
     virtual ~MegalodonModel() {}
 };
 
 template <typename T> struct Model : MegalodonModel {
-    T *copy;                               /* the weights in T: the weights themselves, or a bf16 copy */
+    T *copy; /* the weights in T: the weights themselves, or a bf16 copy */
     std::vector<LayerParams<T>> layers;
     ModelParams<T> top;
     std::vector<LayerActs<T>> acts;
     ModelActs<T> top_acts;
-    float *logit_lse;                      /* (B,T) */
-    T *last;                               /* (B,D) final_norm of the last position */
+    float *logit_lse; /* (B,T) */
+    T *last;          /* (B,D) final_norm of the last position */
     State<T> state, state_in, dstate_in, dstate_out;
 };
 
-/* An arena is laid out twice by the same code: once to learn its size, once for real. The first time its addresses are
- * made up (not null, since null means absent). */
+/* An arena is laid out twice by the same code: once to learn its size, once for real. The first time its
+ * addresses are made up (not null, since null means absent). */
 struct Arena {
     char *base;
     size_t used;
@@ -266,11 +275,12 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* An activation's own memory for the largest batch. CHEAP ones have none unless all are kept: whoever computes one borrows
- * scratch. Without a backward, layers share: `earlier` is what an earlier layer has (NULL: take). */
+/* An activation's own memory for the largest batch. CHEAP ones have none unless all are kept: whoever
+ * computes one borrows scratch. Without a backward, layers share: `earlier` is what an earlier layer has
+ * (NULL: take). */
 template <typename P>
-static P *take_activation(const MegalodonModel *m, Arena *arena, const char *shape, Kept kept, MegalodonPresence presence,
-                          P *earlier) {
+static P *take_activation(const MegalodonModel *m, Arena *arena, const char *shape, Kept kept,
+                          MegalodonPresence presence, P *earlier) {
     const MegalodonOptions *o = &m->options;
     if (!is_present(&m->config, presence) || (kept != SAVED && !o->keep_activations)) return nullptr;
     if (earlier && !o->keep_activations && !o->training) return earlier;
@@ -280,16 +290,19 @@ static P *take_activation(const MegalodonModel *m, Arena *arena, const char *sha
 template <typename T> static void layout_activations(Model<T> *m, Arena *arena) {
     int64_t rows = (int64_t)m->options.max_batch * m->options.max_length;
     for (int l = 0; l < m->config.num_layers; l++) {
-        /* A block reads the output of the one before while it writes its own: those alternate between two buffers. */
+        /* A block reads the output of the one before while it writes its own: those alternate between two
+         * buffers. */
 #define X(field, name, shape, kept, presence)                                                               \
     m->acts[l].field = take_activation(m, arena, shape, kept, presence,                                     \
-                                       l < (same(#field, "out") ? 2 : 1) ? (decltype(m->acts[l].field)) nullptr \
-                                       : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
+                                       l < (same(#field, "out") ? 2 : 1)                                    \
+                                           ? (decltype(m->acts[l].field))nullptr                            \
+                                           : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
         MEGALODON_LAYER_ACTS(X)
 #undef X
     }
 #define X(field, name, shape, kept, presence)                                                               \
-    m->top_acts.field = take_activation(m, arena, shape, kept, presence, (decltype(m->top_acts.field)) nullptr);
+    m->top_acts.field =                                                                                     \
+        take_activation(m, arena, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
     MEGALODON_MODEL_ACTS(X)
 #undef X
     m->logit_lse = take<float>(arena, rows);
@@ -327,9 +340,11 @@ template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
 
 template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     const MegalodonConfig *c = &m->config;
-    int64_t rows = (int64_t)m->options.max_batch * m->options.max_length, states = (int64_t)c->model_dim * c->cema_ndim;
+    int64_t rows = (int64_t)m->options.max_batch * m->options.max_length,
+            states = (int64_t)c->model_dim * c->cema_ndim;
     for (CemaCoefficients &coef : m->coef)
-        coef = cema_coefficients_at(take<float>(arena, states * NUM_CEMA_COEFFICIENTS), c->model_dim, c->cema_ndim);
+        coef = cema_coefficients_at(take<float>(arena, states * NUM_CEMA_COEFFICIENTS), c->model_dim,
+                                    c->cema_ndim);
     m->rope = take<float2>(arena, (int64_t)c->chunk_size * (c->z_dim / c->num_heads / 2));
     m->norm_partials = take<double>(arena, ceil_div(m->arena_size, NORM_CHUNK));
     m->scalars = take<Scalars>(arena, 1);
@@ -360,14 +375,17 @@ static int find_param(const MegalodonModel *m, const char *name) {
 
 template <typename P> static P *param_in(const MegalodonModel *m, P *arena, int layer, const char *name) {
     char full[MEGALODON_MAX_NAME];
-    if (layer >= 0) snprintf(full, sizeof full, "layers.%d.%s", layer, name);
-    else snprintf(full, sizeof full, "%s", name);
+    if (layer >= 0)
+        snprintf(full, sizeof full, "layers.%d.%s", layer, name);
+    else
+        snprintf(full, sizeof full, "%s", name);
     int i = find_param(m, full);
     return i < 0 || !arena ? nullptr : arena + m->offset[(size_t)i];
 }
 
 template <typename P>
-static void point_params(const MegalodonModel *m, P *arena, std::vector<LayerParams<P>> *layers, ModelParams<P> *top) {
+static void point_params(const MegalodonModel *m, P *arena, std::vector<LayerParams<P>> *layers,
+                         ModelParams<P> *top) {
     for (int l = 0; l < m->config.num_layers; l++) {
 #define X(field, name, ...) (*layers)[(size_t)l].field = param_in(m, arena, l, name);
         MEGALODON_LAYER_PARAMS(X)
@@ -403,8 +421,17 @@ static int64_t tokens_before(const MegalodonModel *m, int n) { return m->carried
 
 template <typename T> static AttentionKeys<T> attention_keys(const Model<T> *m, int l, const T *v) {
     const MegalodonConfig *c = &m->config;
-    AttentionKeys<T> keys = {m->acts[l].k, v, nullptr, nullptr, tokens_before(m, m->state_in.n), c->chunk_size, m->batch.B,
-                             m->batch.T, c->num_heads, c->z_dim / c->num_heads, c->value_dim / c->num_heads,
+    AttentionKeys<T> keys = {m->acts[l].k,
+                             v,
+                             nullptr,
+                             nullptr,
+                             tokens_before(m, m->state_in.n),
+                             c->chunk_size,
+                             m->batch.B,
+                             m->batch.T,
+                             c->num_heads,
+                             c->z_dim / c->num_heads,
+                             c->value_dim / c->num_heads,
                              c->chunk_size};
     if (m->carried) keys.k_in = m->state_in.layers[l].k, keys.v_in = m->state_in.layers[l].v;
     return keys;
@@ -413,16 +440,17 @@ template <typename T> static AttentionKeys<T> attention_keys(const Model<T> *m, 
 template <typename T> static QueryShape query_shape(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     const int64_t *count = m->carried ? m->state_in.count : nullptr;
-    return QueryShape{(int64_t)m->batch.B * m->batch.T, count, m->batch.T, c->num_heads, c->z_dim / c->num_heads,
-                      c->chunk_size};
+    return QueryShape{(int64_t)m->batch.B * m->batch.T, count,        m->batch.T, c->num_heads,
+                      c->z_dim / c->num_heads,          c->chunk_size};
 }
 
-/* a = attention(q, k, v), and the state that it leaves. One token a row at a time, without a backward, has kernels of
- * its own, which add the token to the state in place. */
+/* a = attention(q, k, v), and the state that it leaves. One token a row at a time, without a backward, has
+ * kernels of its own, which add the token to the state in place. */
 template <typename T> static void model_attention(Model<T> *m, int l, const T *v) {
     const MegalodonConfig *c = &m->config;
     LayerActs<T> *a = &m->acts[l];
-    int64_t B = m->batch.B, steps = m->batch.T, Z = c->z_dim, E = c->value_dim, H = c->num_heads, C = c->chunk_size;
+    int64_t B = m->batch.B, steps = m->batch.T, Z = c->z_dim, E = c->value_dim, H = c->num_heads,
+            C = c->chunk_size;
     int64_t n = tokens_before(m, m->state_in.n);
     Dropout dropout = dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION);
     if (steps == 1 && !m->options.training && dropout.threshold == 0) {
@@ -446,32 +474,38 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     LayerActs<T> *a = &m->acts[l];
     Context *context = &m->context;
     ScratchScope scope(context);
-    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim, E = c->value_dim;
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim,
+            E = c->value_dim;
     float eps = (float)c->norm_eps;
 
     T *u = room(m, a->u, rows * D), *mm = room(m, a->m, rows * D), *v = room(m, a->v, rows * E);
-    timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count, in->norm_mean,
-                         in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D, c->norm_num_groups, eps);
+    timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
+                         in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D,
+                         c->norm_num_groups, eps);
     linear_forward<T>(context, a->vv, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D);
     silu_forward(context, v, a->vv, rows * E);
-    cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D, c->cema_ndim);
+    cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D,
+                 c->cema_ndim);
     rmsnorm_forward(context, mm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, eps,
                     dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
     linear_forward<T>(context, a->zz, mm, w->wz_weight, w->wz_bias, nullptr, rows, Z, D);
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
     model_attention(m, l, v);
     linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
-    T *ar = a->ar ? a->ar : v;   // v is not needed any more
-    silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+    T *ar = a->ar ? a->ar : v; // v is not needed any more
+    silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E,
+                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
 
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
-    const T *residual = dropout.threshold ? nullptr : x;   // dropout stands between the products and the residual
+    const T *residual =
+        dropout.threshold ? nullptr : x; // dropout stands between the products and the residual
     linear_forward<T>(context, a->y, mm, w->wh1_weight, w->wh1_bias, residual, rows, D, D);
     linear_forward<T>(context, a->y, ar, w->wh2_weight, nullptr, a->y, rows, D, E);
     if (dropout.threshold) rescale_forward<T>(context, a->y, nullptr, a->y, x, nullptr, rows, D, dropout);
 }
 
-/* The feed-forward half:  out = alpha * fc2(hidden) + x: the second hop skips from the block's input, not from y. */
+/* The feed-forward half:  out = alpha * fc2(hidden) + x: the second hop skips from the block's input, not
+ * from y. */
 template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
@@ -481,10 +515,12 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
 
     T *n = room(m, a->n, rows * D), *hidden = room(m, a->hidden, rows * F);
-    layernorm_forward(context, n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D, (float)c->norm_eps);
+    layernorm_forward(context, n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D,
+                      (float)c->norm_eps);
     linear_forward<T>(context, a->f1, n, w->fc1_weight, nullptr, nullptr, rows, F, D);
     if (c->swiglu) linear_forward<T>(context, a->f3, n, w->fc3_weight, nullptr, nullptr, rows, F, D);
-    swiglu_forward<T>(context, hidden, a->f1, a->f3, rows * F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    swiglu_forward<T>(context, hidden, a->f1, a->f3, rows * F,
+                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
     if (!c->rescale_nffn && dropout.threshold == 0) {
         linear_forward<T>(context, a->out, hidden, w->fc2_weight, nullptr, x, rows, D, F);
@@ -497,8 +533,8 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
-/* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays, since
- * out = f + x hands dout on to x unchanged. */
+/* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays,
+ * since out = f + x hands dout on to x unchanged. */
 template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
@@ -512,7 +548,8 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     const T *df = dx;
     if (c->rescale_nffn || dropout.threshold) {
         T *scaled = take<T>(context, rows * D);
-        rescale_backward<T>(context, scaled, nullptr, dw->ffn_alpha, dx, a->f2, w->ffn_alpha, rows, D, dropout);
+        rescale_backward<T>(context, scaled, nullptr, dw->ffn_alpha, dx, a->f2, w->ffn_alpha, rows, D,
+                            dropout);
         df = scaled;
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
@@ -522,11 +559,13 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     linear_backward<T>(context, nullptr, false, dw->fc2_weight, nullptr, df, hidden, nullptr, rows, D, F);
     linear_backward<T>(context, dy, false, nullptr, nullptr, df1, nullptr, w->fc1_weight, rows, F, D);
-    if (c->swiglu) linear_backward<T>(context, dy, true, nullptr, nullptr, df3, nullptr, w->fc3_weight, rows, F, D);
-    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd, a->y,
-                          w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
+    if (c->swiglu)
+        linear_backward<T>(context, dy, true, nullptr, nullptr, df3, nullptr, w->fc3_weight, rows, F, D);
+    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd,
+                          a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
     linear_backward<T>(context, nullptr, false, dw->fc1_weight, nullptr, df1, n, nullptr, rows, F, D);
-    if (c->swiglu) linear_backward<T>(context, nullptr, false, dw->fc3_weight, nullptr, df3, n, nullptr, rows, F, D);
+    if (c->swiglu)
+        linear_backward<T>(context, nullptr, false, dw->fc3_weight, nullptr, df3, n, nullptr, rows, F, D);
 }
 
 /* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
@@ -541,7 +580,8 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     LayerActs<T> *a = &m->acts[l];
     Context *context = &m->context;
     ScratchScope scope(context);
-    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim, E = c->value_dim;
+    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, Z = c->z_dim,
+            E = c->value_dim;
     int64_t C = c->chunk_size, G = c->norm_num_groups, n = tokens_before(m, m->state_in.n);
     float eps = (float)c->norm_eps;
 
@@ -571,7 +611,8 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     {
         ScratchScope queries(context);
         T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);
-        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, a->lse, a->q, attention_keys(m, l, (const T *)v),
+        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, a->lse, a->q,
+                              attention_keys(m, l, (const T *)v),
                               dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION));
         if (m->have_dstate_out) {
             attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
@@ -593,14 +634,16 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
     T *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
-    timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, G, eps);
+    timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, G,
+                          eps);
     linear_backward<T>(context, du, false, dw->wv_weight, nullptr, dv, u, w->wv_weight, rows, E, D);
-    cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
-                     dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha, master->cema_delta,
-                     master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
-    timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight, dw->timenorm_bias, du,
-                             dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var, x, m->state_in.count, in->norm_mean,
-                             w->timenorm_weight, B, steps, D, G, eps);
+    cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,
+                     dw->cema_gamma, dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l],
+                     master->cema_alpha, master->cema_delta, master->cema_theta, master->cema_omega, B,
+                     steps, D, c->cema_ndim);
+    timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
+                             dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
+                             x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
 }
 
 /* ---- the head ---- */
@@ -609,43 +652,52 @@ template <typename T> static int64_t logit_rows(const Model<T> *m, int64_t rows)
     int64_t fit = (int64_t)(LOGIT_BYTES / sizeof(T)) / m->config.vocab_size;
     if (fit < SMALLEST_LOGIT_ROWS) fit = SMALLEST_LOGIT_ROWS;
     if (fit >= rows) return rows;
-    return ceil_div(ceil_div(rows, ceil_div(rows, fit)), 8) * 8;   // blocks of about the same size
+    return ceil_div(ceil_div(rows, ceil_div(rows, fit)), 8) * 8; // blocks of about the same size
 }
 
 /* logits = final Wout^T, a block of rows at a time:  nll = cross_entropy(logits, targets) */
 template <typename T> static void head_forward(Model<T> *m, const T *final) {
     const MegalodonConfig *c = &m->config;
-    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size, block = logit_rows(m, rows);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size,
+            block = logit_rows(m, rows);
     if (!m->batch.targets && !m->top_acts.logits) return;
     ScratchScope scope(&m->context);
     T *memory = m->top_acts.logits ? nullptr : take<T>(&m->context, (block + 8) * V);
     for (int64_t r = 0; r < rows; r += block) {
         int64_t count = rows - r < block ? rows - r : block;
         T *logits = m->top_acts.logits ? m->top_acts.logits + r * V : memory;
-        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count, V, D);
+        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count,
+                          V, D);
         if (m->batch.targets)
-            cross_entropy_forward<T>(&m->context, m->top_acts.nll + r, m->logit_lse + r, logits, m->targets + r, count, V);
+            cross_entropy_forward<T>(&m->context, m->top_acts.nll + r, m->logit_lse + r, logits,
+                                     m->targets + r, count, V);
     }
 }
 
-/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;  dWout += ... */
+/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;  dWout
+ * += ... */
 template <typename T> static void head_backward(Model<T> *m, T *dfinal, const T *final, float scale) {
     const MegalodonConfig *c = &m->config;
-    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size, block = logit_rows(m, rows);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size,
+            block = logit_rows(m, rows);
     ScratchScope scope(&m->context);
     T *logits = take<T>(&m->context, (block + 8) * V);
     for (int64_t r = 0; r < rows; r += block) {
         int64_t count = rows - r < block ? rows - r : block;
-        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count, V, D);
-        cross_entropy_backward<T>(&m->context, logits, nullptr, scale, logits, m->logit_lse + r, m->targets + r, count, V);
-        linear_backward<T>(&m->context, dfinal + r * D, false, m->dtop.output_weight, nullptr, logits, final + r * D,
-                           m->top.output_weight, count, V, D);
+        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count,
+                          V, D);
+        cross_entropy_backward<T>(&m->context, logits, nullptr, scale, logits, m->logit_lse + r,
+                                  m->targets + r, count, V);
+        linear_backward<T>(&m->context, dfinal + r * D, false, m->dtop.output_weight, nullptr, logits,
+                           final + r * D, m->top.output_weight, count, V, D);
     }
 }
 
 /* ---- whole passes: no error, no wait, so that a dry run can make them too ---- */
 
-static float embedding_scale(const MegalodonConfig *c) { return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1.0f; }
+static float embedding_scale(const MegalodonConfig *c) {
+    return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1.0f;
+}
 
 template <typename T> static void forward_pass(Model<T> *m) {
     const MegalodonConfig *c = &m->config;
@@ -663,15 +715,16 @@ template <typename T> static void forward_pass(Model<T> *m) {
     ModelActs<T> *a = &m->top_acts;
     T *final = room(m, a->final, rows * D);
     bool keeps = keeps_state(m);
-    timestepnorm_forward<T>(context, final, a->final_mean, a->final_var, keeps ? m->state.final_mean : nullptr,
-                            keeps ? m->state.final_var : nullptr, x, m->state_in.count,
-                            m->carried ? m->state_in.final_mean : nullptr, m->carried ? m->state_in.final_var : nullptr,
-                            m->top.final_weight, m->top.final_bias, B, steps, D, c->norm_num_groups, (float)c->norm_eps);
+    timestepnorm_forward<T>(context, final, a->final_mean, a->final_var,
+                            keeps ? m->state.final_mean : nullptr, keeps ? m->state.final_var : nullptr, x,
+                            m->state_in.count, m->carried ? m->state_in.final_mean : nullptr,
+                            m->carried ? m->state_in.final_var : nullptr, m->top.final_weight,
+                            m->top.final_bias, B, steps, D, c->norm_num_groups, (float)c->norm_eps);
     if (keeps)
-        LAUNCH(count_kernel, blocks_for(B, 256), 256, context, m->state.count, m->carried ? m->state_in.count : nullptr, steps,
-               (int)B);
-    copy_rows(context, m->last, (size_t)D * sizeof(T), final + (steps - 1) * D, (size_t)(steps * D) * sizeof(T),
-              (size_t)D * sizeof(T), (size_t)B);
+        LAUNCH(count_kernel, blocks_for(B, 256), 256, context, m->state.count,
+               m->carried ? m->state_in.count : nullptr, steps, (int)B);
+    copy_rows(context, m->last, (size_t)D * sizeof(T), final + (steps - 1) * D,
+              (size_t)(steps * D) * sizeof(T), (size_t)D * sizeof(T), (size_t)B);
     head_forward<T>(m, final);
 }
 
@@ -688,16 +741,17 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
     {
         ScratchScope head(context);
         T *final = room(m, a->final, rows * D);
-        timestepnorm_again<T>(context, final, a->final_mean, a->final_var, last, m->top.final_weight, m->top.final_bias, rows,
-                              D, G, eps);
+        timestepnorm_again<T>(context, final, a->final_mean, a->final_var, last, m->top.final_weight,
+                              m->top.final_bias, rows, D, G, eps);
         head_backward<T>(m, dx, final, (float)scale);
     }
-    timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr, din ? m->dstate_in.final_var : nullptr,
-                             m->dtop.final_weight, m->dtop.final_bias, dx,
-                             m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
-                             m->have_dstate_out ? m->dstate_out.final_var : nullptr, nullptr, nullptr, a->final_mean,
-                             a->final_var, last, m->state_in.count, m->carried ? m->state_in.final_mean : nullptr,
-                             m->top.final_weight, B, steps, D, G, eps);
+    timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr,
+                             din ? m->dstate_in.final_var : nullptr, m->dtop.final_weight,
+                             m->dtop.final_bias, dx, m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
+                             m->have_dstate_out ? m->dstate_out.final_var : nullptr, nullptr, nullptr,
+                             a->final_mean, a->final_var, last, m->state_in.count,
+                             m->carried ? m->state_in.final_mean : nullptr, m->top.final_weight, B, steps, D,
+                             G, eps);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_backward<T>(m, l, dx, dy);
         mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
@@ -708,8 +762,8 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
 
 /* ---- create and destroy ---- */
 
-/* Walks through the largest passes without launching anything: the high-water mark of scratch is what a step needs.
- * Every launcher's need grows with B, T and with n > 0, so that these passes stand for all. */
+/* Walks through the largest passes without launching anything: the high-water mark of scratch is what a step
+ * needs. Every launcher's need grows with B, T and with n > 0, so that these passes stand for all. */
 template <typename T> static size_t measure_scratch(Model<T> *m) {
     Context *context = &m->context;
     context->dry_run = true;
@@ -748,12 +802,13 @@ template <typename T> static size_t measure(Model<T> *m, void (*layout)(Model<T>
 }
 
 /* Allocates an arena zeroed, and lays it out. */
-template <typename T> static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *), int64_t *bytes) {
+template <typename T>
+static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *), int64_t *bytes) {
     Arena arena = {nullptr, 0};
     size_t size = measure(m, layout);
     if (size == 0) return nullptr;
     if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
-        cudaGetLastError();   // the refusal is reported here and must not be found again later
+        cudaGetLastError(); // the refusal is reported here and must not be found again later
         return errorf("out of device memory: asked for %.2f GiB", (double)size / (1 << 30));
     }
     m->arenas.push_back(arena.base);
@@ -777,10 +832,13 @@ template <typename T> static const char *build(Model<T> *m) {
     for (State<T> *state : states) state->layers.resize(L);
     m->token_counts.resize((size_t)c->vocab_size);
 
-    struct { void (*layout)(Model<T> *, Arena *); int64_t *bytes; } const arenas[] = {
-        {layout_weights<T>, &m->memory.parameters},     {layout_gradients<T>, &m->memory.gradients},
-        {layout_moments<T>, &m->memory.moments},        {layout_activations<T>, &m->memory.activations},
-        {layout_state<T>, &m->memory.state},            {layout_workspace<T>, &m->memory.workspace},
+    struct {
+        void (*layout)(Model<T> *, Arena *);
+        int64_t *bytes;
+    } const arenas[] = {
+        {layout_weights<T>, &m->memory.parameters}, {layout_gradients<T>, &m->memory.gradients},
+        {layout_moments<T>, &m->memory.moments},    {layout_activations<T>, &m->memory.activations},
+        {layout_state<T>, &m->memory.state},        {layout_workspace<T>, &m->memory.workspace},
         {layout_scratch<T>, &m->memory.workspace}};
     size_t needed = 0, available = 0, all = 0;
     for (const auto &arena : arenas) {
@@ -792,18 +850,21 @@ template <typename T> static const char *build(Model<T> *m) {
     }
     CHECK_CUDA(cudaMemGetInfo(&available, &all));
     if (needed > available)
-        return errorf("this model needs %.2f GiB of device memory (%zu bytes) and %.2f GiB are free (%zu bytes): make it "
-                      "smaller, or the batch, or the sequence", (double)needed / (1 << 30), needed,
-                      (double)available / (1 << 30), available);
+        return errorf("this model needs %.2f GiB of device memory (%zu bytes) and %.2f GiB are free (%zu "
+                      "bytes): make it "
+                      "smaller, or the batch, or the sequence",
+                      (double)needed / (1 << 30), needed, (double)available / (1 << 30), available);
     for (const auto &arena : arenas) {
         const char *error = build_arena(m, arena.layout, arena.bytes);
         if (error) return error;
     }
-    CHECK_CUDA(cudaDeviceSynchronize());   // the zeros came by the default stream, which the model's does not wait for
+    CHECK_CUDA(
+        cudaDeviceSynchronize()); // the zeros came by the default stream, which the model's does not wait for
     point_all_params(m);
     CHECK_CUDA(cudaMallocHost((void **)&m->host_upload, m->upload_bytes));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
-    CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace, m->context.cublas_workspace_bytes));
+    CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
+                                    m->context.cublas_workspace_bytes));
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
@@ -818,8 +879,9 @@ static void start_context(Context *context, bool own_stream) {
     CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
     CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
     /* No TF32, and partial sums of a product split over K stay float. */
-    CHECK_CUBLAS(cublasSetMathMode(context->cublas, (cublasMath_t)(CUBLAS_DEFAULT_MATH |
-                                                                   CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    CHECK_CUBLAS(cublasSetMathMode(
+        context->cublas,
+        (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
 }
 
@@ -838,7 +900,8 @@ static void cuda_destroy(MegalodonModel *m) {
 }
 
 template <typename T>
-static const char *create_model(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options) {
+static const char *create_model(MegalodonModel **model, const MegalodonConfig *config,
+                                const MegalodonOptions *options) {
     Model<T> *m = new Model<T>();
     m->config = *config;
     m->options = *options;
@@ -863,8 +926,10 @@ static const char *cuda_unavailable(void) {
         cudaDriverGetVersion(&driver);
         cudaRuntimeGetVersion(&runtime);
         if (driver > 0 && driver < runtime)
-            snprintf(message, sizeof message, "the driver knows CUDA %d.%d and this program was built for %d.%d: update the "
-                     "driver", driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+            snprintf(message, sizeof message,
+                     "the driver knows CUDA %d.%d and this program was built for %d.%d: update the "
+                     "driver",
+                     driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
         else
             snprintf(message, sizeof message, "no CUDA device was found (%s)",
                      status == cudaSuccess ? "none is visible" : cudaGetErrorString(status));
@@ -873,17 +938,20 @@ static const char *cuda_unavailable(void) {
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (major >= 8) return nullptr;
-    snprintf(message, sizeof message, "the device has compute capability %d.x and at least 8.0 is needed", major);
+    snprintf(message, sizeof message, "the device has compute capability %d.x and at least 8.0 is needed",
+             major);
     return message;
 }
 
-static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options) {
+static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *config,
+                               const MegalodonOptions *options) {
     *model = nullptr;
     const char *error = megalodon_validate(config);
     if (!error) error = cuda_unavailable();
     if (error) return error;
     if (options->max_batch < 1 || options->max_length < 1)
-        return errorf("batch %d x length %d: both must be at least 1", options->max_batch, options->max_length);
+        return errorf("batch %d x length %d: both must be at least 1", options->max_batch,
+                      options->max_length);
     if (options->precision == MEGALODON_BF16_MIXED) return create_model<bf16>(model, config, options);
     return create_model<float>(model, config, options);
 }
@@ -899,21 +967,25 @@ static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *co
 static const char *check_batch(const MegalodonModel *m, const MegalodonBatch *batch, int state_rows) {
     const MegalodonOptions *o = &m->options;
     if (batch->B < 1 || batch->T < 1 || batch->B > o->max_batch || batch->T > o->max_length)
-        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T, o->max_batch,
-                      o->max_length);
+        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T,
+                      o->max_batch, o->max_length);
     int64_t rows = (int64_t)batch->B * batch->T, V = m->config.vocab_size;
     for (int64_t i = 0; i < rows; i++) {
         if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
-            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld", batch->tokens[i],
-                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
-        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE && (batch->targets[i] < 0 || batch->targets[i] >= V))
-            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld", batch->targets[i],
-                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
+            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->tokens[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
+        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE &&
+            (batch->targets[i] < 0 || batch->targets[i] >= V))
+            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->targets[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
     }
     if (!batch->carry) return nullptr;
     if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state to go on from");
     if (state_rows != batch->B)
-        return errorf("the state has %d rows and the batch %d: they must agree to go on", state_rows, batch->B);
+        return errorf("the state has %d rows and the batch %d: they must agree to go on", state_rows,
+                      batch->B);
     return nullptr;
 }
 
@@ -938,7 +1010,8 @@ template <typename T> static void begin_state(Model<T> *m) {
     m->carried = m->batch.carry;
     m->have_dstate_out = false;
     if (!keeps_state(m)) return;
-    if (m->options.training) std::swap(m->state, m->state_in);
+    if (m->options.training)
+        std::swap(m->state, m->state_in);
     else if (!m->carried) {
         clear_state(m, &m->state);
         m->state.n = 0;
@@ -957,7 +1030,7 @@ template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
 /* Sends tokens, targets and the plan of the embedding's gradient. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
-    CHECK_CUDA(cudaEventSynchronize(m->uploaded));   // the last upload has left the host's memory
+    CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
     size_t used = rows * sizeof(int32_t);
     if (m->batch.targets) {
@@ -965,13 +1038,15 @@ static void upload_batch(MegalodonModel *m) {
         used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
     }
     if (m->options.training && m->batch.targets) {
-        EmbeddingPlan plan = {on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
+        EmbeddingPlan plan = {
+            on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
         plan_embedding(&plan, m->batch.tokens, (int64_t)rows, m->config.vocab_size, m->token_counts.data());
         m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
         m->plan.num_partials = plan.num_partials;
         used = m->upload_bytes;
     }
-    CHECK_CUDA(cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
+    CHECK_CUDA(
+        cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
     CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
 }
 
@@ -990,10 +1065,11 @@ template <typename T> static void refresh_weights(Model<T> *m) {
     m->weights_changed = false;
 }
 
-/* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the state stays where
- * it is, so that the same launches serve every token. */
+/* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the
+ * state stays where it is, so that the same launches serve every token. */
 static bool is_step(const MegalodonModel *m) {
-    return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets && !m->batch.dropout;
+    return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets &&
+           !m->batch.dropout;
 }
 
 template <typename T> static void replay_step(Model<T> *m) {
@@ -1010,15 +1086,18 @@ template <typename T> static void replay_step(Model<T> *m) {
     CHECK_CUDA(cudaGraphLaunch(m->step_graph, m->context.stream));
 }
 
-template <typename T> static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
+template <typename T>
+static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
     const char *error = check_batch(m, batch, m->state.B);
     if (error) return error;
     m->batch = *batch;
     begin_state(m);
     upload_batch(m);
     refresh_weights(m);
-    if (is_step(m)) replay_step(m);
-    else forward_pass(m);
+    if (is_step(m))
+        replay_step(m);
+    else
+        forward_pass(m);
     m->can_backward = m->options.training && batch->targets;
     if (!loss) return nullptr;
     *loss = MegalodonLoss{0, 0};
@@ -1026,8 +1105,8 @@ template <typename T> static const char *forward_model(Model<T> *m, const Megalo
     int64_t rows = (int64_t)batch->B * batch->T;
     for (int64_t i = 0; i < rows; i++) loss->counted += batch->targets[i] != MEGALODON_IGNORE;
     LAUNCH(sum_kernel, 1, SUM_THREADS, &m->context, &m->scalars->loss, m->top_acts.nll, rows);
-    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->loss, &m->scalars->loss, sizeof(double), cudaMemcpyDeviceToHost,
-                               m->context.stream));
+    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->loss, &m->scalars->loss, sizeof(double),
+                               cudaMemcpyDeviceToHost, m->context.stream));
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     loss->nll_sum = m->host_scalars->loss;
     return nullptr;
@@ -1040,8 +1119,8 @@ template <typename T> static const char *last_logits_of(Model<T> *m, float *out)
     int64_t B = m->batch.B, D = m->config.model_dim, V = m->config.vocab_size;
     if (B == 0) return errorf("there are no logits before the first forward");
     if (B <= FEW_ROWS)
-        linear_few_rows<T, float>(&m->context, m->last_logits, m->last, m->top.output_weight, nullptr, nullptr, (int)B, (int)V,
-                                  (int)D);
+        linear_few_rows<T, float>(&m->context, m->last_logits, m->last, m->top.output_weight, nullptr,
+                                  nullptr, (int)B, (int)V, (int)D);
     else
         matmul<T, float>(&m->context, false, true, B, V, D, 1.0f, matrix((const T *)m->last, D),
                          matrix((const T *)m->top.output_weight, D), 0.0f, matrix(m->last_logits, V));
@@ -1050,17 +1129,22 @@ template <typename T> static const char *last_logits_of(Model<T> *m, float *out)
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
 }
-static const char *cuda_last_logits(MegalodonModel *m, float *out) { return ON_MODEL(m, last_logits_of, out); }
+static const char *cuda_last_logits(MegalodonModel *m, float *out) {
+    return ON_MODEL(m, last_logits_of, out);
+}
 
 template <typename T> static const char *backward_model(Model<T> *m, double scale) {
     if (!m->can_backward)
         return errorf("backward needs a forward with targets, once each, in a model made for training");
     m->can_backward = false;
-    if (m->carried && m->options.state_gradients) m->dstate_in.B = m->state_in.B, m->dstate_in.n = m->state_in.n;
+    if (m->carried && m->options.state_gradients)
+        m->dstate_in.B = m->state_in.B, m->dstate_in.n = m->state_in.n;
     backward_pass(m, scale);
     return nullptr;
 }
-static const char *cuda_backward(MegalodonModel *m, double scale) { return ON_MODEL(m, backward_model, scale); }
+static const char *cuda_backward(MegalodonModel *m, double scale) {
+    return ON_MODEL(m, backward_model, scale);
+}
 
 static void cuda_zero_gradients(MegalodonModel *m) {
     if (m->grads) clear(&m->context, m->grads, (size_t)m->arena_size * sizeof(float));
@@ -1070,20 +1154,24 @@ static void cuda_zero_gradients(MegalodonModel *m) {
 static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
     if (!m->options.training) return errorf("a model made for inference cannot be updated");
     int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
-    LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads, m->arena_size);
+    LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
+           m->arena_size);
     LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
-    AdamW a = {(float)adamw->beta1, (float)adamw->beta2, (float)adamw->lr, (float)adamw->eps,
+    AdamW a = {(float)adamw->beta1,
+               (float)adamw->beta2,
+               (float)adamw->lr,
+               (float)adamw->eps,
                (float)(1 / (1 - pow(adamw->beta1, (double)adamw->step))),
                (float)(1 / (1 - pow(adamw->beta2, (double)adamw->step))),
                (float)(1 - adamw->lr * adamw->weight_decay)};
     bool has_copy = m->options.precision == MEGALODON_BF16_MIXED;
     bf16 *copy = has_copy ? static_cast<Model<bf16> *>(m)->copy : nullptr;
-    LAUNCH(adamw_kernel, blocks_for(m->arena_size, UPDATE_THREADS * UPDATE_VEC), UPDATE_THREADS, &m->context, m->weights,
-           copy, m->moment1, m->moment2, m->grads, m->scalars, m->arena_size, a);
+    LAUNCH(adamw_kernel, blocks_for(m->arena_size, UPDATE_THREADS * UPDATE_VEC), UPDATE_THREADS, &m->context,
+           m->weights, copy, m->moment1, m->moment2, m->grads, m->scalars, m->arena_size, a);
     refresh_coefficients(m);
     if (!grad_norm) return nullptr;
-    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->norm, &m->scalars->norm, sizeof(double), cudaMemcpyDeviceToHost,
-                               m->context.stream));
+    CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->norm, &m->scalars->norm, sizeof(double),
+                               cudaMemcpyDeviceToHost, m->context.stream));
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     *grad_norm = m->host_scalars->norm;
     return nullptr;
@@ -1098,10 +1186,14 @@ struct View {
     int64_t rows, row_size, stride;
 };
 template <typename P> static MegalodonDType dtype_of(const P *) {
-    return std::is_same<P, float>::value ? MEGALODON_F32 : std::is_same<P, double>::value ? MEGALODON_F64
-         : std::is_same<P, bf16>::value ? MEGALODON_BF16 : MEGALODON_I64;
+    return std::is_same<P, float>::value    ? MEGALODON_F32
+           : std::is_same<P, double>::value ? MEGALODON_F64
+           : std::is_same<P, bf16>::value   ? MEGALODON_BF16
+                                            : MEGALODON_I64;
 }
-template <typename P> static void view_as(View *view, P *data) { view->data = data, view->type = dtype_of(data); }
+template <typename P> static void view_as(View *view, P *data) {
+    view->data = data, view->type = dtype_of(data);
+}
 static size_t dtype_bytes(MegalodonDType type) {
     return type == MEGALODON_BF16 ? 2 : type == MEGALODON_F32 || type == MEGALODON_I32 ? 4 : 8;
 }
@@ -1111,21 +1203,29 @@ static const char *field_of(const MegalodonTensor *tensor, const char *name) {
     return tensor->layer < 0 ? name : strchr(strchr(name, '.') + 1, '.') + 1;
 }
 
-template <typename T> static const char *view_state(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
+template <typename T>
+static const char *view_state(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
     const MegalodonConfig *c = &m->config;
-    State<T> *s = kind == MEGALODON_STATE ? &m->state : kind == MEGALODON_GRAD_STATE_IN ? &m->dstate_in : &m->dstate_out;
+    State<T> *s = kind == MEGALODON_STATE           ? &m->state
+                  : kind == MEGALODON_GRAD_STATE_IN ? &m->dstate_in
+                                                    : &m->dstate_out;
     MegalodonTensor tensor = {};
     const char *error = megalodon_find_tensor(c, kind, s->B, 1, s->n, name, &tensor);
     if (error) return error;
     *view = View{nullptr, MEGALODON_F32, 1, tensor.size, tensor.size};
     const char *field = field_of(&tensor, name);
-    if (strcmp(name, "count") == 0) view_as(view, s->count);
-    else if (tensor.layer < 0) view_as(view, strstr(name, "mean") ? s->final_mean : s->final_var);
+    if (strcmp(name, "count") == 0)
+        view_as(view, s->count);
+    else if (tensor.layer < 0)
+        view_as(view, strstr(name, "mean") ? s->final_mean : s->final_var);
     else {
         const LayerState<T> *layer = &s->layers[(size_t)tensor.layer];
-        if (strcmp(field, "norm.mean") == 0) view_as(view, layer->norm_mean);
-        else if (strcmp(field, "norm.var") == 0) view_as(view, layer->norm_var);
-        else if (strcmp(field, "cema") == 0) view_as(view, layer->cema);
+        if (strcmp(field, "norm.mean") == 0)
+            view_as(view, layer->norm_mean);
+        else if (strcmp(field, "norm.var") == 0)
+            view_as(view, layer->norm_var);
+        else if (strcmp(field, "cema") == 0)
+            view_as(view, layer->cema);
         else {
             bool is_k = strcmp(field, "k") == 0;
             view_as(view, is_k ? layer->k : layer->v);
@@ -1139,14 +1239,16 @@ template <typename T> static const char *view_state(Model<T> *m, MegalodonKind k
 
 template <typename T> static const char *view_activation(Model<T> *m, const char *name, View *view) {
     MegalodonTensor tensor = {};
-    const char *error = megalodon_find_tensor(&m->config, MEGALODON_ACT, m->batch.B, m->batch.T, 0, name, &tensor);
+    const char *error =
+        megalodon_find_tensor(&m->config, MEGALODON_ACT, m->batch.B, m->batch.T, 0, name, &tensor);
     if (error) return error;
     if (!m->options.keep_activations && strcmp(name, "nll") != 0)
         return errorf("activation '%s' is not kept: the model was made without keep_activations", name);
     *view = View{nullptr, MEGALODON_F32, 1, tensor.size, tensor.size};
     const char *field = field_of(&tensor, name);
 #define X(member, field_name, ...)                                                                          \
-    if (tensor.layer >= 0 && strcmp(field, field_name) == 0) view_as(view, m->acts[(size_t)tensor.layer].member);
+    if (tensor.layer >= 0 && strcmp(field, field_name) == 0)                                                \
+        view_as(view, m->acts[(size_t)tensor.layer].member);
     MEGALODON_LAYER_ACTS(X)
 #undef X
 #define X(member, field_name, ...)                                                                          \
@@ -1156,17 +1258,23 @@ template <typename T> static const char *view_activation(Model<T> *m, const char
     return nullptr;
 }
 
-template <typename T> static const char *view_of(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
+template <typename T>
+static const char *view_of(Model<T> *m, MegalodonKind kind, const char *name, View *view) {
     if (kind == MEGALODON_ACT) return view_activation(m, name, view);
-    bool of_state = kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
+    bool of_state =
+        kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
     if (of_state) {
-        bool exists = kind == MEGALODON_STATE ? keeps_state(m)
-                                              : m->options.training && m->options.carry && m->options.state_gradients;
-        if (!exists) return errorf("this model has no '%s': it was made without carry or state_gradients", name);
+        bool exists = kind == MEGALODON_STATE
+                          ? keeps_state(m)
+                          : m->options.training && m->options.carry && m->options.state_gradients;
+        if (!exists)
+            return errorf("this model has no '%s': it was made without carry or state_gradients", name);
         return view_state(m, kind, name, view);
     }
-    float *arena = kind == MEGALODON_PARAM ? m->weights : kind == MEGALODON_GRAD ? m->grads
-                 : kind == MEGALODON_MOMENT1 ? m->moment1 : m->moment2;
+    float *arena = kind == MEGALODON_PARAM     ? m->weights
+                   : kind == MEGALODON_GRAD    ? m->grads
+                   : kind == MEGALODON_MOMENT1 ? m->moment1
+                                               : m->moment2;
     int i = find_param(m, name);
     if (i < 0) return errorf("this configuration has no parameter named '%s'", name);
     if (!arena) return errorf("a model made for inference has no gradient or moment of '%s'", name);
@@ -1197,11 +1305,13 @@ static bool is_number(MegalodonDType type) {
 
 /* Between the device's type and the caller's, on the host: nothing here is in a step. */
 template <typename T>
-static const char *get_from(Model<T> *m, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype) {
+static const char *get_from(Model<T> *m, MegalodonKind kind, const char *name, void *out,
+                            MegalodonDType dtype) {
     View v;
     const char *error = view_of(m, kind, name, &v);
     if (error) return error;
-    if ((dtype == MEGALODON_I64) != (v.type == MEGALODON_I64)) return errorf("'%s' is not of the type asked for", name);
+    if ((dtype == MEGALODON_I64) != (v.type == MEGALODON_I64))
+        return errorf("'%s' is not of the type asked for", name);
     if (dtype != MEGALODON_I64 && !is_number(dtype)) return errorf("'%s' cannot be had as that type", name);
     size_t bytes = dtype_bytes(v.type);
     int64_t size = v.rows * v.row_size;
@@ -1209,18 +1319,21 @@ static const char *get_from(Model<T> *m, MegalodonKind kind, const char *name, v
     std::vector<char> staged(dtype == v.type ? 0 : (size_t)size * bytes);
     char *raw = dtype == v.type ? (char *)out : staged.data();
     CHECK_CUDA(cudaMemcpy2DAsync(raw, (size_t)v.row_size * bytes, v.data, (size_t)v.stride * bytes,
-                                 (size_t)v.row_size * bytes, (size_t)v.rows, cudaMemcpyDeviceToHost, m->context.stream));
+                                 (size_t)v.row_size * bytes, (size_t)v.rows, cudaMemcpyDeviceToHost,
+                                 m->context.stream));
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     if (dtype != v.type)
         for (int64_t i = 0; i < size; i++) put_number(dtype, out, i, number_at(v.type, raw, i));
     return nullptr;
 }
-static const char *cuda_get(MegalodonModel *m, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype) {
+static const char *cuda_get(MegalodonModel *m, MegalodonKind kind, const char *name, void *out,
+                            MegalodonDType dtype) {
     return ON_MODEL(m, get_from, kind, name, out, dtype);
 }
 
 template <typename T>
-static const char *set_in(Model<T> *m, MegalodonKind kind, const char *name, const void *in, MegalodonDType dtype) {
+static const char *set_in(Model<T> *m, MegalodonKind kind, const char *name, const void *in,
+                          MegalodonDType dtype) {
     if (kind == MEGALODON_ACT || kind == MEGALODON_GRAD_STATE_IN)
         return errorf("'%s' is a result and cannot be set", name);
     if (strcmp(name, "count") == 0) return errorf("'count' is set by start_state");
@@ -1239,14 +1352,16 @@ static const char *set_in(Model<T> *m, MegalodonKind kind, const char *name, con
     int64_t size = v.rows * v.row_size;
     if (size == 0) return nullptr;
     std::vector<char> staged(dtype == v.type ? 0 : (size_t)size * bytes);
-    for (int64_t i = 0; dtype != v.type && i < size; i++) put_number(v.type, staged.data(), i, number_at(dtype, in, i));
+    for (int64_t i = 0; dtype != v.type && i < size; i++)
+        put_number(v.type, staged.data(), i, number_at(dtype, in, i));
     CHECK_CUDA(cudaMemcpy2DAsync(v.data, (size_t)v.stride * bytes, dtype == v.type ? in : staged.data(),
                                  (size_t)v.row_size * bytes, (size_t)v.row_size * bytes, (size_t)v.rows,
                                  cudaMemcpyHostToDevice, m->context.stream));
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
 }
-static const char *cuda_set(MegalodonModel *m, MegalodonKind kind, const char *name, const void *in, MegalodonDType dtype) {
+static const char *cuda_set(MegalodonModel *m, MegalodonKind kind, const char *name, const void *in,
+                            MegalodonDType dtype) {
     return ON_MODEL(m, set_in, kind, name, in, dtype);
 }
 
@@ -1257,8 +1372,10 @@ template <typename T> static const char *start_state_of(Model<T> *m, int B, cons
     int C = m->config.chunk_size;
     for (int b = 0; b < B; b++)
         if (count[b] < 0 || count[b] % C != count[0] % C)
-            return errorf("row %d of the state has seen %lld tokens and row 0 %lld: rows must stand at the same place in "
-                          "their chunk of %d", b, (long long)count[b], (long long)count[0], C);
+            return errorf("row %d of the state has seen %lld tokens and row 0 %lld: rows must stand at the "
+                          "same place in "
+                          "their chunk of %d",
+                          b, (long long)count[b], (long long)count[0], C);
     clear_state(m, &m->state);
     m->state.B = B;
     m->state.n = (int)(count[0] % C);
@@ -1271,7 +1388,9 @@ static const char *cuda_start_state(MegalodonModel *m, int B, const int64_t *cou
     return ON_MODEL(m, start_state_of, B, count);
 }
 
-template <typename T> static void state_shape_of(const Model<T> *m, int *B, int *n) { *B = m->state.B, *n = m->state.n; }
+template <typename T> static void state_shape_of(const Model<T> *m, int *B, int *n) {
+    *B = m->state.B, *n = m->state.n;
+}
 static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
     MegalodonModel *m = const_cast<MegalodonModel *>(model);
     ON_MODEL(m, state_shape_of, B, n);
@@ -1279,23 +1398,30 @@ static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
 
 static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
 
-/* ------------------------------------------------------------------------------------------------------------------
- * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the backend
+/* ----------------------------------------------------------------------------------------------------------
+ * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the
+ * backend
  */
 
 /* Names for the sizes of a component call, so that each wrapper below is one readable line. */
 #define SIZES_OF(s)                                                                                         \
     const MegalodonConfig *c = &(s)->config;                                                                \
-    const int64_t B = (s)->B, steps = (s)->T, n = (s)->n, rows = B * steps, D = c->model_dim, N = c->cema_ndim; \
-    const int64_t H = c->num_heads, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups; \
+    const int64_t B = (s)->B, steps = (s)->T, n = (s)->n, rows = B * steps, D = c->model_dim,               \
+                  N = c->cema_ndim;                                                                         \
+    const int64_t H = c->num_heads, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim,                  \
+                  G = c->norm_num_groups;                                                                   \
     const int64_t C = c->chunk_size, V = c->vocab_size, z = Z / H, e = E / H;                               \
     const float eps = (float)c->norm_eps;                                                                   \
     (void)n, (void)rows, (void)D, (void)N, (void)F, (void)G, (void)C, (void)V, (void)z, (void)e, (void)eps
-#define FORWARD(name) template <typename T> static void component_##name##_forward(Context *x, void *const *a, const MegalodonShape *s)
+#define FORWARD(name)                                                                                       \
+    template <typename T>                                                                                   \
+    static void component_##name##_forward(Context *x, void *const *a, const MegalodonShape *s)
 #define BACKWARD(name)                                                                                      \
     template <typename T>                                                                                   \
-    static void component_##name##_backward(Context *x, void *const *g, void *const *a, const MegalodonShape *s)
-/* Arguments and gradients by type: REAL, STAT, WIDE, integers. Gradients of weights are always float (see below). */
+    static void component_##name##_backward(Context *x, void *const *g, void *const *a,                     \
+                                            const MegalodonShape *s)
+/* Arguments and gradients by type: REAL, STAT, WIDE, integers. Gradients of weights are always float (see
+ * below). */
 #define R(p) ((T *)(p))
 #define S(p) ((float *)(p))
 #define W(p) ((double *)(p))
@@ -1319,23 +1445,28 @@ BACKWARD(embedding) {
     if (!x->dry_run) {
         CHECK_CUDA(cudaMemcpy(tokens.data(), a[1], (size_t)rows * sizeof(int32_t), cudaMemcpyDeviceToHost));
         plan_embedding(&host, tokens.data(), rows, V, counts.data());
-        CHECK_CUDA(cudaMemcpy(plan.order, host.order, (size_t)rows * sizeof(int32_t), cudaMemcpyHostToDevice));
-        CHECK_CUDA(cudaMemcpy(plan.segments, host.segments, segments.size() * sizeof(Segment), cudaMemcpyHostToDevice));
-        CHECK_CUDA(cudaMemcpy(plan.groups, host.groups, groups.size() * sizeof(SegmentGroup), cudaMemcpyHostToDevice));
+        CHECK_CUDA(
+            cudaMemcpy(plan.order, host.order, (size_t)rows * sizeof(int32_t), cudaMemcpyHostToDevice));
+        CHECK_CUDA(cudaMemcpy(plan.segments, host.segments, segments.size() * sizeof(Segment),
+                              cudaMemcpyHostToDevice));
+        CHECK_CUDA(cudaMemcpy(plan.groups, host.groups, groups.size() * sizeof(SegmentGroup),
+                              cudaMemcpyHostToDevice));
     }
-    plan.num_segments = host.num_segments, plan.num_groups = host.num_groups, plan.num_partials = host.num_partials;
+    plan.num_segments = host.num_segments, plan.num_groups = host.num_groups,
+    plan.num_partials = host.num_partials;
     embedding_backward<T>(x, S(g[2]), R(g[0]), plan, embedding_scale(c), rows, D, no_dropout());
 }
 
 FORWARD(timestepnorm) {
     SIZES_OF(s);
-    timestepnorm_forward<T>(x, R(a[0]), S(a[1]), S(a[2]), W(a[3]), W(a[4]), R(a[5]), I64(a[6]), W(a[7]), W(a[8]), R(a[9]),
-                            R(a[10]), B, steps, D, G, eps);
+    timestepnorm_forward<T>(x, R(a[0]), S(a[1]), S(a[2]), W(a[3]), W(a[4]), R(a[5]), I64(a[6]), W(a[7]),
+                            W(a[8]), R(a[9]), R(a[10]), B, steps, D, G, eps);
 }
 BACKWARD(timestepnorm) {
     SIZES_OF(s);
-    timestepnorm_backward<T>(x, R(g[5]), W(g[7]), W(g[8]), S(g[9]), S(g[10]), R(g[0]), W(g[3]), W(g[4]), nullptr, nullptr,
-                             S(a[1]), S(a[2]), R(a[5]), I64(a[6]), W(a[7]), R(a[9]), B, steps, D, G, eps);
+    timestepnorm_backward<T>(x, R(g[5]), W(g[7]), W(g[8]), S(g[9]), S(g[10]), R(g[0]), W(g[3]), W(g[4]),
+                             nullptr, nullptr, S(a[1]), S(a[2]), R(a[5]), I64(a[6]), W(a[7]), R(a[9]), B,
+                             steps, D, G, eps);
 }
 
 /* Coefficients of one call; the model keeps its own. */
@@ -1354,26 +1485,42 @@ BACKWARD(cema) {
     SIZES_OF(s);
     ScratchScope scope(x);
     CemaCoefficients coef = component_coefficients(x, a, D, N);
-    cema_backward<T>(x, R(g[2]), false, S(g[3]), S(g[4]), S(g[5]), S(g[6]), S(g[7]), S(g[8]), R(g[0]), S(g[1]), R(a[2]),
-                     S(a[3]), coef, S(a[4]), S(a[5]), S(a[6]), S(a[8]), B, steps, D, N);
+    cema_backward<T>(x, R(g[2]), false, S(g[3]), S(g[4]), S(g[5]), S(g[6]), S(g[7]), S(g[8]), R(g[0]),
+                     S(g[1]), R(a[2]), S(a[3]), coef, S(a[4]), S(a[5]), S(a[6]), S(a[8]), B, steps, D, N);
 }
 
-FORWARD(rmsnorm) { SIZES_OF(s); rmsnorm_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), R(a[3]), rows, D, eps, no_dropout()); }
+FORWARD(rmsnorm) {
+    SIZES_OF(s);
+    rmsnorm_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), R(a[3]), rows, D, eps, no_dropout());
+}
 BACKWARD(rmsnorm) {
     SIZES_OF(s);
-    rmsnorm_backward<T>(x, R(g[2]), nullptr, S(g[3]), R(g[0]), S(a[1]), R(a[2]), R(a[3]), rows, D, no_dropout());
+    rmsnorm_backward<T>(x, R(g[2]), nullptr, S(g[3]), R(g[0]), S(a[1]), R(a[2]), R(a[3]), rows, D,
+                        no_dropout());
 }
 
-FORWARD(linear) { SIZES_OF(s); linear_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), nullptr, rows, E, D); }
+FORWARD(linear) {
+    SIZES_OF(s);
+    linear_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), nullptr, rows, E, D);
+}
 BACKWARD(linear) {
     SIZES_OF(s);
     linear_backward<T>(x, R(g[1]), false, S(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[2]), rows, E, D);
 }
 
-FORWARD(znorm) { SIZES_OF(s); znorm_forward<T>(x, R(a[0]), R(a[1]), rows, H, z, eps); }
-BACKWARD(znorm) { SIZES_OF(s); znorm_backward<T>(x, R(g[1]), R(g[0]), R(a[1]), rows, H, z, eps); }
+FORWARD(znorm) {
+    SIZES_OF(s);
+    znorm_forward<T>(x, R(a[0]), R(a[1]), rows, H, z, eps);
+}
+BACKWARD(znorm) {
+    SIZES_OF(s);
+    znorm_backward<T>(x, R(g[1]), R(g[0]), R(a[1]), rows, H, z, eps);
+}
 
-FORWARD(qk_affine) { SIZES_OF(s); qk_affine_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), R(a[4]), rows, H, z); }
+FORWARD(qk_affine) {
+    SIZES_OF(s);
+    qk_affine_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), R(a[3]), R(a[4]), rows, H, z);
+}
 BACKWARD(qk_affine) {
     SIZES_OF(s);
     qk_affine_backward<T>(x, R(g[2]), S(g[3]), S(g[4]), R(g[0]), R(g[1]), R(a[2]), R(a[3]), rows, H, z);
@@ -1397,23 +1544,36 @@ BACKWARD(rope) {
     rope_backward<T>(x, R(g[1]), R(g[0]), component_rope_table(x, s), n, B, steps, H, z, C);
 }
 
-FORWARD(silu) { SIZES_OF(s); silu_forward<T>(x, R(a[0]), R(a[1]), rows * E); }
-BACKWARD(silu) { SIZES_OF(s); silu_backward<T>(x, R(g[1]), nullptr, R(g[0]), R(a[1]), rows, E); }
+FORWARD(silu) {
+    SIZES_OF(s);
+    silu_forward<T>(x, R(a[0]), R(a[1]), rows * E);
+}
+BACKWARD(silu) {
+    SIZES_OF(s);
+    silu_backward<T>(x, R(g[1]), nullptr, R(g[0]), R(a[1]), rows, E);
+}
 
 template <typename T> static AttentionKeys<T> component_keys(void *const *a, const MegalodonShape *s) {
     SIZES_OF(s);
     return AttentionKeys<T>{R(a[3]), R(a[4]), R(a[5]), R(a[6]), a[5] ? n : 0, n, B, steps, H, z, e, C};
 }
 FORWARD(attention) {
-    attention_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
+    attention_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), component_keys<T>(a, s),
+                         make_dropout(s->config.attention_dropout, s->key));
 }
 BACKWARD(attention) {
-    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), S(a[1]), R(a[2]), component_keys<T>(a, s),
-                          make_dropout(s->config.attention_dropout, s->key));
+    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), S(a[1]), R(a[2]),
+                          component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
 }
 
-FORWARD(gate) { SIZES_OF(s); gate_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * E); }
-BACKWARD(gate) { SIZES_OF(s); gate_backward<T>(x, R(g[1]), R(g[2]), R(g[0]), R(a[1]), R(a[2]), rows * E); }
+FORWARD(gate) {
+    SIZES_OF(s);
+    gate_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * E);
+}
+BACKWARD(gate) {
+    SIZES_OF(s);
+    gate_backward<T>(x, R(g[1]), R(g[2]), R(g[0]), R(a[1]), R(a[2]), rows * E);
+}
 
 FORWARD(layernorm) {
     SIZES_OF(s);
@@ -1421,36 +1581,49 @@ FORWARD(layernorm) {
 }
 BACKWARD(layernorm) {
     SIZES_OF(s);
-    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), R(g[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]), R(a[5]), rows, D);
+    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), R(g[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]),
+                          R(a[5]), rows, D);
 }
 
-FORWARD(swiglu) { SIZES_OF(s); swiglu_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * F, no_dropout()); }
+FORWARD(swiglu) {
+    SIZES_OF(s);
+    swiglu_forward<T>(x, R(a[0]), R(a[1]), R(a[2]), rows * F, no_dropout());
+}
 BACKWARD(swiglu) {
     SIZES_OF(s);
     swiglu_backward<T>(x, R(g[1]), R(g[2]), nullptr, R(g[0]), R(a[1]), R(a[2]), rows, F, no_dropout());
 }
 
-FORWARD(rescale) { SIZES_OF(s); rescale_forward<T>(x, R(a[0]), nullptr, R(a[1]), R(a[2]), R(a[3]), rows, D, no_dropout()); }
+FORWARD(rescale) {
+    SIZES_OF(s);
+    rescale_forward<T>(x, R(a[0]), nullptr, R(a[1]), R(a[2]), R(a[3]), rows, D, no_dropout());
+}
 BACKWARD(rescale) {
     SIZES_OF(s);
     rescale_backward<T>(x, R(g[1]), R(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[3]), rows, D, no_dropout());
 }
 
-FORWARD(dropout) { SIZES_OF(s); dropout_forward<T>(x, R(a[0]), R(a[1]), rows, D, make_dropout(c->dropout, s->key)); }
+FORWARD(dropout) {
+    SIZES_OF(s);
+    dropout_forward<T>(x, R(a[0]), R(a[1]), rows, D, make_dropout(c->dropout, s->key));
+}
 BACKWARD(dropout) {
     SIZES_OF(s);
     (void)a;
     dropout_forward<T>(x, R(g[1]), R(g[0]), rows, D, make_dropout(c->dropout, s->key));
 }
 
-FORWARD(cross_entropy) { SIZES_OF(s); cross_entropy_forward<T>(x, S(a[0]), nullptr, R(a[1]), I32(a[2]), rows, V); }
+FORWARD(cross_entropy) {
+    SIZES_OF(s);
+    cross_entropy_forward<T>(x, S(a[0]), nullptr, R(a[1]), I32(a[2]), rows, V);
+}
 BACKWARD(cross_entropy) {
     SIZES_OF(s);
     cross_entropy_backward<T>(x, R(g[1]), S(g[0]), 1.0f, R(a[1]), nullptr, I32(a[2]), rows, V);
 }
 
-/* The context of component calls: the default stream, and scratch that grows to what a call's dry run asks for. A model
- * allocates nothing in a step; a single call has no create() to do it in. */
+/* The context of component calls: the default stream, and scratch that grows to what a call's dry run asks
+ * for. A model allocates nothing in a step; a single call has no create() to do it in. */
 static Context *component_context(void) {
     static Context context;
     static bool started = false;
@@ -1479,10 +1652,11 @@ template <typename F> static void call_component(F &&f) {
     f(x);
 }
 
-/* Kernels add to float gradients of weights; where the caller's are bf16, they are converted before and after. A gradient
- * that is not wanted goes to scratch. */
+/* Kernels add to float gradients of weights; where the caller's are bf16, they are converted before and
+ * after. A gradient that is not wanted goes to scratch. */
 template <typename T, typename F>
-static void call_backward(MegalodonComponentId id, F f, void *const *g, void *const *a, const MegalodonShape *s) {
+static void call_backward(MegalodonComponentId id, F f, void *const *g, void *const *a,
+                          const MegalodonShape *s) {
     call_component([&](Context *x) {
         ScratchScope scope(x);
         void *grads[MEGALODON_MAX_ARGS] = {};
@@ -1496,7 +1670,8 @@ static void call_backward(MegalodonComponentId id, F f, void *const *g, void *co
             for (int d = 0; d < ndim; d++) sizes[i] *= dims[d];
             bool weight = args[i].role == MEGALODON_WEIGHT;
             grads[i] = g[i];
-            narrow[i] = weight && g[i] && args[i].type == MEGALODON_REAL_ARG && !std::is_same<T, float>::value;
+            narrow[i] =
+                weight && g[i] && args[i].type == MEGALODON_REAL_ARG && !std::is_same<T, float>::value;
             if (narrow[i]) {
                 grads[i] = take<float>(x, sizes[i]);
                 convert(x, (float *)grads[i], (const T *)g[i], sizes[i]);
@@ -1514,20 +1689,24 @@ static void call_backward(MegalodonComponentId id, F f, void *const *g, void *co
 #define ENTRY(ID, name)                                                                                     \
     static void entry_##name##_forward(void *const *a, const MegalodonShape *s) {                           \
         call_component([&](Context *x) {                                                                    \
-            if (s->precision == MEGALODON_BF16_MIXED) component_##name##_forward<bf16>(x, a, s);            \
-            else component_##name##_forward<float>(x, a, s);                                                \
+            if (s->precision == MEGALODON_BF16_MIXED)                                                       \
+                component_##name##_forward<bf16>(x, a, s);                                                  \
+            else                                                                                            \
+                component_##name##_forward<float>(x, a, s);                                                 \
         });                                                                                                 \
     }                                                                                                       \
     static void entry_##name##_backward(void *const *g, void *const *a, const MegalodonShape *s) {          \
         if (s->precision == MEGALODON_BF16_MIXED)                                                           \
             call_backward<bf16>(MEGALODON_##ID, component_##name##_backward<bf16>, g, a, s);                \
-        else call_backward<float>(MEGALODON_##ID, component_##name##_backward<float>, g, a, s);             \
+        else                                                                                                \
+            call_backward<float>(MEGALODON_##ID, component_##name##_backward<float>, g, a, s);              \
     }
 #define COMPONENTS(X)                                                                                       \
-    X(EMBEDDING, embedding) X(TIMESTEPNORM, timestepnorm) X(CEMA, cema) X(RMSNORM, rmsnorm) X(LINEAR, linear) \
-    X(ZNORM, znorm) X(QK_AFFINE, qk_affine) X(ROPE, rope) X(SILU, silu) X(ATTENTION, attention) X(GATE, gate) \
-    X(LAYERNORM, layernorm) X(SWIGLU, swiglu) X(RESCALE, rescale) X(DROPOUT, dropout)                       \
-    X(CROSS_ENTROPY, cross_entropy)
+    X(EMBEDDING, embedding)                                                                                 \
+    X(TIMESTEPNORM, timestepnorm) X(CEMA, cema) X(RMSNORM, rmsnorm) X(LINEAR, linear) X(ZNORM, znorm)       \
+        X(QK_AFFINE, qk_affine) X(ROPE, rope) X(SILU, silu) X(ATTENTION, attention) X(GATE, gate)           \
+            X(LAYERNORM, layernorm) X(SWIGLU, swiglu) X(RESCALE, rescale) X(DROPOUT, dropout)               \
+                X(CROSS_ENTROPY, cross_entropy)
 COMPONENTS(ENTRY)
 
 /* In the order of MegalodonComponentId. */
@@ -1552,10 +1731,8 @@ void megalodon_cuda_wait(void) { CHECK_CUDA(cudaDeviceSynchronize()); }
 
 extern const MegalodonBackend megalodon_cuda;
 const MegalodonBackend megalodon_cuda = {
-    "cuda",           cuda_unavailable, cuda_create, cuda_destroy, cuda_forward,
-    cuda_last_logits, cuda_backward,    cuda_zero_gradients,       cuda_update,
-    cuda_get,         cuda_set,         cuda_start_state,          cuda_state_shape,
-    cuda_memory,      cuda_components,
+    "cuda",           cuda_unavailable, cuda_create,         cuda_destroy, cuda_forward,
+    cuda_last_logits, cuda_backward,    cuda_zero_gradients, cuda_update,  cuda_get,
+    cuda_set,         cuda_start_state, cuda_state_shape,    cuda_memory,  cuda_components,
 };
-
 }

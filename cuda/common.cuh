@@ -1,11 +1,12 @@
-/* common.cuh - what every kernel of the CUDA backend stands on: checked calls, the launch, scratch memory, the two
- * activation types, vector loads, reductions and the dropout mask.
+/* common.cuh - what every kernel of the CUDA backend stands on: checked calls, the launch, scratch memory,
+ * the two activation types, vector loads, reductions and the dropout mask.
  *
  * Conventions of all kernels here
- *   A launcher (a host function with the component's name) checks nothing that the model has checked; sizes are free:
- *   any B, T, D... Vectorised paths are chosen at run time, when rows and pointers are multiples of 16 bytes.
- *   T is the activation type: float or __nv_bfloat16. Arithmetic is float, statistics are float or double.
- *   Nothing adds floats atomically: sums over rows are partial sums in a fixed order, then one more fixed-order sum.
+ *   A launcher (a host function with the component's name) checks nothing that the model has checked; sizes
+ *   are free: any B, T, D... Vectorised paths are chosen at run time, when rows and pointers are multiples
+ *   of 16 bytes. T is the activation type: float or __nv_bfloat16. Arithmetic is float, statistics are float
+ *   or double. Nothing adds floats atomically: sums over rows are partial sums in a fixed order, then one
+ *   more fixed-order sum.
  */
 #ifndef CUDA_COMMON_CUH
 #define CUDA_COMMON_CUH
@@ -24,7 +25,7 @@
 
 using bf16 = __nv_bfloat16;
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Errors of the environment: file, line, and the end of the program. User errors never come here.
  */
 
@@ -50,12 +51,12 @@ using bf16 = __nv_bfloat16;
         if (!(condition)) cuda_failed("assertion", #condition, __FILE__, __LINE__);                         \
     } while (0)
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Context: where work goes, and the scratch memory that launchers borrow from.
  *
- * Scratch is a stack. Everything runs in one stream, so memory that a launcher gave back may be handed out again at
- * once: the kernels that use it run after those that used it before. A dry run takes scratch and launches nothing;
- * create() makes one to learn how much scratch a step needs.
+ * Scratch is a stack. Everything runs in one stream, so memory that a launcher gave back may be handed out
+ * again at once: the kernels that use it run after those that used it before. A dry run takes scratch and
+ * launches nothing; create() makes one to learn how much scratch a step needs.
  */
 
 enum { WARP_SIZE = 32, SCRATCH_ALIGN = 256 };
@@ -111,17 +112,19 @@ static inline void copy(Context *context, void *to, const void *from, size_t byt
 }
 
 /* rows rows of row_bytes each, at these distances */
-static inline void copy_rows(Context *context, void *to, size_t to_pitch, const void *from, size_t from_pitch,
-                             size_t row_bytes, size_t rows) {
+static inline void copy_rows(Context *context, void *to, size_t to_pitch, const void *from,
+                             size_t from_pitch, size_t row_bytes, size_t rows) {
     if (!context->dry_run && row_bytes && rows)
-        CHECK_CUDA(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, row_bytes, rows, cudaMemcpyDeviceToDevice,
-                                     context->stream));
+        CHECK_CUDA(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, row_bytes, rows,
+                                     cudaMemcpyDeviceToDevice, context->stream));
 }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline unsigned blocks_for(int64_t work, int64_t per_block) { return (unsigned)ceil_div(work, per_block); }
+static inline unsigned blocks_for(int64_t work, int64_t per_block) {
+    return (unsigned)ceil_div(work, per_block);
+}
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Types and vectors
  */
 
@@ -176,13 +179,13 @@ __device__ inline float silu_slope(float x) {
     return s * (1.0f + x * (1.0f - s));
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Dropout: the mask is megalodon_random of (key, index), so that every backend draws the same one.
  */
 
 struct Dropout {
-    uint64_t key, threshold;   /* dropped when (bits >> 40) < threshold; 0: no dropout */
-    float scale;               /* 1 / (1 - p) */
+    uint64_t key, threshold; /* dropped when (bits >> 40) < threshold; 0: no dropout */
+    float scale;             /* 1 / (1 - p) */
 };
 
 static inline Dropout make_dropout(double p, uint64_t key) {
@@ -201,7 +204,7 @@ __device__ inline float keep_scale(const Dropout &dropout, uint64_t index) {
     return (z >> 40) < dropout.threshold ? 0.0f : dropout.scale;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Reductions in a fixed order
  */
 
@@ -221,33 +224,35 @@ template <typename A> __device__ inline A block_sum(A x, A *shared) {
     int warp = threadIdx.x / WARP_SIZE, warps = (blockDim.x + WARP_SIZE - 1) / WARP_SIZE;
     x = warp_sum(x);
     if (threadIdx.x % WARP_SIZE == 0) shared[warp] = x;
-    __syncthreads();   // every warp's part is in shared
+    __syncthreads(); // every warp's part is in shared
     A total = 0;
     for (int i = 0; i < warps; i++) total += shared[i];
-    __syncthreads();   // all have read it: the caller may use shared again
+    __syncthreads(); // all have read it: the caller may use shared again
     return total;
 }
 __device__ inline float block_max(float x, float *shared) {
     int warp = threadIdx.x / WARP_SIZE, warps = (blockDim.x + WARP_SIZE - 1) / WARP_SIZE;
     x = warp_max(x);
     if (threadIdx.x % WARP_SIZE == 0) shared[warp] = x;
-    __syncthreads();   // every warp's part is in shared
+    __syncthreads(); // every warp's part is in shared
     float largest = shared[0];
     for (int i = 1; i < warps; i++) largest = fmaxf(largest, shared[i]);
-    __syncthreads();   // all have read it: the caller may use shared again
+    __syncthreads(); // all have read it: the caller may use shared again
     return largest;
 }
 
-/* Column sums. Many backward kernels produce, besides a result a row, a sum over all rows for each column (the gradient
- * of a weight or bias). Such a kernel gives each block SWEEP_ROWS rows; its threads own columns and walk down the rows,
- * and the block writes one or more rows of partial sums. add_partials then adds those to the gradient.
+/* Column sums. Many backward kernels produce, besides a result a row, a sum over all rows for each column
+ * (the gradient of a weight or bias). Such a kernel gives each block SWEEP_ROWS rows; its threads own
+ * columns and walk down the rows, and the block writes one or more rows of partial sums. add_partials then
+ * adds those to the gradient.
  *
- *   threads of a block:   | group 0: columns 0..D-1 in vectors | group 1: the same columns, the next row | ...
+ *   threads of a block:   | group 0: columns 0..D-1 in vectors | group 1: the same columns, the next row |
+ *   ...
  */
 enum { SWEEP_ROWS = 32, SWEEP_THREADS = 256 };
 
 struct Sweep {
-    int lanes, groups, group, lane;   /* lanes threads share a row; groups rows are walked at a time */
+    int lanes, groups, group, lane; /* lanes threads share a row; groups rows are walked at a time */
     __device__ Sweep(int columns, int vec) {
         int vectors = (columns + vec - 1) / vec;
         lanes = vectors < (int)blockDim.x ? vectors : (int)blockDim.x;
@@ -281,18 +286,20 @@ __global__ static void add_partials_kernel(float *sum, const float *partial, int
     int column = (int)blockIdx.x * PARTIAL_LANES + (int)threadIdx.x;
     float total = 0;
     if (column < columns)
-        for (int64_t row = threadIdx.y; row < count; row += PARTIAL_GROUPS) total += partial[row * columns + column];
+        for (int64_t row = threadIdx.y; row < count; row += PARTIAL_GROUPS)
+            total += partial[row * columns + column];
     shared[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();   // all groups' sums are there
+    __syncthreads(); // all groups' sums are there
     if (threadIdx.y == 0 && column < columns) {
         for (int i = 1; i < PARTIAL_GROUPS; i++) total += shared[i][threadIdx.x];
         sum[column] += total;
     }
 }
 
-static inline void add_partials(Context *context, float *sum, const float *partial, int64_t count, int64_t columns) {
-    LAUNCH(add_partials_kernel, blocks_for(columns, PARTIAL_LANES), dim3(PARTIAL_LANES, PARTIAL_GROUPS), context, sum,
-           partial, count, (int)columns);
+static inline void add_partials(Context *context, float *sum, const float *partial, int64_t count,
+                                int64_t columns) {
+    LAUNCH(add_partials_kernel, blocks_for(columns, PARTIAL_LANES), dim3(PARTIAL_LANES, PARTIAL_GROUPS),
+           context, sum, partial, count, (int)columns);
 }
 
 /* computes: partial[block and group, j] = sum over the block's rows of x[row, j]
@@ -319,12 +326,15 @@ __global__ void column_sums_kernel(float *partial, const T *x, int64_t rows, int
 }
 
 /* sum[j] += sum over rows of x[row, j] */
-template <typename T> static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns) {
+template <typename T>
+static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns) {
     ScratchScope scope(context);
     float *partial = take_partials(context, rows, columns);
     WITH_VEC(T, vectorises<T>(columns, x), {
-        LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, partial, x, rows, (int)columns);
-        add_partials(context, sum, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC), columns);
+        LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, partial, x, rows,
+               (int)columns);
+        add_partials(context, sum, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
+                     columns);
     });
 }
 

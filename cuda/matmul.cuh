@@ -1,7 +1,7 @@
 /* matmul.cuh - matrix products through cuBLAS, a small kernel for a few rows, and the linear layer on top.
  *
- * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here; cuBLAS is
- * column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory.
+ * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here;
+ * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory.
  */
 #ifndef CUDA_MATMUL_CUH
 #define CUDA_MATMUL_CUH
@@ -11,9 +11,12 @@
 #include <map>
 #include <tuple>
 
-template <typename T> constexpr cudaDataType_t cuda_type() { return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF; }
+template <typename T> constexpr cudaDataType_t cuda_type() {
+    return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+}
 
-/* A matrix as a product reads it: elements, distance between rows, distance between the matrices of a batch. */
+/* A matrix as a product reads it: elements, distance between rows, distance between the matrices of a batch.
+ * */
 template <typename T> struct Matrix {
     T *data;
     int64_t row_stride, batch_stride;
@@ -22,24 +25,28 @@ template <typename T> static Matrix<T> matrix(T *data, int64_t row_stride, int64
     return Matrix<T>{data, row_stride, batch_stride};
 }
 
-/* C[i] = alpha op(A[i]) op(B[i]) + beta C[i] for i < batch; op(A) is M,K, op(B) is K,N, C is M,N; op transposes if asked. */
+/* C[i] = alpha op(A[i]) op(B[i]) + beta C[i] for i < batch; op(A) is M,K, op(B) is K,N, C is M,N; op
+ * transposes if asked. */
 template <typename T, typename O>
-static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t M, int64_t N, int64_t K, float alpha,
-                   Matrix<const T> A, Matrix<const T> B, float beta, Matrix<O> C, int64_t batch = 1) {
+static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t M, int64_t N, int64_t K,
+                   float alpha, Matrix<const T> A, Matrix<const T> B, float beta, Matrix<O> C,
+                   int64_t batch = 1) {
     if (context->dry_run || M == 0 || N == 0 || batch == 0) return;
     CHECK_CUBLAS(cublasGemmStridedBatchedEx(
-        context->cublas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)N, (int)M,
-        (int)K, &alpha, B.data, cuda_type<T>(), (int)B.row_stride, B.batch_stride, A.data, cuda_type<T>(),
-        (int)A.row_stride, A.batch_stride, &beta, C.data, cuda_type<O>(), (int)C.row_stride, C.batch_stride, (int)batch,
-        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        context->cublas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N,
+        (int)N, (int)M, (int)K, &alpha, B.data, cuda_type<T>(), (int)B.row_stride, B.batch_stride, A.data,
+        cuda_type<T>(), (int)A.row_stride, A.batch_stride, &beta, C.data, cuda_type<O>(), (int)C.row_stride,
+        C.batch_stride, (int)batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * y = x W^T (+ bias) (+ add): cuBLASLt does the additions in its epilogue.
  */
 
-/* What a plan of cuBLASLt depends on: sizes, types, whether bias and add are there, alignment of each pointer. */
-using PlanKey = std::tuple<int64_t, int64_t, int64_t, int, bool, bool, unsigned, unsigned, unsigned, unsigned>;
+/* What a plan of cuBLASLt depends on: sizes, types, whether bias and add are there, alignment of each
+ * pointer. */
+using PlanKey =
+    std::tuple<int64_t, int64_t, int64_t, int, bool, bool, unsigned, unsigned, unsigned, unsigned>;
 struct Plan {
     bool usable;
     cublasLtMatmulAlgo_t algorithm;
@@ -52,43 +59,53 @@ static inline unsigned alignment_of(const void *pointer) {
 
 /* Returns false if cuBLASLt has no way to do it; then nothing was written. */
 template <typename T>
-static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add, int64_t M,
-                         int64_t N, int64_t K) {
+static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                         int64_t M, int64_t N, int64_t K) {
     static std::map<PlanKey, Plan> plans;
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t layout_w, layout_x, layout_y;
     cublasOperation_t transpose = CUBLAS_OP_T;
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     CHECK_CUBLAS(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
+    CHECK_CUBLAS(
+        cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
     if (bias) {
-        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
-        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                                    sizeof epilogue));
+        CHECK_CUBLAS(
+            cublasLtMatmulDescSetAttribute(&product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
     }
     CHECK_CUBLAS(cublasLtMatrixLayoutInit(&layout_w, cuda_type<T>(), (uint64_t)K, (uint64_t)N, K));
     CHECK_CUBLAS(cublasLtMatrixLayoutInit(&layout_x, cuda_type<T>(), (uint64_t)K, (uint64_t)M, K));
     CHECK_CUBLAS(cublasLtMatrixLayoutInit(&layout_y, cuda_type<T>(), (uint64_t)N, (uint64_t)M, N));
 
     const T *c = add ? add : y;
-    PlanKey key(M, N, K, (int)sizeof(T), bias != nullptr, add != nullptr, alignment_of(x), alignment_of(weight),
-                alignment_of(y), alignment_of(c));
+    PlanKey key(M, N, K, (int)sizeof(T), bias != nullptr, add != nullptr, alignment_of(x),
+                alignment_of(weight), alignment_of(y), alignment_of(c));
     auto found = plans.find(key);
     if (found == plans.end()) {
         cublasLtMatmulPreferenceOpaque_t preference;
         CHECK_CUBLAS(cublasLtMatmulPreferenceInit(&preference));
-        CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+        CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(&preference,
+                                                          CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                           &context->cublas_workspace_bytes, sizeof(size_t)));
-        const struct { cublasLtMatmulPreferenceAttributes_t attribute; const void *pointer; } alignments[] = {
-            {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, weight}, {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x},
-            {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c},      {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y}};
+        const struct {
+            cublasLtMatmulPreferenceAttributes_t attribute;
+            const void *pointer;
+        } alignments[] = {{CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, weight},
+                          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x},
+                          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c},
+                          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y}};
         for (const auto &each : alignments) {
             uint32_t bytes = alignment_of(each.pointer);
-            CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(&preference, each.attribute, &bytes, sizeof bytes));
+            CHECK_CUBLAS(
+                cublasLtMatmulPreferenceSetAttribute(&preference, each.attribute, &bytes, sizeof bytes));
         }
         cublasLtMatmulHeuristicResult_t result;
         int results = 0;
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(context->cublas_lt, &product, &layout_w, &layout_x,
-                                                               &layout_y, &layout_y, &preference, 1, &result, &results);
+        cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic(context->cublas_lt, &product, &layout_w, &layout_x, &layout_y,
+                                           &layout_y, &preference, 1, &result, &results);
         Plan plan;
         plan.usable = status == CUBLAS_STATUS_SUCCESS && results > 0;
         if (plan.usable) plan.algorithm = result.algo;
@@ -96,9 +113,10 @@ static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, co
     }
     if (!found->second.usable) return false;
     float one = 1, beta = add ? 1.0f : 0.0f;
-    CHECK_CUBLAS(cublasLtMatmul(context->cublas_lt, &product, &one, weight, &layout_w, x, &layout_x, &beta, c, &layout_y, y,
-                                &layout_y, &found->second.algorithm, context->cublas_workspace,
-                                context->cublas_workspace_bytes, context->stream));
+    CHECK_CUBLAS(cublasLtMatmul(context->cublas_lt, &product, &one, weight, &layout_w, x, &layout_x, &beta,
+                                c, &layout_y, y, &layout_y, &found->second.algorithm,
+                                context->cublas_workspace, context->cublas_workspace_bytes,
+                                context->stream));
     return true;
 }
 
@@ -117,7 +135,8 @@ __global__ void add_to_rows_kernel(T *y, const T *bias, const T *add, int64_t co
     y[i] = from_float<T>(value);
 }
 
-/* Few rows: reading the weight is all the work, so a warp a column of the output reads one row of it for all rows of x. */
+/* Few rows: reading the weight is all the work, so a warp a column of the output reads one row of it for all
+ * rows of x. */
 enum { FEW_ROWS = 8, FEW_ROWS_WARPS = 4 };
 
 /* computes: y[m, j] = sum over k of x[m, k] weight[j, k] (+ bias[j]) (+ add[m, j]), m < M <= 8
@@ -126,9 +145,11 @@ enum { FEW_ROWS = 8, FEW_ROWS_WARPS = 4 };
  * needs:    VEC 16 / sizeof(T) wants K and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float sums in a fixed order: deterministic; y may be add */
 template <typename T, typename O, int VEC, int ROWS>
-__global__ void linear_few_rows_kernel(O *y, const T *x, const T *weight, const T *bias, const O *add, int M, int N, int K) {
-    int j = (int)blockIdx.x * FEW_ROWS_WARPS + (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
-    if (j >= N) return;   // a whole warp leaves: no shuffle below lacks a lane
+__global__ void linear_few_rows_kernel(O *y, const T *x, const T *weight, const T *bias, const O *add, int M,
+                                       int N, int K) {
+    int j = (int)blockIdx.x * FEW_ROWS_WARPS + (int)threadIdx.x / WARP_SIZE,
+        lane = (int)threadIdx.x % WARP_SIZE;
+    if (j >= N) return; // a whole warp leaves: no shuffle below lacks a lane
     float sum[ROWS] = {};
     const T *w = weight + (int64_t)j * K;
 #pragma unroll 4
@@ -156,42 +177,45 @@ __global__ void linear_few_rows_kernel(O *y, const T *x, const T *weight, const 
 }
 
 template <typename T, typename O>
-static void linear_few_rows(Context *context, O *y, const T *x, const T *weight, const T *bias, const O *add, int M, int N,
-                            int K) {
+static void linear_few_rows(Context *context, O *y, const T *x, const T *weight, const T *bias, const O *add,
+                            int M, int N, int K) {
     WITH_VEC(T, vectorises<T>(K, x, weight), {
         if (M == 1)
-            LAUNCH((linear_few_rows_kernel<T, O, VEC, 1>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE, context,
-                   y, x, weight, bias, add, M, N, K);
+            LAUNCH((linear_few_rows_kernel<T, O, VEC, 1>), blocks_for(N, FEW_ROWS_WARPS),
+                   FEW_ROWS_WARPS * WARP_SIZE, context, y, x, weight, bias, add, M, N, K);
         else
-            LAUNCH((linear_few_rows_kernel<T, O, VEC, FEW_ROWS>), blocks_for(N, FEW_ROWS_WARPS), FEW_ROWS_WARPS * WARP_SIZE,
-                   context, y, x, weight, bias, add, M, N, K);
+            LAUNCH((linear_few_rows_kernel<T, O, VEC, FEW_ROWS>), blocks_for(N, FEW_ROWS_WARPS),
+                   FEW_ROWS_WARPS * WARP_SIZE, context, y, x, weight, bias, add, M, N, K);
     });
 }
 
-/* y = x W^T + bias + add. y is M,N, x is M,K, weight is N,K; bias (N) and add (M,N) may be NULL; add may be y. */
+/* y = x W^T + bias + add. y is M,N, x is M,K, weight is N,K; bias (N) and add (M,N) may be NULL; add may be
+ * y. */
 template <typename T>
-static void linear_forward(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add, int64_t M,
-                           int64_t N, int64_t K) {
+static void linear_forward(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                           int64_t M, int64_t N, int64_t K) {
     if (context->dry_run) return;
     if (M <= FEW_ROWS) {
         linear_few_rows(context, y, x, weight, bias, add, (int)M, (int)N, (int)K);
         return;
     }
     if ((bias || add) && linear_by_lt(context, y, x, weight, bias, add, M, N, K)) return;
-    bool in_place = add == y;   // then beta adds it; another add comes after
-    matmul(context, false, true, M, N, K, 1.0f, matrix(x, K), matrix(weight, K), in_place ? 1.0f : 0.0f, matrix(y, N));
+    bool in_place = add == y; // then beta adds it; another add comes after
+    matmul(context, false, true, M, N, K, 1.0f, matrix(x, K), matrix(weight, K), in_place ? 1.0f : 0.0f,
+           matrix(y, N));
     const T *rest = in_place ? nullptr : add;
     if (bias || rest)
         LAUNCH((add_to_rows_kernel<T>), blocks_for(M * N, 256), 256, context, y, bias, rest, M * N, (int)N);
 }
 
-/* y = x W^T + bias:  dx (+)= dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL. */
+/* y = x W^T + bias:  dx (+)= dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL.
+ * */
 template <typename T>
-static void linear_backward(Context *context, T *dx, bool accumulate, float *dweight, float *dbias, const T *dy, const T *x,
-                            const T *weight, int64_t M, int64_t N, int64_t K) {
+static void linear_backward(Context *context, T *dx, bool accumulate, float *dweight, float *dbias,
+                            const T *dy, const T *x, const T *weight, int64_t M, int64_t N, int64_t K) {
     if (dx)
-        matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N), matrix(weight, K), accumulate ? 1.0f : 0.0f,
-               matrix(dx, K));
+        matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N), matrix(weight, K),
+               accumulate ? 1.0f : 0.0f, matrix(dx, K));
     if (dweight)
         matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N), matrix(x, K), 1.0f, matrix(dweight, K));
     if (dbias) add_column_sums(context, dbias, dy, M, N);

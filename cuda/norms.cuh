@@ -7,21 +7,22 @@
 
 enum { NORM_WARPS = 8 };
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * RMSNorm: y = x rstd (1 + w), rstd = 1 / sqrt(mean(x^2) + eps); then dropout.
  */
 
 /* computes: y[row, j] = keep x[row, j] rstd[row] (1 + w[j])
- * launch:   grid ceil(rows / 8), block 256: a warp owns a row and reads it twice, the second time from the cache
+ * launch:   grid ceil(rows / 8), block 256: a warp owns a row and reads it twice, the second time from the
+ *           cache
  * traffic:  2 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, const T *weight, int64_t rows, int columns,
-                                       float eps, Dropout dropout) {
+__global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, const T *weight, int64_t rows,
+                                       int columns, float eps, Dropout dropout) {
     int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
     int lane = (int)threadIdx.x % WARP_SIZE;
-    if (row >= rows) return;   // a whole warp leaves
+    if (row >= rows) return; // a whole warp leaves
     const T *x_row = x + row * columns;
     float sum = 0, value[VEC], w[VEC] = {};
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
@@ -43,22 +44,26 @@ __global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, cons
 
 /* y and x are rows,columns; rstd (rows) is saved; weight (columns) may be NULL. */
 template <typename T>
-static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, const T *weight, int64_t rows, int64_t columns,
-                            float eps, Dropout dropout) {
+static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, const T *weight, int64_t rows,
+                            int64_t columns, float eps, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(columns, y, x, weight),
-             LAUNCH((rmsnorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y,
-                    rstd, x, weight, rows, (int)columns, eps, dropout));
+             LAUNCH((rmsnorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE,
+                    context, y, rstd, x, weight, rows, (int)columns, eps, dropout));
 }
 
-/* y = x rstd (1 + w):  with g = keep dy (1 + w):  dx = rstd (g - x rstd^2 mean(g x));  dw += sum over rows of keep dy x rstd
- * computes: dx, partial sums of dw, and y once more (the backward of the layers that read y needs it)
- * launch:   grid ceil(rows / 32), block 256: first a warp a row for the mean, then a thread walks down its columns
+/* y = x rstd (1 + w):  with g = keep dy (1 + w):  dx = rstd (g - x rstd^2 mean(g x));  dw += sum over rows
+ * of keep dy x rstd computes: dx, partial sums of dw, and y once more (the backward of the layers that read
+ * y needs it)
+ * launch:   grid ceil(rows / 32), block 256: first a warp a row for the mean, then a thread walks down its
+ *           columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may be dy
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
+ *           may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd, const T *x,
-                                        const T *weight, int64_t rows, int columns, Dropout dropout) {
+__global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd,
+                                        const T *x, const T *weight, int64_t rows, int columns,
+                                        Dropout dropout) {
     __shared__ float row_factor[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
     float value[VEC], grad[VEC], w[VEC] = {};
@@ -71,12 +76,14 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
             if (weight) load<VEC>(w, weight + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++)
-                products += keep_scale(dropout, (uint64_t)(row * columns + c + i)) * grad[i] * (1.0f + w[i]) * value[i];
+                products += keep_scale(dropout, (uint64_t)(row * columns + c + i)) * grad[i] *
+                            (1.0f + w[i]) * value[i];
         }
         products = warp_sum(products);
-        if (lane == 0) row_factor[row - first] = saved_rstd[row] * saved_rstd[row] * products / (float)columns;
+        if (lane == 0)
+            row_factor[row - first] = saved_rstd[row] * saved_rstd[row] * products / (float)columns;
     }
-    __syncthreads();   // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
+    __syncthreads(); // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
 
     Sweep sweep(columns, VEC);
     if (sweep.group >= sweep.groups) return;
@@ -107,23 +114,25 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
 
 /* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to. */
 template <typename T>
-static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd, const T *x,
-                             const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
+static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd,
+                             const T *x, const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
     ScratchScope scope(context);
     float *partial = dweight ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight), {
-        LAUNCH((rmsnorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial, dy, rstd, x,
-               weight, rows, (int)columns, dropout);
+        LAUNCH((rmsnorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial,
+               dy, rstd, x, weight, rows, (int)columns, dropout);
         if (dweight)
-            add_partials(context, dweight, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC), columns);
+            add_partials(context, dweight, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
+                         columns);
     });
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * LayerNorm: y = (x - mean) rstd (1 + w) + b, rstd = 1 / sqrt(var + eps).
  */
 
-/* Mean and rstd of one row, by a whole warp; the variance is that of the differences, so a large mean does no harm. */
+/* Mean and rstd of one row, by a whole warp; the variance is that of the differences, so a large mean does
+ * no harm. */
 template <typename T, int VEC>
 __device__ inline void row_moments(const T *row, int columns, float eps, float *mean, float *rstd) {
     int lane = (int)threadIdx.x % WARP_SIZE;
@@ -148,11 +157,12 @@ __device__ inline void row_moments(const T *row, int columns, float eps, float *
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, two passes for the variance, fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void layernorm_forward_kernel(T *y, float *saved_mean, float *saved_rstd, const T *x, const T *weight,
-                                         const T *bias, int64_t rows, int columns, float eps) {
+__global__ void layernorm_forward_kernel(T *y, float *saved_mean, float *saved_rstd, const T *x,
+                                         const T *weight, const T *bias, int64_t rows, int columns,
+                                         float eps) {
     int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
     int lane = (int)threadIdx.x % WARP_SIZE;
-    if (row >= rows) return;   // a whole warp leaves
+    if (row >= rows) return; // a whole warp leaves
     float mean, rstd, value[VEC], w[VEC] = {}, b[VEC] = {};
     row_moments<T, VEC>(x + row * columns, columns, eps, &mean, &rstd);
     if (lane == 0) saved_mean[row] = mean, saved_rstd[row] = rstd;
@@ -168,23 +178,25 @@ __global__ void layernorm_forward_kernel(T *y, float *saved_mean, float *saved_r
 
 /* y and x are rows,columns; mean and rstd (rows) are saved; weight and bias (columns) may be NULL. */
 template <typename T>
-static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, const T *x, const T *weight, const T *bias,
-                              int64_t rows, int64_t columns, float eps) {
+static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, const T *x, const T *weight,
+                              const T *bias, int64_t rows, int64_t columns, float eps) {
     WITH_VEC(T, vectorises<T>(columns, y, x, weight, bias),
-             LAUNCH((layernorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE, context, y,
-                    mean, rstd, x, weight, bias, rows, (int)columns, eps));
+             LAUNCH((layernorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE,
+                    context, y, mean, rstd, x, weight, bias, rows, (int)columns, eps));
 }
 
-/* y = xhat (1 + w) + b:  with g = dy (1 + w):  dx = rstd (g - mean(g) - xhat mean(g xhat));  dw += dy xhat;  db += dy
- * computes: dx, partial sums of dw and db, and y once more (NULL: not wanted)
- * launch:   grid ceil(rows / 32), block 256: first a warp a row for its sums, then a thread walks down its columns
+/* y = xhat (1 + w) + b:  with g = dy (1 + w):  dx = rstd (g - mean(g) - xhat mean(g xhat));  dw += dy xhat;
+ * db += dy computes: dx, partial sums of dw and db, and y once more (NULL: not wanted)
+ * launch:   grid ceil(rows / 32), block 256: first a warp a row for its sums, then a thread walks down its
+ *           columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (again from the caches), dx and y written
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may be dy
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
+ *           may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy, const T *x,
-                                          const float *mean, const float *rstd, const T *weight, const T *bias,
-                                          int64_t rows, int columns) {
+__global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy,
+                                          const T *x, const float *mean, const float *rstd, const T *weight,
+                                          const T *bias, int64_t rows, int columns) {
     __shared__ float row_g[SWEEP_ROWS], row_gx[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
     float value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};
@@ -203,9 +215,10 @@ __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *
             }
         }
         g_sum = warp_sum(g_sum), gx_sum = warp_sum(gx_sum);
-        if (lane == 0) row_g[row - first] = g_sum / (float)columns, row_gx[row - first] = gx_sum / (float)columns;
+        if (lane == 0)
+            row_g[row - first] = g_sum / (float)columns, row_gx[row - first] = gx_sum / (float)columns;
     }
-    __syncthreads();   // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
+    __syncthreads(); // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
 
     Sweep sweep(columns, VEC);
     if (sweep.group >= sweep.groups) return;
@@ -238,18 +251,19 @@ __global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *
     }
 }
 
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias (NULL: none) are added to. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias (NULL: none) are added to.
+ * */
 template <typename T>
-static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, const T *dy, const float *mean,
-                               const float *rstd, const T *x, const T *weight, const T *bias, int64_t rows,
-                               int64_t columns) {
+static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, const T *dy,
+                               const float *mean, const float *rstd, const T *x, const T *weight,
+                               const T *bias, int64_t rows, int64_t columns) {
     ScratchScope scope(context);
     float *partial_w = dweight ? take_partials(context, rows, columns) : nullptr;
     float *partial_b = dbias ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight, bias), {
         int64_t count = (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC);
-        LAUNCH((layernorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial_w, partial_b,
-               dy, x, mean, rstd, weight, bias, rows, (int)columns);
+        LAUNCH((layernorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y,
+               partial_w, partial_b, dy, x, mean, rstd, weight, bias, rows, (int)columns);
         if (dweight) add_partials(context, dweight, partial_w, count, columns);
         if (dbias) add_partials(context, dbias, partial_b, count, columns);
     });

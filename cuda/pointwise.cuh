@@ -1,5 +1,5 @@
-/* pointwise.cuh - embedding, gates, residuals, dropout and the loss: work that is bounded by the bytes it moves. Each
- * component is here on its own, and beside it the fused form that the model runs.
+/* pointwise.cuh - embedding, gates, residuals, dropout and the loss: work that is bounded by the bytes it
+ * moves. Each component is here on its own, and beside it the fused form that the model runs.
  */
 #ifndef CUDA_POINTWISE_CUH
 #define CUDA_POINTWISE_CUH
@@ -8,7 +8,7 @@
 
 enum { POINT_THREADS = 256 };
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Embedding: out = scale weight[token], then dropout.
  */
 
@@ -18,8 +18,8 @@ enum { POINT_THREADS = 256 };
  * needs:    VEC 16 / sizeof(T) wants D and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float */
 template <typename T, int VEC>
-__global__ void embedding_forward_kernel(T *out, const int32_t *tokens, const T *weight, int64_t count, int D, float scale,
-                                         Dropout dropout) {
+__global__ void embedding_forward_kernel(T *out, const int32_t *tokens, const T *weight, int64_t count,
+                                         int D, float scale, Dropout dropout) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
     float value[VEC];
@@ -31,47 +31,54 @@ __global__ void embedding_forward_kernel(T *out, const int32_t *tokens, const T 
 
 /* out (rows,D), tokens (rows), weight (V,D) */
 template <typename T>
-static void embedding_forward(Context *context, T *out, const int32_t *tokens, const T *weight, float scale, int64_t rows,
-                              int64_t D, Dropout dropout) {
+static void embedding_forward(Context *context, T *out, const int32_t *tokens, const T *weight, float scale,
+                              int64_t rows, int64_t D, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(D, out, weight),
-             LAUNCH((embedding_forward_kernel<T, VEC>), blocks_for(rows * D, POINT_THREADS * VEC), POINT_THREADS, context,
-                    out, tokens, weight, rows * D, (int)D, scale, dropout));
+             LAUNCH((embedding_forward_kernel<T, VEC>), blocks_for(rows * D, POINT_THREADS * VEC),
+                    POINT_THREADS, context, out, tokens, weight, rows * D, (int)D, scale, dropout));
 }
 
-/* The rows of a batch sorted by token, cut into segments of at most SEGMENT_ROWS rows of one token: so the gradient of a
- * vocabulary row is a sum in a fixed order, and a token that fills half the batch is still shared out over many blocks.
- * Segments of a token that has several go to rows of partial sums first. Built on the host, which has the tokens. */
+/* The rows of a batch sorted by token, cut into segments of at most SEGMENT_ROWS rows of one token: so the
+ * gradient of a vocabulary row is a sum in a fixed order, and a token that fills half the batch is still
+ * shared out over many blocks. Segments of a token that has several go to rows of partial sums first. Built
+ * on the host, which has the tokens. */
 enum { SEGMENT_ROWS = 64 };
 struct Segment {
-    int32_t token, start, length, partial;   /* partial: row of the partial sums, or -1: the token's only segment */
+    int32_t token, start, length,
+        partial; /* partial: row of the partial sums, or -1: the token's only segment */
 };
 struct SegmentGroup {
-    int32_t token, first_partial, count;     /* a token with several segments */
+    int32_t token, first_partial, count; /* a token with several segments */
 };
 struct EmbeddingPlan {
-    int32_t *order;                          /* (rows) rows sorted by token */
+    int32_t *order; /* (rows) rows sorted by token */
     Segment *segments;
     SegmentGroup *groups;
     int num_segments, num_groups, num_partials;
 };
 
-static inline int64_t max_segments(int64_t rows, int64_t V) { return (rows < V ? rows : V) + rows / SEGMENT_ROWS + 1; }
+static inline int64_t max_segments(int64_t rows, int64_t V) {
+    return (rows < V ? rows : V) + rows / SEGMENT_ROWS + 1;
+}
 static inline int64_t max_partials(int64_t rows) { return 2 * (rows / SEGMENT_ROWS) + 1; }
 
-/* Fills a plan whose arrays have room for `rows`, max_segments and max_partials entries. counts: V numbers to work in. */
-static inline void plan_embedding(EmbeddingPlan *plan, const int32_t *tokens, int64_t rows, int64_t V, int32_t *counts) {
+/* Fills a plan whose arrays have room for `rows`, max_segments and max_partials entries. counts: V numbers
+ * to work in. */
+static inline void plan_embedding(EmbeddingPlan *plan, const int32_t *tokens, int64_t rows, int64_t V,
+                                  int32_t *counts) {
     for (int64_t v = 0; v < V; v++) counts[v] = 0;
     for (int64_t i = 0; i < rows; i++) counts[tokens[i]]++;
     plan->num_segments = plan->num_groups = plan->num_partials = 0;
     int32_t start = 0;
     for (int64_t v = 0; v < V; v++) {
         int32_t count = counts[v], pieces = (int32_t)ceil_div(count, SEGMENT_ROWS);
-        counts[v] = start;   // from here on: where the token's next row goes
-        if (pieces > 1) plan->groups[plan->num_groups++] = SegmentGroup{(int32_t)v, plan->num_partials, pieces};
+        counts[v] = start; // from here on: where the token's next row goes
+        if (pieces > 1)
+            plan->groups[plan->num_groups++] = SegmentGroup{(int32_t)v, plan->num_partials, pieces};
         for (int32_t i = 0; i < pieces; i++) {
             int32_t left = count - i * SEGMENT_ROWS, length = left < SEGMENT_ROWS ? left : SEGMENT_ROWS;
-            plan->segments[plan->num_segments++] =
-                Segment{(int32_t)v, start + i * SEGMENT_ROWS, length, pieces > 1 ? plan->num_partials++ : -1};
+            plan->segments[plan->num_segments++] = Segment{(int32_t)v, start + i * SEGMENT_ROWS, length,
+                                                           pieces > 1 ? plan->num_partials++ : -1};
         }
         start += count;
     }
@@ -85,8 +92,8 @@ static inline void plan_embedding(EmbeddingPlan *plan, const int32_t *tokens, in
  * needs:    VEC 16 / sizeof(T) wants D and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, the rows in order: deterministic */
 template <typename T, int VEC>
-__global__ void embedding_backward_kernel(float *dweight, float *partial, const T *dout, EmbeddingPlan plan, int D,
-                                          float scale, Dropout dropout) {
+__global__ void embedding_backward_kernel(float *dweight, float *partial, const T *dout, EmbeddingPlan plan,
+                                          int D, float scale, Dropout dropout) {
     Segment segment = plan.segments[blockIdx.x];
     for (int c = (int)threadIdx.x * VEC; c < D; c += (int)blockDim.x * VEC) {
         float sum[VEC] = {}, value[VEC];
@@ -98,8 +105,10 @@ __global__ void embedding_backward_kernel(float *dweight, float *partial, const 
         }
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
-            if (segment.partial < 0) dweight[(int64_t)segment.token * D + c + j] += scale * sum[j];
-            else partial[(int64_t)segment.partial * D + c + j] = scale * sum[j];
+            if (segment.partial < 0)
+                dweight[(int64_t)segment.token * D + c + j] += scale * sum[j];
+            else
+                partial[(int64_t)segment.partial * D + c + j] = scale * sum[j];
         }
     }
 }
@@ -109,7 +118,8 @@ __global__ void embedding_backward_kernel(float *dweight, float *partial, const 
  * traffic:  4 partials D bytes
  * needs:    nothing
  * numerics: float, in order: deterministic */
-__global__ static void embedding_groups_kernel(float *dweight, const float *partial, const SegmentGroup *groups, int D) {
+__global__ static void embedding_groups_kernel(float *dweight, const float *partial,
+                                               const SegmentGroup *groups, int D) {
     SegmentGroup group = groups[blockIdx.x];
     int c = (int)(blockIdx.y * blockDim.x + threadIdx.x);
     if (c >= D) return;
@@ -120,26 +130,27 @@ __global__ static void embedding_groups_kernel(float *dweight, const float *part
 
 /* dweight (V,D) added to; dout (rows,D); the plan's arrays are on the device */
 template <typename T>
-static void embedding_backward(Context *context, float *dweight, const T *dout, EmbeddingPlan plan, float scale, int64_t rows,
-                               int64_t D, Dropout dropout) {
+static void embedding_backward(Context *context, float *dweight, const T *dout, EmbeddingPlan plan,
+                               float scale, int64_t rows, int64_t D, Dropout dropout) {
     ScratchScope scope(context);
     float *partial = take<float>(context, max_partials(rows) * D);
     WITH_VEC(T, vectorises<T>(D, dout),
-             LAUNCH((embedding_backward_kernel<T, VEC>), (unsigned)plan.num_segments, POINT_THREADS, context, dweight,
-                    partial, dout, plan, (int)D, scale, dropout));
+             LAUNCH((embedding_backward_kernel<T, VEC>), (unsigned)plan.num_segments, POINT_THREADS, context,
+                    dweight, partial, dout, plan, (int)D, scale, dropout));
     if (plan.num_groups)
-        LAUNCH(embedding_groups_kernel, dim3((unsigned)plan.num_groups, blocks_for(D, POINT_THREADS)), POINT_THREADS,
-               context, dweight, partial, plan.groups, (int)D);
+        LAUNCH(embedding_groups_kernel, dim3((unsigned)plan.num_groups, blocks_for(D, POINT_THREADS)),
+               POINT_THREADS, context, dweight, partial, plan.groups, (int)D);
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * SiLU, gate, SwiGLU
  */
 
 /* computes: y = keep silu(x) (a, if given);  r = silu(x) too, if wanted
  * launch:   grid ceil(count / (256 VEC)), block 256: a thread owns VEC elements
  * traffic:  (2 or 3) count sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants count and pointers in multiples of 16 bytes; VEC 1 takes anything; y may be x or a
+ * needs:    VEC 16 / sizeof(T) wants count and pointers in multiples of 16 bytes; VEC 1 takes anything; y
+ *           may be x or a
  * numerics: float */
 template <typename T, int VEC>
 __global__ void silu_gate_kernel(T *y, T *r, const T *x, const T *a, int64_t count, Dropout dropout) {
@@ -163,8 +174,8 @@ __global__ void silu_gate_kernel(T *y, T *r, const T *x, const T *a, int64_t cou
 template <typename T>
 static void silu_gate(Context *context, T *y, T *r, const T *x, const T *a, int64_t count, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(count, y, r, x, a),
-             LAUNCH((silu_gate_kernel<T, VEC>), blocks_for(count, POINT_THREADS * VEC), POINT_THREADS, context, y, r, x, a,
-                    count, dropout));
+             LAUNCH((silu_gate_kernel<T, VEC>), blocks_for(count, POINT_THREADS * VEC), POINT_THREADS,
+                    context, y, r, x, a, count, dropout));
 }
 /* y = silu(x) */
 template <typename T> static void silu_forward(Context *context, T *y, const T *x, int64_t count) {
@@ -172,25 +183,28 @@ template <typename T> static void silu_forward(Context *context, T *y, const T *
 }
 /* ar = dropout(a silu(rr)); r (NULL: not wanted) = silu(rr) */
 template <typename T>
-static void silu_gate_forward(Context *context, T *ar, T *r, const T *a, const T *rr, int64_t count, Dropout dropout) {
+static void silu_gate_forward(Context *context, T *ar, T *r, const T *a, const T *rr, int64_t count,
+                              Dropout dropout) {
     silu_gate(context, ar, r, rr, a, count, dropout);
 }
 /* hidden = dropout(silu(f1) f3); f3 NULL: without it */
 template <typename T>
-static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3, int64_t count, Dropout dropout) {
+static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3, int64_t count,
+                           Dropout dropout) {
     silu_gate(context, hidden, (T *)nullptr, f1, f3, count, dropout);
 }
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see Sweep)
+ * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see
+ *           Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a NULL: as if 1,
- *           with da NULL; dx or da may be dy
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
+ *           NULL: as if 1, with da NULL; dx or da may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
-                                          int64_t rows, int columns, Dropout dropout) {
+__global__ void silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x,
+                                          const T *a, int64_t rows, int columns, Dropout dropout) {
     Sweep sweep(columns, VEC);
     if (sweep.group >= sweep.groups) return;
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
@@ -225,24 +239,28 @@ __global__ void silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, co
 
 /* dbias (columns; NULL: none) += column sums of dx; y (NULL: not wanted) is the forward's result once more */
 template <typename T>
-static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x, const T *a,
-                               int64_t rows, int64_t columns, Dropout dropout) {
+static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x,
+                               const T *a, int64_t rows, int64_t columns, Dropout dropout) {
     ScratchScope scope(context);
     float *partial = dbias ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
-        LAUNCH((silu_gate_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, da, y, partial, dy, x, a,
-               rows, (int)columns, dropout);
-        if (dbias) add_partials(context, dbias, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC), columns);
+        LAUNCH((silu_gate_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, da, y,
+               partial, dy, x, a, rows, (int)columns, dropout);
+        if (dbias)
+            add_partials(context, dbias, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
+                         columns);
     });
 }
 template <typename T>
-static void silu_backward(Context *context, T *dx, float *dbias, const T *dy, const T *x, int64_t rows, int64_t columns) {
-    silu_gate_backward(context, dx, (T *)nullptr, (T *)nullptr, dbias, dy, x, (const T *)nullptr, rows, columns, no_dropout());
+static void silu_backward(Context *context, T *dx, float *dbias, const T *dy, const T *x, int64_t rows,
+                          int64_t columns) {
+    silu_gate_backward(context, dx, (T *)nullptr, (T *)nullptr, dbias, dy, x, (const T *)nullptr, rows,
+                       columns, no_dropout());
 }
 /* df1 may be dhidden; hidden (NULL: not wanted) is recomputed; f3, df3 NULL: plain SiLU */
 template <typename T>
-static void swiglu_backward(Context *context, T *df1, T *df3, T *hidden, const T *dhidden, const T *f1, const T *f3,
-                            int64_t rows, int64_t columns, Dropout dropout) {
+static void swiglu_backward(Context *context, T *df1, T *df3, T *hidden, const T *dhidden, const T *f1,
+                            const T *f3, int64_t rows, int64_t columns, Dropout dropout) {
     silu_gate_backward(context, df1, df3, hidden, (float *)nullptr, dhidden, f1, f3, rows, columns, dropout);
 }
 
@@ -263,26 +281,32 @@ __global__ void gate_backward_kernel(T *da, T *dr, const T *dy, const T *a, cons
     da[i] = from_float<T>(grad * right);
     dr[i] = from_float<T>(grad * left);
 }
-template <typename T> static void gate_forward(Context *context, T *y, const T *a, const T *r, int64_t count) {
-    LAUNCH((gate_forward_kernel<T>), blocks_for(count, POINT_THREADS), POINT_THREADS, context, y, a, r, count);
+template <typename T>
+static void gate_forward(Context *context, T *y, const T *a, const T *r, int64_t count) {
+    LAUNCH((gate_forward_kernel<T>), blocks_for(count, POINT_THREADS), POINT_THREADS, context, y, a, r,
+           count);
 }
 template <typename T>
-static void gate_backward(Context *context, T *da, T *dr, const T *dy, const T *a, const T *r, int64_t count) {
-    LAUNCH((gate_backward_kernel<T>), blocks_for(count, POINT_THREADS), POINT_THREADS, context, da, dr, dy, a, r, count);
+static void gate_backward(Context *context, T *da, T *dr, const T *dy, const T *a, const T *r,
+                          int64_t count) {
+    LAUNCH((gate_backward_kernel<T>), blocks_for(count, POINT_THREADS), POINT_THREADS, context, da, dr, dy,
+           a, r, count);
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Dropout, residual, rescale: out = alpha (keep f) + x.
  */
 
-/* computes: g = keep f (written to `kept` if wanted);  out = alpha g + x, without alpha or x where they are NULL
+/* computes: g = keep f (written to `kept` if wanted);  out = alpha g + x, without alpha or x where they are
+ * NULL
  * launch:   grid ceil(count / (256 VEC)), block 256: a thread owns VEC elements
  * traffic:  (2 + kept + x) count sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; out may be f or x
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything;
+ *           out may be f or x
  * numerics: float */
 template <typename T, int VEC>
-__global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t count, int columns,
-                                Dropout dropout) {
+__global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t count,
+                                int columns, Dropout dropout) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
     float value[VEC], other[VEC];
@@ -305,26 +329,31 @@ __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T
 
 /* out = alpha dropout(f) + x; kept (NULL: not wanted) = dropout(f), may be f */
 template <typename T>
-static void rescale_forward(Context *context, T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t rows,
-                            int64_t columns, Dropout dropout) {
+static void rescale_forward(Context *context, T *out, T *kept, const T *f, const T *x, const T *alpha,
+                            int64_t rows, int64_t columns, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(columns, out, kept, f, x, alpha),
-             LAUNCH((residual_kernel<T, VEC>), blocks_for(rows * columns, POINT_THREADS * VEC), POINT_THREADS, context, out,
-                    kept, f, x, alpha, rows * columns, (int)columns, dropout));
+             LAUNCH((residual_kernel<T, VEC>), blocks_for(rows * columns, POINT_THREADS * VEC),
+                    POINT_THREADS, context, out, kept, f, x, alpha, rows * columns, (int)columns, dropout));
 }
 /* y = dropout(x); also its backward, whose mask is the same */
-template <typename T> static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, int64_t columns, Dropout dropout) {
-    rescale_forward(context, y, (T *)nullptr, x, (const T *)nullptr, (const T *)nullptr, rows, columns, dropout);
+template <typename T>
+static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, int64_t columns,
+                            Dropout dropout) {
+    rescale_forward(context, y, (T *)nullptr, x, (const T *)nullptr, (const T *)nullptr, rows, columns,
+                    dropout);
 }
 
 /* out = alpha f + x, f = keep f':  df' = keep alpha dout;  dx = dout;  dalpha += sum over rows of dout f
  * computes: df', dx (if wanted) and partial sums of dalpha
- * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see Sweep)
+ * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see
+ *           Sweep)
  * traffic:  up to 4 rows columns sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; alpha NULL: as if 1
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything;
+ *           alpha NULL: as if 1
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *dout, const T *f, const T *alpha, int64_t rows,
-                                        int columns, Dropout dropout) {
+__global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *dout, const T *f,
+                                        const T *alpha, int64_t rows, int columns, Dropout dropout) {
     Sweep sweep(columns, VEC);
     if (sweep.group >= sweep.groups) return;
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
@@ -356,25 +385,25 @@ __global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *d
 
 /* dalpha (columns; NULL: none) added to; f is after dropout; dx (NULL: not wanted) */
 template <typename T>
-static void rescale_backward(Context *context, T *df, T *dx, float *dalpha, const T *dout, const T *f, const T *alpha,
-                             int64_t rows, int64_t columns, Dropout dropout) {
+static void rescale_backward(Context *context, T *df, T *dx, float *dalpha, const T *dout, const T *f,
+                             const T *alpha, int64_t rows, int64_t columns, Dropout dropout) {
     ScratchScope scope(context);
     float *partial = dalpha ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, df, dx, dout, f, alpha), {
-        LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, df, dx, partial, dout, f, alpha,
-               rows, (int)columns, dropout);
+        LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, df, dx,
+               partial, dout, f, alpha, rows, (int)columns, dropout);
         if (dalpha)
-            add_partials(context, dalpha, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC), columns);
+            add_partials(context, dalpha, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
+                         columns);
     });
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Cross-entropy: nll = -log softmax(logits)[target], 0 where the target is MEGALODON_IGNORE.
  */
 
 /* log sum exp of a row, by the whole block: each thread keeps a maximum and a sum relative to it. */
-template <typename T, int VEC>
-__device__ inline float row_lse(const T *row, int V, float *shared) {
+template <typename T, int VEC> __device__ inline float row_lse(const T *row, int V, float *shared) {
     float largest = -INFINITY, sum = 0, value[VEC];
     for (int v = (int)threadIdx.x * VEC; v < V; v += (int)blockDim.x * VEC) {
         load<VEC>(value, row + v);
@@ -382,7 +411,7 @@ __device__ inline float row_lse(const T *row, int V, float *shared) {
 #pragma unroll
         for (int i = 1; i < VEC; i++) here = fmaxf(here, value[i]);
         if (here > largest) {
-            sum *= expf(largest - here);   // exp(-inf) is 0 the first time
+            sum *= expf(largest - here); // exp(-inf) is 0 the first time
             largest = here;
         }
 #pragma unroll
@@ -396,10 +425,12 @@ __device__ inline float row_lse(const T *row, int V, float *shared) {
 /* computes: lse[row] = log sum exp logits[row], nll[row] = lse - logits[row, target]
  * launch:   grid rows, block 256: a block owns a row
  * traffic:  rows V sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; lse NULL: not wanted
+ * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; lse
+ *           NULL: not wanted
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void cross_entropy_forward_kernel(float *nll, float *lse, const T *logits, const int32_t *targets, int V) {
+__global__ void cross_entropy_forward_kernel(float *nll, float *lse, const T *logits, const int32_t *targets,
+                                             int V) {
     __shared__ float shared[POINT_THREADS / WARP_SIZE];
     const T *row = logits + (int64_t)blockIdx.x * V;
     int target = targets[blockIdx.x];
@@ -411,42 +442,46 @@ __global__ void cross_entropy_forward_kernel(float *nll, float *lse, const T *lo
 
 /* nll, lse (rows); logits (rows,V); targets (rows) */
 template <typename T>
-static void cross_entropy_forward(Context *context, float *nll, float *lse, const T *logits, const int32_t *targets,
-                                  int64_t rows, int64_t V) {
+static void cross_entropy_forward(Context *context, float *nll, float *lse, const T *logits,
+                                  const int32_t *targets, int64_t rows, int64_t V) {
     WITH_VEC(T, vectorises<T>(V, logits),
-             LAUNCH((cross_entropy_forward_kernel<T, VEC>), (unsigned)rows, POINT_THREADS, context, nll, lse, logits,
-                    targets, (int)V));
+             LAUNCH((cross_entropy_forward_kernel<T, VEC>), (unsigned)rows, POINT_THREADS, context, nll, lse,
+                    logits, targets, (int)V));
 }
 
-/* computes: dlogits[row, v] = g (exp(logits[row, v] - lse[row]) - (v == target)), g = dnll[row] or scale; 0 where ignored
+/* computes: dlogits[row, v] = g (exp(logits[row, v] - lse[row]) - (v == target)), g = dnll[row] or scale; 0
+ * where ignored
  * launch:   grid rows, block 256: a block owns a row
  * traffic:  2 rows V sizeof(T) bytes, 3 without lse
- * needs:    VEC as in the forward; lse NULL: computed again; dnll NULL: scale for every row; dlogits may be logits
+ * needs:    VEC as in the forward; lse NULL: computed again; dnll NULL: scale for every row; dlogits may be
+ *           logits
  * numerics: float */
 template <typename T, int VEC>
-__global__ void cross_entropy_backward_kernel(T *dlogits, const float *dnll, float scale, const T *logits, const float *lse,
-                                              const int32_t *targets, int V) {
+__global__ void cross_entropy_backward_kernel(T *dlogits, const float *dnll, float scale, const T *logits,
+                                              const float *lse, const int32_t *targets, int V) {
     __shared__ float shared[POINT_THREADS / WARP_SIZE];
     const T *row = logits + (int64_t)blockIdx.x * V;
     T *drow = dlogits + (int64_t)blockIdx.x * V;
     int target = targets[blockIdx.x];
-    bool ignored = target == MEGALODON_IGNORE;   // the same for the whole block
+    bool ignored = target == MEGALODON_IGNORE; // the same for the whole block
     float g = ignored ? 0.0f : dnll ? dnll[blockIdx.x] : scale;
     float shift = ignored ? 0.0f : lse ? lse[blockIdx.x] : row_lse<T, VEC>(row, V, shared), value[VEC];
     for (int v = (int)threadIdx.x * VEC; v < V; v += (int)blockDim.x * VEC) {
         load<VEC>(value, row + v);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) value[i] = ignored ? 0.0f : g * (expf(value[i] - shift) - (v + i == target ? 1.0f : 0.0f));
+        for (int i = 0; i < VEC; i++)
+            value[i] = ignored ? 0.0f : g * (expf(value[i] - shift) - (v + i == target ? 1.0f : 0.0f));
         store<VEC>(drow + v, value);
     }
 }
 
 template <typename T>
-static void cross_entropy_backward(Context *context, T *dlogits, const float *dnll, float scale, const T *logits,
-                                   const float *lse, const int32_t *targets, int64_t rows, int64_t V) {
+static void cross_entropy_backward(Context *context, T *dlogits, const float *dnll, float scale,
+                                   const T *logits, const float *lse, const int32_t *targets, int64_t rows,
+                                   int64_t V) {
     WITH_VEC(T, vectorises<T>(V, logits, dlogits),
-             LAUNCH((cross_entropy_backward_kernel<T, VEC>), (unsigned)rows, POINT_THREADS, context, dlogits, dnll, scale,
-                    logits, lse, targets, (int)V));
+             LAUNCH((cross_entropy_backward_kernel<T, VEC>), (unsigned)rows, POINT_THREADS, context, dlogits,
+                    dnll, scale, logits, lse, targets, (int)V));
 }
 
 enum { SUM_THREADS = 1024 };

@@ -1,16 +1,18 @@
-/* timestepnorm.cuh - TimestepNorm: each group of features is normalised by the mean and variance of everything that its
- * row of the batch has seen up to and including this step. Both directions are scans over time.
+/* timestepnorm.cuh - TimestepNorm: each group of features is normalised by the mean and variance of
+ * everything that its row of the batch has seen up to and including this step. Both directions are scans
+ * over time.
  *
- * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula; nothing is ever the difference of
- * two long sums, so a large mean or a million steps do no harm. A tile of 32 steps is scanned by a warp, a lane a step;
- * the tiles' totals are scanned by a block for each row and group; then every step merges its tile's prefix with its own
- * place in the tile.
+ * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula; nothing is ever the
+ * difference of two long sums, so a large mean or a million steps do no harm. A tile of 32 steps is scanned
+ * by a warp, a lane a step; the tiles' totals are scanned by a block for each row and group; then every step
+ * merges its tile's prefix with its own place in the tile.
  *
- * Backward. With k_t the steps seen at t, and dm_t, dv_t the gradients of mean_t and var_t from y_t alone, let
+ * Backward. With k_t the steps seen at t, and dm_t, dv_t the gradients of mean_t and var_t from y_t alone,
+ * let
  *     U_t = sum over s >= t of dv_s / k_s
  *     P_t = sum over s >= t of (dm_s - 2 dv_s (mean_s - mean_t)) / k_s
- * then dx_t = rstd_t g_t + (P_t + 2 (x_t - mean_t) U_t) / size, g = dy (1 + w), size = D/G, because mean_s and var_s weigh
- * every element seen by 1 / (k_s size). Two stretches of time, the earlier one A, merge by
+ * then dx_t = rstd_t g_t + (P_t + 2 (x_t - mean_t) U_t) / size, g = dy (1 + w), size = D/G, because mean_s
+ * and var_s weigh every element seen by 1 / (k_s size). Two stretches of time, the earlier one A, merge by
  *     U = U_A + U_B,   P = P_A + P_B - 2 U_B (mean_B - mean_A)      (mean_X: the mean at X's first step)
  * so that again only differences of neighbouring means appear.
  */
@@ -19,12 +21,16 @@
 
 #include "common.cuh"
 
-enum { TILE_STEPS = WARP_SIZE, TILE_GROUPS = 32, TILE_THREADS = 256, TILE_SCAN_THREADS = 256, APPLY_ROWS = 8 };
+enum {
+    TILE_STEPS = WARP_SIZE,
+    TILE_GROUPS = 32,
+    TILE_THREADS = 256,
+    TILE_SCAN_THREADS = 256,
+    APPLY_ROWS = 8
+};
 
 /* Mean and population variance of `count` steps. */
-template <typename A> struct Moments {
-    A count, mean, var;
-};
+template <typename A> struct Moments { A count, mean, var; };
 
 /* a comes before b. An empty side (count 0) changes nothing. */
 template <typename A> __device__ inline Moments<A> merge(const Moments<A> &a, const Moments<A> &b) {
@@ -52,21 +58,24 @@ template <typename A> __device__ inline Moments<A> warp_scan(Moments<A> m, int l
     return m;
 }
 
-/* How a block shares a tile: `lanes` threads a group and step (a power of two), each with VEC elements at a time. */
+/* How a block shares a tile: `lanes` threads a group and step (a power of two), each with VEC elements at a
+ * time. */
 template <typename T> static int lanes_per_group(int64_t size, int vec) {
     int lanes = 1;
     while (lanes * 2 <= WARP_SIZE && lanes * 2 * vec <= size) lanes *= 2;
     return lanes;
 }
 
-/* computes: for each group and step of a tile, mean and variance of the tile's steps up to it; and of the whole tile
- * launch:   grid (tiles, ceil(G / 32), B), block 256: `lanes` lanes own a group of a step; then a warp scans a group
+/* computes: for each group and step of a tile, mean and variance of the tile's steps up to it; and of the
+ * whole tile
+ * launch:   grid (tiles, ceil(G / 32), B), block 256: `lanes` lanes own a group of a step; then a warp scans
+ *           a group
  * traffic:  B T D sizeof(T) bytes read, 2 B T G sizeof(Accum) written
  * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: two passes for a step's variance; Accum is double for float; fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *x, int steps, int D, int G,
-                                         int lanes) {
+__global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *x, int steps,
+                                         int D, int G, int lanes) {
     using A = Accum<T>;
     __shared__ Pair<A> step_moments[TILE_STEPS][TILE_GROUPS + 1];
     int size = D / G, tile = (int)blockIdx.x, num_tiles = (int)gridDim.x, b = (int)blockIdx.z;
@@ -78,7 +87,8 @@ __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *ti
         int unit = round * units + (int)threadIdx.x / lanes;
         bool active = unit < groups * count;
         int step = active ? unit / groups : 0, group = active ? unit % groups : 0;
-        const T *values = x + ((int64_t)b * steps + first_step + step) * D + (int64_t)(first_group + group) * size;
+        const T *values =
+            x + ((int64_t)b * steps + first_step + step) * D + (int64_t)(first_group + group) * size;
         float value[VEC];
         A sum = 0, squares = 0;
         for (int i = lane * VEC; i < size; i += lanes * VEC) {
@@ -95,7 +105,7 @@ __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *ti
         A var = lanes_sum(squares, lanes) / (A)size;
         if (active && lane == 0) step_moments[step][group] = Pair<A>{mean, var};
     }
-    __syncthreads();   // the steps' own moments are all there for the scans
+    __syncthreads(); // the steps' own moments are all there for the scans
 
     int step = (int)threadIdx.x % WARP_SIZE;
     for (int group = (int)threadIdx.x / WARP_SIZE; group < groups; group += TILE_THREADS / WARP_SIZE) {
@@ -106,20 +116,22 @@ __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *ti
         if (step == count - 1)
             tiles[((int64_t)b * G + first_group + group) * num_tiles + tile] = Pair<double>{m.mean, m.var};
     }
-    __syncthreads();   // the scans are done: write them out row by row
+    __syncthreads(); // the scans are done: write them out row by row
     for (int i = (int)threadIdx.x; i < count * groups; i += TILE_THREADS)
         local[((int64_t)b * steps + first_step + i / groups) * G + first_group + i % groups] =
             step_moments[i / groups][i % groups];
 }
 
-/* computes: tiles[b, g, i] becomes the moments of everything before tile i (the state that came in included); the
+/* computes: tiles[b, g, i] becomes the moments of everything before tile i (the state that came in
+ * included); the
  *           moments after the last tile go to mean_out and var_out
  * launch:   grid B G, block 256: a thread owns a tile, 256 tiles at a time
  * traffic:  32 B G T/32 bytes
  * needs:    nothing; mean_in NULL is an empty state; state in and out may be the same memory
  * numerics: double, fixed order: deterministic */
-__global__ static void timestepnorm_scan_kernel(Pair<double> *tiles, double *mean_out, double *var_out, const int64_t *count,
-                                                const double *mean_in, const double *var_in, int num_tiles, int steps, int G) {
+__global__ static void timestepnorm_scan_kernel(Pair<double> *tiles, double *mean_out, double *var_out,
+                                                const int64_t *count, const double *mean_in,
+                                                const double *var_in, int num_tiles, int steps, int G) {
     __shared__ Moments<double> warp_totals[TILE_SCAN_THREADS / WARP_SIZE];
     int bg = (int)blockIdx.x, lane = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
     Moments<double> before = {0, 0, 0};
@@ -135,30 +147,33 @@ __global__ static void timestepnorm_scan_kernel(Pair<double> *tiles, double *mea
         if (lane == WARP_SIZE - 1) warp_totals[warp] = m;
         Moments<double> exclusive = shuffle_up(m, 1);
         if (lane == 0) exclusive = Moments<double>{0, 0, 0};
-        __syncthreads();   // the warps' totals are there
+        __syncthreads(); // the warps' totals are there
         Moments<double> prefix = before;
         for (int i = 0; i < warp; i++) prefix = merge(prefix, warp_totals[i]);
         prefix = merge(prefix, exclusive);
         if (tile < num_tiles) tiles[(int64_t)bg * num_tiles + tile] = Pair<double>{prefix.mean, prefix.var};
         for (int i = 0; i < TILE_SCAN_THREADS / WARP_SIZE; i++) before = merge(before, warp_totals[i]);
-        __syncthreads();   // all have read the totals: the next round may write them
+        __syncthreads(); // all have read the totals: the next round may write them
     }
     if (threadIdx.x == 0 && mean_out) mean_out[bg] = before.mean, var_out[bg] = before.var;
 }
 
 /* computes: mean_t, var_t and y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + w) + b
- * launch:   grid (ceil(T / 8), B), block 256: threads merge the moments of 8 steps, then walk over the rows in vectors
+ * launch:   grid (ceil(T / 8), B), block 256: threads merge the moments of 8 steps, then walk over the rows
+ *           in vectors
  * traffic:  2 B T D sizeof(T) + 2 B T G (sizeof(Accum) + 4) bytes
  * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: prefixes are merged in double */
 template <typename T, int VEC>
 __global__ void timestepnorm_apply_kernel(T *y, float *mean, float *var, const Pair<Accum<T>> *local,
-                                          const Pair<double> *tiles, const int64_t *count, bool has_state, const T *x,
-                                          const T *weight, const T *bias, int steps, int D, int G, int num_tiles, float eps) {
+                                          const Pair<double> *tiles, const int64_t *count, bool has_state,
+                                          const T *x, const T *weight, const T *bias, int steps, int D,
+                                          int G, int num_tiles, float eps) {
     using A = Accum<T>;
     __shared__ A shared_mean[APPLY_ROWS * TILE_GROUPS];
     __shared__ float shared_rstd[APPLY_ROWS * TILE_GROUPS];
-    int b = (int)blockIdx.y, first = (int)blockIdx.x * APPLY_ROWS, rows = min((int)APPLY_ROWS, steps - first), size = D / G;
+    int b = (int)blockIdx.y, first = (int)blockIdx.x * APPLY_ROWS,
+        rows = min((int)APPLY_ROWS, steps - first), size = D / G;
     double seen = has_state ? (double)count[b] : 0;
     for (int first_group = 0; first_group < G; first_group += TILE_GROUPS) {
         int groups = min((int)TILE_GROUPS, G - first_group);
@@ -166,17 +181,19 @@ __global__ void timestepnorm_apply_kernel(T *y, float *mean, float *var, const P
             int t = first + i / groups, g = first_group + i % groups, tile = t / TILE_STEPS;
             int64_t at = ((int64_t)b * steps + t) * G + g;
             Pair<double> prefix = tiles[((int64_t)b * G + g) * num_tiles + tile];
-            Moments<double> m = merge(Moments<double>{seen + (double)tile * TILE_STEPS, prefix.x, prefix.y},
-                                      Moments<double>{(double)(t % TILE_STEPS + 1), (double)local[at].x, (double)local[at].y});
+            Moments<double> m = merge(
+                Moments<double>{seen + (double)tile * TILE_STEPS, prefix.x, prefix.y},
+                Moments<double>{(double)(t % TILE_STEPS + 1), (double)local[at].x, (double)local[at].y});
             mean[at] = (float)m.mean;
             var[at] = (float)m.var;
             shared_mean[i] = (A)m.mean;
             shared_rstd[i] = (float)(1.0 / sqrt(m.var + (double)eps));
         }
-        __syncthreads();   // the moments of these rows and groups are there
+        __syncthreads(); // the moments of these rows and groups are there
         int width = groups * size, vectors = width / VEC;
         for (int i = (int)threadIdx.x; i < rows * vectors; i += (int)blockDim.x) {
-            int row = i / vectors, column = (i % vectors) * VEC, group = column / size, d = first_group * size + column;
+            int row = i / vectors, column = (i % vectors) * VEC, group = column / size,
+                d = first_group * size + column;
             float value[VEC], w[VEC], add[VEC];
             int64_t at = ((int64_t)b * steps + first + row) * D + d;
             load<VEC>(value, x + at);
@@ -185,31 +202,34 @@ __global__ void timestepnorm_apply_kernel(T *y, float *mean, float *var, const P
             A mean_here = shared_mean[row * groups + group];
             float rstd = shared_rstd[row * groups + group];
 #pragma unroll
-            for (int j = 0; j < VEC; j++) value[j] = (float)(value[j] - mean_here) * rstd * (1.0f + w[j]) + add[j];
+            for (int j = 0; j < VEC; j++)
+                value[j] = (float)(value[j] - mean_here) * rstd * (1.0f + w[j]) + add[j];
             store<VEC>(y + at, value);
         }
-        __syncthreads();   // all have read the moments: the next groups may overwrite them
+        __syncthreads(); // all have read the moments: the next groups may overwrite them
     }
 }
 
-/* y, x (B,T,D); mean, var (B,T,G) saved; mean_out, var_out (NULL: not wanted), mean_in, var_in (NULL: empty) (B,G) double;
- * count (B) steps before; weight, bias (D). */
+/* y, x (B,T,D); mean, var (B,T,G) saved; mean_out, var_out (NULL: not wanted), mean_in, var_in (NULL: empty)
+ * (B,G) double; count (B) steps before; weight, bias (D). */
 template <typename T>
-static void timestepnorm_forward(Context *context, T *y, float *mean, float *var, double *mean_out, double *var_out,
-                                 const T *x, const int64_t *count, const double *mean_in, const double *var_in,
-                                 const T *weight, const T *bias, int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
+static void timestepnorm_forward(Context *context, T *y, float *mean, float *var, double *mean_out,
+                                 double *var_out, const T *x, const int64_t *count, const double *mean_in,
+                                 const double *var_in, const T *weight, const T *bias, int64_t B,
+                                 int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
     int num_tiles = (int)ceil_div(steps, TILE_STEPS);
     Pair<Accum<T>> *local = take<Pair<Accum<T>>>(context, B * steps * G);
     Pair<double> *tiles = take<Pair<double>>(context, B * G * num_tiles);
     WITH_VEC(T, vectorises<T>(D / G, y, x, weight, bias), {
-        LAUNCH((timestepnorm_tile_kernel<T, VEC>), dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B),
-               TILE_THREADS, context, local, tiles, x, (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC));
-        LAUNCH(timestepnorm_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles, mean_out, var_out, count,
-               mean_in, var_in, num_tiles, (int)steps, (int)G);
-        LAUNCH((timestepnorm_apply_kernel<T, VEC>), dim3(blocks_for(steps, APPLY_ROWS), (unsigned)B), TILE_THREADS, context,
-               y, mean, var, local, tiles, count, mean_in != nullptr, x, weight, bias, (int)steps, (int)D, (int)G, num_tiles,
-               eps);
+        LAUNCH((timestepnorm_tile_kernel<T, VEC>),
+               dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,
+               local, tiles, x, (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC));
+        LAUNCH(timestepnorm_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles, mean_out,
+               var_out, count, mean_in, var_in, num_tiles, (int)steps, (int)G);
+        LAUNCH((timestepnorm_apply_kernel<T, VEC>), dim3(blocks_for(steps, APPLY_ROWS), (unsigned)B),
+               TILE_THREADS, context, y, mean, var, local, tiles, count, mean_in != nullptr, x, weight, bias,
+               (int)steps, (int)D, (int)G, num_tiles, eps);
     });
 }
 
@@ -219,8 +239,9 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
  * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float */
 template <typename T, int VEC>
-__global__ void timestepnorm_again_kernel(T *y, const float *mean, const float *var, const T *x, const T *weight,
-                                          const T *bias, int64_t count, int D, int G, float eps) {
+__global__ void timestepnorm_again_kernel(T *y, const float *mean, const float *var, const T *x,
+                                          const T *weight, const T *bias, int64_t count, int D, int G,
+                                          float eps) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
     int d = (int)(at % D);
@@ -236,21 +257,21 @@ __global__ void timestepnorm_again_kernel(T *y, const float *mean, const float *
 
 /* The forward's y once more, from what it saved. */
 template <typename T>
-static void timestepnorm_again(Context *context, T *y, const float *mean, const float *var, const T *x, const T *weight,
-                               const T *bias, int64_t rows, int64_t D, int64_t G, float eps) {
+static void timestepnorm_again(Context *context, T *y, const float *mean, const float *var, const T *x,
+                               const T *weight, const T *bias, int64_t rows, int64_t D, int64_t G,
+                               float eps) {
     WITH_VEC(T, vectorises<T>(D / G, y, x, weight, bias),
-             LAUNCH((timestepnorm_again_kernel<T, VEC>), blocks_for(rows * D, 256 * VEC), 256, context, y, mean, var, x,
-                    weight, bias, rows * D, (int)D, (int)G, eps));
+             LAUNCH((timestepnorm_again_kernel<T, VEC>), blocks_for(rows * D, 256 * VEC), 256, context, y,
+                    mean, var, x, weight, bias, rows * D, (int)D, (int)G, eps));
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------------
  * Backward
  */
 
-/* P and U of a stretch of time, and the mean at its first step. An empty stretch has U = P = 0 and any mean. */
-template <typename A> struct Suffix {
-    A p, u, mean;
-};
+/* P and U of a stretch of time, and the mean at its first step. An empty stretch has U = P = 0 and any mean.
+ * */
+template <typename A> struct Suffix { A p, u, mean; };
 
 /* a comes before b */
 template <typename A> __device__ inline Suffix<A> merge(const Suffix<A> &a, const Suffix<A> &b) {
@@ -275,9 +296,10 @@ template <typename A> __device__ inline Suffix<A> warp_suffix_scan(Suffix<A> s, 
  * numerics: Accum is double for float; fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *dy,
-                                                  const double *dmean_out, const double *dvar_out, const float *mean,
-                                                  const float *var, const T *x, const int64_t *count, bool has_state,
-                                                  const T *weight, int steps, int D, int G, int lanes, float eps) {
+                                                  const double *dmean_out, const double *dvar_out,
+                                                  const float *mean, const float *var, const T *x,
+                                                  const int64_t *count, bool has_state, const T *weight,
+                                                  int steps, int D, int G, int lanes, float eps) {
     using A = Accum<T>;
     __shared__ Pair<A> step_sums[TILE_STEPS][TILE_GROUPS + 1];
     int size = D / G, tile = (int)blockIdx.x, num_tiles = (int)gridDim.x, b = (int)blockIdx.z;
@@ -313,7 +335,7 @@ __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<do
             step_sums[step][group] = Pair<A>{dm / k, dv / k};
         }
     }
-    __syncthreads();   // every step's own share is there for the scans
+    __syncthreads(); // every step's own share is there for the scans
 
     int step = (int)threadIdx.x % WARP_SIZE;
     for (int group = (int)threadIdx.x / WARP_SIZE; group < groups; group += TILE_THREADS / WARP_SIZE) {
@@ -324,9 +346,10 @@ __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<do
         }
         s = warp_suffix_scan(s, step);
         if (step < tile_steps) step_sums[step][group] = Pair<A>{s.p, s.u};
-        if (step == 0) tiles[((int64_t)b * G + first_group + group) * num_tiles + tile] = Pair<double>{s.p, s.u};
+        if (step == 0)
+            tiles[((int64_t)b * G + first_group + group) * num_tiles + tile] = Pair<double>{s.p, s.u};
     }
-    __syncthreads();   // the scans are done: write them out row by row
+    __syncthreads(); // the scans are done: write them out row by row
     for (int i = (int)threadIdx.x; i < tile_steps * groups; i += TILE_THREADS)
         local[((int64_t)b * steps + first_step + i / groups) * G + first_group + i % groups] =
             step_sums[i / groups][i % groups];
@@ -338,14 +361,15 @@ __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<do
  * traffic:  32 B G T/32 bytes
  * needs:    nothing; dmean_in NULL: not wanted
  * numerics: double, fixed order: deterministic */
-__global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, double *dmean_in, double *dvar_in,
-                                                         const float *mean, const int64_t *count, const double *mean_in,
+__global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, double *dmean_in,
+                                                         double *dvar_in, const float *mean,
+                                                         const int64_t *count, const double *mean_in,
                                                          int num_tiles, int steps, int G) {
     __shared__ Suffix<double> warp_totals[TILE_SCAN_THREADS / WARP_SIZE];
     constexpr int warps = TILE_SCAN_THREADS / WARP_SIZE;
     int bg = (int)blockIdx.x, lane = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
     int b = bg / G, g = bg % G, rounds = (num_tiles + TILE_SCAN_THREADS - 1) / TILE_SCAN_THREADS;
-    const float *means = mean + (int64_t)b * steps * G + g;   // means[t G] is mean[b, t, g]
+    const float *means = mean + (int64_t)b * steps * G + g; // means[t G] is mean[b, t, g]
     double end_mean = (double)means[(int64_t)(steps - 1) * G];
     Suffix<double> after = {0, 0, end_mean};
     for (int round = rounds - 1; round >= 0; round--) {
@@ -359,14 +383,14 @@ __global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, do
         if (lane == 0) warp_totals[warp] = s;
         Suffix<double> exclusive = {__shfl_down_sync(FULL_MASK, s.p, 1), __shfl_down_sync(FULL_MASK, s.u, 1),
                                     __shfl_down_sync(FULL_MASK, s.mean, 1)};
-        __syncthreads();   // the warps' totals are there
+        __syncthreads(); // the warps' totals are there
         Suffix<double> rest = after;
         for (int i = warps - 1; i > warp; i--) rest = merge(warp_totals[i], rest);
         if (lane < WARP_SIZE - 1) rest = merge(exclusive, rest);
         /* rest.mean is the mean at the next tile's first step, the reference that the header promises. */
         if (tile < num_tiles) tiles[(int64_t)bg * num_tiles + tile] = Pair<double>{rest.p, rest.u};
         for (int i = warps - 1; i >= 0; i--) after = merge(warp_totals[i], after);
-        __syncthreads();   // all have read the totals: the next round may write them
+        __syncthreads(); // all have read the totals: the next round may write them
     }
     if (threadIdx.x == 0 && dmean_in) {
         double n = mean_in ? (double)count[b] : 0, before = mean_in ? mean_in[bg] : 0;
@@ -375,17 +399,19 @@ __global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, do
     }
 }
 
-/* computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and db = dy
+/* computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and db =
+ * dy
  * launch:   grid (ceil(T / 32), B), block 256: threads own columns and walk down 32 rows (see Sweep)
  * traffic:  (3 + adds) B T D sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may be dy, add1
- *           or add2
+ * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may
+ *           be dy, add1 or add2
  * numerics: float sums in a fixed order, suffixes merged in double: deterministic */
 template <typename T, int VEC>
-__global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, float *partial_b, const T *dy, const T *add1,
-                                                   const T *add2, const Pair<Accum<T>> *local, const Pair<double> *tiles,
-                                                   const float *mean, const float *var, const T *x, const T *weight,
-                                                   int steps, int D, int G, int num_tiles, float eps) {
+__global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, float *partial_b, const T *dy,
+                                                   const T *add1, const T *add2, const Pair<Accum<T>> *local,
+                                                   const Pair<double> *tiles, const float *mean,
+                                                   const float *var, const T *x, const T *weight, int steps,
+                                                   int D, int G, int num_tiles, float eps) {
     static_assert((int)SWEEP_ROWS == (int)TILE_STEPS, "a block walks down one tile");
     Sweep sweep(D, VEC);
     if (sweep.group >= sweep.groups) return;
@@ -403,7 +429,8 @@ __global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, floa
             float mean_here = mean[row * G + g], rstd = 1.0f / sqrtf(var[row * G + g] + eps);
             /* Nothing comes after the last tile: U is 0 there, and next_mean does not matter. */
             float p = (float)((double)local[row * G + g].x + after.x -
-                              2 * after.y * ((double)next_mean - (double)mean_here)) / (float)size;
+                              2 * after.y * ((double)next_mean - (double)mean_here)) /
+                      (float)size;
             float u = 2.0f * (float)((double)local[row * G + g].y + after.y) / (float)size;
             load<VEC>(value, x + at);
             load<VEC>(grad, dy + at);
@@ -434,14 +461,15 @@ __global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, floa
     }
 }
 
-/* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in, dvar_in (B,G)
- * double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL: zero. */
+/* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in,
+ * dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL:
+ * zero. */
 template <typename T>
-static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight, float *dbias,
-                                  const T *dy, const double *dmean_out, const double *dvar_out, const T *add1,
-                                  const T *add2, const float *mean, const float *var, const T *x, const int64_t *count,
-                                  const double *mean_in, const T *weight, int64_t B, int64_t steps, int64_t D, int64_t G,
-                                  float eps) {
+static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight,
+                                  float *dbias, const T *dy, const double *dmean_out, const double *dvar_out,
+                                  const T *add1, const T *add2, const float *mean, const float *var,
+                                  const T *x, const int64_t *count, const double *mean_in, const T *weight,
+                                  int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
     int num_tiles = (int)ceil_div(steps, TILE_STEPS);
     int64_t partial_rows = B * num_tiles * sweep_groups(D, 8);
@@ -452,14 +480,14 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
     WITH_VEC(T, vectorises<T>(D / G, dx, dy, add1, add2, x, weight), {
         int64_t partials = B * num_tiles * sweep_groups(D, VEC);
         LAUNCH((timestepnorm_backward_tile_kernel<T, VEC>),
-               dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context, local, tiles, dy,
-               dmean_out, dvar_out, mean, var, x, count, mean_in != nullptr, weight, (int)steps, (int)D, (int)G,
-               lanes_per_group<T>(D / G, VEC), eps);
-        LAUNCH(timestepnorm_backward_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles, dmean_in, dvar_in,
-               mean, count, mean_in, num_tiles, (int)steps, (int)G);
-        LAUNCH((timestepnorm_backward_apply_kernel<T, VEC>), dim3((unsigned)num_tiles, (unsigned)B), SWEEP_THREADS, context,
-               dx, partial_w, partial_b, dy, add1, add2, local, tiles, mean, var, x, weight, (int)steps, (int)D, (int)G,
-               num_tiles, eps);
+               dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,
+               local, tiles, dy, dmean_out, dvar_out, mean, var, x, count, mean_in != nullptr, weight,
+               (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC), eps);
+        LAUNCH(timestepnorm_backward_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles,
+               dmean_in, dvar_in, mean, count, mean_in, num_tiles, (int)steps, (int)G);
+        LAUNCH((timestepnorm_backward_apply_kernel<T, VEC>), dim3((unsigned)num_tiles, (unsigned)B),
+               SWEEP_THREADS, context, dx, partial_w, partial_b, dy, add1, add2, local, tiles, mean, var, x,
+               weight, (int)steps, (int)D, (int)G, num_tiles, eps);
         if (dweight) add_partials(context, dweight, partial_w, partials, D);
         if (dbias) add_partials(context, dbias, partial_b, partials, D);
     });

@@ -37,10 +37,10 @@
     X(CHOICE, precision, "fp32", 0, 0,       "fp32|bf16", "Model",   "type of activations (bf16: GPU only)")          \
     X(TEXT,   preset,    "bytes12M", 0, 0,   "NAME",      "Model",   "size of the model, by name")                    \
     X(INT,    batch,     "8",    1, 65536,   "ROWS",      "Shape",   "sequences at once")                             \
-    X(INT,    seq_len,   "512",  1, 1048576, "TOKENS",    "Shape",   "tokens of a sequence; of the text before generation") \
+    X(INT,    seq_len,   "512",  1, 1048576, "TOKENS",    "Shape",   "tokens of a sequence or prompt")                \
     X(INT,    threads,   "0",    0, 1024,    "COUNT",     "Running", "threads; 0: what OpenMP chooses")               \
     X(INT,    repeats,   "9",    1, 1001,    "COUNT",     "Running", "samples of which the median is told")           \
-    X(FLAG,   no_check,  NULL,   0, 0,       "",          "Running", "leave out the comparison of components with double") \
+    X(FLAG,   no_check,  NULL,   0, 0,       "",          "Running", "do not compare components with double")         \
     X(TEXT,   csv,       NULL,   0, 0,       "PATH",      "Running", "also write every number to this file")
 
 typedef struct Values { BENCH_OPTIONS(OPTION_MEMBER) } Values;
@@ -204,7 +204,8 @@ static float *random_floats(int64_t size, uint64_t key) {
 }
 
 static Product product_create(const Bench *bench, Use use, int M, int K, int N) {
-    Product p = {.bench = bench, .use = use, .M = M, .K = K, .N = N, .shape = {.config = bench->config, .B = 1, .T = M}};
+    Product p = {.bench = bench, .use = use, .M = M, .K = K, .N = N};
+    p.shape = (MegalodonShape){.config = bench->config, .B = 1, .T = M};
     p.shape.config.model_dim = K;
     p.shape.config.value_dim = N;
     p.x = random_floats((int64_t)M * K, 1);
@@ -343,7 +344,8 @@ static void step_run(Step *step) {
     step->loss = loss.nll_sum / (double)loss.counted;
     if (step->updates == 1) step->first_loss = step->loss;
     if (!isfinite(step->loss) || !isfinite(norm))
-        die(errorf("bench step: step %lld has loss %g and gradient norm %g", (long long)step->updates, step->loss, norm));
+        die(errorf("bench step: step %lld has loss %g and gradient norm %g", (long long)step->updates, step->loss,
+                   norm));
 }
 
 /* Medians over some steps with so many threads: forward, backward, update, whole step. */

@@ -32,7 +32,7 @@ typedef struct Candidate {
     MegalodonPrecision precision;
     double forward, backward, loss;          /* tolerances; loss in nats */
     /* A tensor that cancels to nearly nothing is all rounding error: its error is taken relative to at least this
-     * share of the RMS over all tensors of its kind. */
+     * share of the RMS over all tensors of its kind. (Seen: the mean of one token's 24 bf16 features, 4e-2 of itself.) */
     double floor;
 } Candidate;
 
@@ -44,7 +44,7 @@ typedef struct Candidate {
 
 static const Candidate candidates[] = {
     {"cuda-fp32",  CUDA_BACKEND,          MEGALODON_FP32,       1e-5, 1e-4, 1e-4, 1e-3},
-    {"cuda-bf16",  CUDA_BACKEND,          MEGALODON_BF16_MIXED, 3e-2, 8e-2, 2e-2, 1e-2},
+    {"cuda-bf16",  CUDA_BACKEND,          MEGALODON_BF16_MIXED, 3e-2, 8e-2, 2e-2, 5e-2},
     {"cpu-double", &megalodon_cpu_double, MEGALODON_FP32,       1e-5, 1e-4, 1e-4, 1e-3},
 };
 enum { NUM_CANDIDATES = sizeof candidates / sizeof *candidates, STAND_IN = NUM_CANDIDATES - 1 };
@@ -272,10 +272,12 @@ static void check_masks(const Candidate *candidate, const MegalodonConfig *confi
             must(megalodon_find_tensor(config, MEGALODON_ACT, batch.B, batch.T, 0, names[i], &tensor));
             double *want = fetch_side(&pair, REFERENCE, MEGALODON_ACT, &tensor);
             double *ours = fetch_side(&pair, OURS, MEGALODON_ACT, &tensor);
+            /* A bf16 sum may also cancel to exactly zero; a mask would have taken an element of ordinary size. */
+            double small = want ? candidate->floor * test_rms(want, (size_t)tensor.size) : 0;
             int64_t dropped = 0, differ = 0;
             for (int64_t j = 0; want && ours && j < tensor.size; j++) {
                 dropped += want[j] == 0;
-                differ += (want[j] == 0) != (ours[j] == 0);
+                differ += want[j] == 0 ? ours[j] != 0 : ours[j] == 0 && fabs(want[j]) > small;
             }
             if (want && ours)
                 check(dropped > 0 && differ == 0, "%s: dropout of %s, step %d: %lld elements dropped, %lld differ",
