@@ -7,13 +7,14 @@
  *   4. the model: memory, forward, backward, AdamW, state
  *   5. the backend table that the programs see, and the component table that tests and ports see
  *
- * One source serves two precisions: `real` is float, or double with -DMEGALODON_REAL=double (gradient checks need it).
- * With -DMEGALODON_BACKEND_ONLY part 1 is left out, so that both builds link into one program.
+ * One source serves two precisions: `real` is float, or double with -DMEGALODON_REAL=double (gradient
+ * checks need it). With -DMEGALODON_BACKEND_ONLY part 1 is left out, so that both builds link into one
+ * program.
  *
- * Conventions. Arguments come as outputs, what the backward needs, inputs, parameters, sizes. dx is dLoss/dx and has
- * x's shape. A backward writes the gradients of activations and of incoming states, and adds to those of parameters.
- * Each number is computed by one thread in an order that depends on the sizes alone: any number of threads gives the
- * same bits. Letters and names are those of megalodon.h.
+ * Conventions. Arguments come as outputs, what the backward needs, inputs, parameters, sizes. dx is
+ * dLoss/dx and has x's shape. A backward writes the gradients of activations and of incoming states, and
+ * adds to those of parameters. Each number is computed by one thread in an order that depends on the sizes
+ * alone: any number of threads gives the same bits. Letters and names are those of megalodon.h.
  */
 #include "megalodon.h"
 
@@ -26,8 +27,8 @@
 #include <omp.h>
 #endif
 
-/* `simd` marks loops whose order of summation is free. Clang warns about those that it leaves scalar; they are right
- * all the same. */
+/* `simd` marks loops whose order of summation is free. Clang warns about those that it leaves scalar; they
+ * are right all the same. */
 #ifdef __clang__
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
@@ -64,7 +65,7 @@ static bool is_present(const MegalodonConfig *c, MegalodonPresence presence) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 1. Shared by all backends
  */
 #ifndef MEGALODON_BACKEND_ONLY
@@ -127,12 +128,14 @@ const char *megalodon_validate(const MegalodonConfig *config) {
             return errorf("%s is %d; it must be from %d to %d", sizes[i].name, sizes[i].value, sizes[i].low,
                           sizes[i].high);
     if (c->model_dim % c->norm_num_groups)
-        return errorf("model_dim %d is not a multiple of norm_num_groups %d", c->model_dim, c->norm_num_groups);
+        return errorf("model_dim %d is not a multiple of norm_num_groups %d", c->model_dim,
+                      c->norm_num_groups);
     if (c->z_dim % c->num_heads)
         return errorf("z_dim %d is not a multiple of num_heads %d", c->z_dim, c->num_heads);
     if (c->z_dim / c->num_heads % 2)
-        return errorf("z_dim %d / num_heads %d is %d; the rotary embedding needs an even number of entries a head",
-                      c->z_dim, c->num_heads, c->z_dim / c->num_heads);
+        return errorf(
+            "z_dim %d / num_heads %d is %d; the rotary embedding needs an even number of entries a head",
+            c->z_dim, c->num_heads, c->z_dim / c->num_heads);
     if (c->value_dim % c->num_heads)
         return errorf("value_dim %d is not a multiple of num_heads %d", c->value_dim, c->num_heads);
     if (!(c->norm_eps > 0 && c->norm_eps <= 1))
@@ -215,11 +218,15 @@ int megalodon_tensors(const MegalodonConfig *config, MegalodonKind kind, int B, 
     const TensorSpec *layer = layer_params, *model = model_params;
     int num_layer = LENGTH(layer_params), num_model = LENGTH(model_params), count = 0;
     if (kind == MEGALODON_ACT) {
-        layer = layer_acts, num_layer = LENGTH(layer_acts), model = model_acts, num_model = LENGTH(model_acts);
-    } else if (kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT) {
-        layer = layer_state, num_layer = LENGTH(layer_state), model = model_state, num_model = LENGTH(model_state);
+        layer = layer_acts, num_layer = LENGTH(layer_acts), model = model_acts,
+        num_model = LENGTH(model_acts);
+    } else if (kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN ||
+               kind == MEGALODON_GRAD_STATE_OUT) {
+        layer = layer_state, num_layer = LENGTH(layer_state), model = model_state,
+        num_model = LENGTH(model_state);
     }
-    /* The first tensor outside the blocks (embedding, count) comes before them in the graph, the others after. */
+    /* The first tensor outside the blocks (embedding, count) comes before them in the graph, the others
+     * after. */
     bool counts_have_no_gradient = kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
     if (!counts_have_no_gradient) list_tensor(config, &model[0], -1, B, T, n, out, capacity, &count);
     for (int l = 0; l < config->num_layers; l++)
@@ -255,8 +262,8 @@ int64_t megalodon_num_parameters(const MegalodonConfig *config) {
     return total;
 }
 
-/* Random numbers without a state: element i of stream `key` is a hash of the two (the output function of splitmix64),
- * so that any backend, thread or restarted run can draw the same value. */
+/* Random numbers without a state: element i of stream `key` is a hash of the two (the output function of
+ * splitmix64), so that any backend, thread or restarted run can draw the same value. */
 uint64_t megalodon_random(uint64_t key, uint64_t counter) {
     uint64_t z = key + (counter + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -284,7 +291,8 @@ static double random_normal(uint64_t key, uint64_t i, double limit) {
     }
 }
 
-/* theta[j] = logit(f) with f = exp(-i ln(D) / D) and i a random permutation of 1..D: one base frequency a channel. */
+/* theta[j] = logit(f) with f = exp(-i ln(D) / D) and i a random permutation of 1..D: one base frequency a
+ * channel. */
 static void initialise_theta(float *out, int64_t D, uint64_t key) {
     for (int64_t j = 0; j < D; j++) {
         double f = exp(-(double)(j + 1) * log((double)D) / (double)D);
@@ -437,12 +445,12 @@ const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS] = {
 
 #endif  /* MEGALODON_BACKEND_ONLY */
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 2. Arithmetic
  */
 
-/* OpenMP directives vanish in a build without it. PARALLEL_FOR forks only when `work` (elements touched) is worth the
- * few microseconds that a fork costs; it never changes what is computed. */
+/* OpenMP directives vanish in a build without it. PARALLEL_FOR forks only when `work` (elements touched) is
+ * worth the few microseconds that a fork costs; it never changes what is computed. */
 #ifdef _OPENMP
 #define DIRECTIVE(text) _Pragma(#text)
 #define OMP(text) DIRECTIVE(omp text)
@@ -460,8 +468,9 @@ static int max_threads(void) {
 #endif
 }
 
-/* A thread's scratch memory for n numbers, 64-byte aligned. It grows on the first call with a larger n; create() makes
- * that call in every thread, so that no step allocates. Contents do not survive the next call in the same thread. */
+/* A thread's scratch memory for n numbers, 64-byte aligned. It grows on the first call with a larger n;
+ * create() makes that call in every thread, so that no step allocates. Contents do not survive the next
+ * call in the same thread. */
 static real *thread_scratch(size_t n) {
     static _Thread_local struct { real *data; size_t size; } scratch;
     if (n > scratch.size) {
@@ -477,11 +486,13 @@ static real *thread_scratch(size_t n) {
     return scratch.data;
 }
 
-static inline real real_sqrt(real x) { return sizeof(real) == sizeof(float) ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
+static inline real real_sqrt(real x) {
+    return sizeof(real) == sizeof(float) ? (real)sqrtf((float)x) : (real)sqrt((double)x);
+}
 
-/* ------------------------------------------------------------------------------------------------------------------
- * Matrix product. Nearly all the arithmetic of the model is here, so this one function is blocked for registers and
- * caches; every other loop of this file is written to be read.
+/* ----------------------------------------------------------------------------------------------------
+ * Matrix product. Nearly all the arithmetic of the model is here, so this one function is blocked for
+ * registers and caches; every other loop of this file is written to be read.
  *
  *            NC columns
  *         +----+----+----+      A tile of C (MR x NR) stays in vector registers while k runs through a block of KC.
@@ -495,9 +506,10 @@ static inline real real_sqrt(real x) { return sizeof(real) == sizeof(float) ? (r
  *   | A | | C  | C  | C  | MR
  *   +---+ +----+----+----+
  *
- * An element is summed in an order that follows from K alone, whatever M, N, the threads and its place in a tile. So
- * the bits are the same for any number of threads, and a row of C depends on the same row of A only, as long as the
- * same way is taken: with few rows (generation) B is read once where it lies, without packing.
+ * An element is summed in an order that follows from K alone, whatever M, N, the threads and its place in a
+ * tile. So the bits are the same for any number of threads, and a row of C depends on the same row of A
+ * only, as long as the same way is taken: with few rows (generation) B is read once where it lies, without
+ * packing.
  */
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, MR = 14 };     /* 32 registers: 14 x 2 for C, 2 for B, 1 for A */
@@ -581,8 +593,8 @@ ALWAYS_INLINE void matmul_tile(real *c, int64_t ldc, int rows, int columns, bool
     }
 }
 
-/* Packs A(rows,kc) for matmul_tile. Rows that are contiguous in memory stay rows (MR,KC_STRIDE), anything else
- * becomes columns (kc,MR): whichever is a plain copy. */
+/* Packs A(rows,kc) for matmul_tile. Rows that are contiguous in memory stay rows (MR,KC_STRIDE), anything
+ * else becomes columns (kc,MR): whichever is a plain copy. */
 static void pack_a(real *packed, const real *a, int64_t rsa, int64_t csa, int rows, int kc) {
     if (csa == 1) {
         for (int i = 0; i < MR; i++) {
@@ -603,7 +615,8 @@ static void pack_b(real *packed, const real *b, int64_t rsb, int64_t csb, int co
     if (csb == 1 && columns == NR) {
         for (int k = 0; k < kc; k++) memcpy(packed + k * NR, b + k * rsb, NR * sizeof(real));
     } else if (rsb == 1 && columns == NR) {
-        /* a transposition: four columns at a time, in runs so short that the rows they fill stay in the cache */
+        /* a transposition: four columns at a time, in runs so short that the rows they fill stay in the
+         * cache */
         enum { RUN = 32, GROUP = 4 };
         for (int k0 = 0; k0 < kc; k0 += RUN)
             for (int j = 0; j < NR; j += GROUP)
@@ -625,15 +638,18 @@ static int matmul_threads(void) {
     return 1;
 }
 
-/* One block: C(M,nc) = A(M,kc) B(kc,nc), or += if add, by all the threads of the parallel region around the call.
- * packed_b is theirs together, packed_a each one's own. */
-static void matmul_block(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa, const real *b, int64_t rsb,
-                         int64_t csb, int64_t M, int nc, int kc, bool add, int threads, real *packed_b, real *packed_a) {
+/* One block: C(M,nc) = A(M,kc) B(kc,nc), or += if add, by all the threads of the parallel region around the
+ * call. packed_b is theirs together, packed_a each one's own. */
+static void matmul_block(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa, const real *b,
+                         int64_t rsb, int64_t csb, int64_t M, int nc, int kc, bool add, int threads,
+                         real *packed_b, real *packed_a) {
     int panels = (nc + NR - 1) / NR;
-    /* implicit barriers: nobody multiplies before all is packed, nobody packs again before all is multiplied */
+    /* implicit barriers: nobody multiplies before all is packed, nobody packs again before all is
+     * multiplied */
     OMP(for schedule(dynamic))
     for (int p = 0; p < panels; p++)
-        pack_b(packed_b + (int64_t)p * NR * kc, b + p * NR * csb, rsb, csb, (int)min_i64(nc - p * NR, NR), kc);
+        pack_b(packed_b + (int64_t)p * NR * kc, b + p * NR * csb, rsb, csb, (int)min_i64(nc - p * NR, NR),
+               kc);
 
     /* a task is MR rows and, where that makes too few tasks for the threads, only a part of the panels */
     int64_t row_panels = (M + MR - 1) / MR;
@@ -653,10 +669,10 @@ static void matmul_block(real *c, int64_t ldc, const real *a, int64_t rsa, int64
     }
 }
 
-/* c(rows) = A(rows,K) b(K), all contiguous along k: sum i of DOT_VECTORS x LANES sums takes every k that is i modulo
- * their number, and then they are added in pairs. */
-ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int rows, int64_t K,
-                               bool add) {
+/* c(rows) = A(rows,K) b(K), all contiguous along k: sum i of DOT_VECTORS x LANES sums takes every k that is
+ * i modulo their number, and then they are added in pairs. */
+ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int rows,
+                               int64_t K, bool add) {
     enum { STEP = DOT_VECTORS * LANES };
     Vector sum[ROWS][DOT_VECTORS];
     memset(sum, 0, sizeof sum);
@@ -676,8 +692,8 @@ ALWAYS_INLINE void matmul_dots(real *c, int64_t ldc, const real *a, int64_t rsa,
             memcpy(rest[0], a + m * rsa + k, (size_t)(K - k) * sizeof(real));
             memcpy(rest[1], b + k, (size_t)(K - k) * sizeof(real));
             for (int j = 0; j < DOT_VECTORS; j++)
-                sum[m][j] = vector_multiply_add(vector_load(rest[0] + j * LANES), vector_load(rest[1] + j * LANES),
-                                                sum[m][j]);
+                sum[m][j] = vector_multiply_add(vector_load(rest[0] + j * LANES),
+                                                vector_load(rest[1] + j * LANES), sum[m][j]);
         }
         for (int width = DOT_VECTORS / 2; width > 0; width /= 2)
             for (int j = 0; j < width; j++) sum[m][j] = vector_add(sum[m][j], sum[m][j + width]);
@@ -718,10 +734,10 @@ ALWAYS_INLINE void matmul_rows(real *c, int64_t ldc, const real *a, int64_t rsa,
     else matmul_strip(c, ldc, a, rsa, b, rsb, columns, rows, K, add);
 }
 
-/* Few rows, contiguous in A, and B contiguous one way or the other: bounded by the reading of B, which comes from memory
- * once, a column or a strip of columns at a time. */
-static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb, int64_t csb,
-                            int64_t M, int64_t N, int64_t K, bool add) {
+/* Few rows, contiguous in A, and B contiguous one way or the other: bounded by the reading of B, which
+ * comes from memory once, a column or a strip of columns at a time. */
+static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb,
+                            int64_t csb, int64_t M, int64_t N, int64_t K, bool add) {
     int threads = N * K < 1 << 17 ? 1 : matmul_threads();
     int64_t step = rsb == 1 ? 1 : STRIP_VECTORS * LANES;
     (void)threads;                                       /* unused without OpenMP */
@@ -741,9 +757,10 @@ static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, co
     }
 }
 
-/* C(M,N) = A(M,K) B(K,N), or C += A B if accumulate. Elements are addressed by strides: A[m,k] = a[m*rsa + k*csa],
- * B[k,n] = b[k*rsb + n*csb], C[m,n] = c[m*ldc + n]. Any sizes >= 0 (K = 0: an empty sum); C overlaps neither A nor B.
- * Runs on all threads, or on one when called inside a parallel region or when the product is small. */
+/* C(M,N) = A(M,K) B(K,N), or C += A B if accumulate. Elements are addressed by strides: A[m,k] = a[m*rsa +
+ * k*csa], B[k,n] = b[k*rsb + n*csb], C[m,n] = c[m*ldc + n]. Any sizes >= 0 (K = 0: an empty sum); C
+ * overlaps neither A nor B. Runs on all threads, or on one when called inside a parallel region or when the
+ * product is small. */
 static void matmul(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa, const real *b, int64_t rsb,
                    int64_t csb, int64_t M, int64_t N, int64_t K, bool accumulate) {
     static _Thread_local _Alignas(64) real b_buffer[KC * NC];
@@ -770,18 +787,18 @@ static void matmul(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa
     }
 }
 
-/* e^x that compilers turn into vector code in a loop. float: x = n ln 2 + r with |r| <= ln(2)/2, a polynomial for
- * e^r (equal-ripple, 3e-9), and 2^n in two factors made of exponent bits, so that results fade through the denormal
- * numbers to 0 and pass into infinity; NaN stays NaN. Error at most 1.01 units in the last place over [-87, 88].
- * double, which serves tests: the library's. */
+/* e^x that compilers turn into vector code in a loop. float: x = n ln 2 + r with |r| <= ln(2)/2, a
+ * polynomial for e^r (equal-ripple, 3e-9), and 2^n in two factors made of exponent bits, so that results
+ * fade through the denormal numbers to 0 and pass into infinity; NaN stays NaN. Error at most 1.01 units in
+ * the last place over [-87, 88]. double, which serves tests: the library's. */
 static inline real real_exp(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
     const float round = 12582912.0f;                          /* 1.5 * 2^23: adding it rounds to an integer     */
     const uint32_t round_bits = 0x4B400000u, limit = 0x42D00000u, infinity = 0x7F800000u;
     float y = (float)x, scale1, scale2;
     uint32_t bits, sign;
-    /* |x| > 104 becomes 104, where the result is 0 or infinity already; on bits, since gcc makes no vector code of a
-     * comparison that might meet NaN */
+    /* |x| > 104 becomes 104, where the result is 0 or infinity already; on bits, since gcc makes no vector
+     * code of a comparison that might meet NaN */
     memcpy(&bits, &y, sizeof bits);
     sign = bits & 0x80000000u;
     bits -= sign;
@@ -810,7 +827,7 @@ static inline real real_sigmoid(real x) {
     return 1 / (1 + real_exp(-x));
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 3. Components
  */
 
@@ -825,9 +842,10 @@ static void embedding_forward(real *out, const int32_t *tokens, const real *weig
     }
 }
 
-/* out = scale * weight[token]:  dweight[token] += scale * dout. Threads own columns, since a token may come often. */
-static void embedding_backward(real *dweight, const real *dout, const int32_t *tokens, real scale, int64_t rows,
-                               int64_t D) {
+/* out = scale * weight[token]:  dweight[token] += scale * dout. Threads own columns, since a token may come
+ * often. */
+static void embedding_backward(real *dweight, const real *dout, const int32_t *tokens, real scale,
+                               int64_t rows, int64_t D) {
     const int64_t width = 32;
     PARALLEL_FOR(rows * D)
     for (int64_t d0 = 0; d0 < D; d0 += width) {
@@ -843,7 +861,8 @@ static void embedding_backward(real *dweight, const real *dout, const int32_t *t
  * xhat = (x - mean) * rstd with one mean and rstd for each group of D/G features of a row (mean NULL: 0).
  * If rstd is NULL, `var` holds variances and rstd = 1/sqrt(var + eps). dweight or dbias may be NULL. */
 static void norm_weight_backward(real *dweight, real *dbias, const real *dy, const real *x, const real *mean,
-                                 const real *rstd, const real *var, double eps, int64_t rows, int64_t D, int64_t G) {
+                                 const real *rstd, const real *var, double eps, int64_t rows, int64_t D,
+                                 int64_t G) {
     const int64_t width = 32;
     PARALLEL_FOR(rows * D)
     for (int64_t d0 = 0; d0 < D; d0 += width) {
@@ -894,13 +913,13 @@ static void group_moments(double *m, double *s, const real *x, int64_t n) {
  * A step with own moments m, s joins n earlier ones, c1 = n/(n+1), c2 = 1/(n+1):
  *     var_t = c1 var + c2 s + c1 c2 (m - mean)^2        mean_t = mean + c2 (m - mean)
  *     y_t   = (x_t - mean_t) / sqrt(var_t + eps) * (1 + weight) + bias
- * y, x (B,T,D); mean, var (B,T,G) saved; mean_out, var_out, mean_in, var_in (B,G) double; count (B) steps before.
- * mean_in NULL: an empty state. State in and out may be the same memory. The running moments are double: after a
- * million steps an increment is far below what a float near 1 can hold. */
-static void timestepnorm_forward(real *y, real *mean, real *var, double *mean_out, double *var_out, const real *x,
-                                 const int64_t *count, const double *mean_in, const double *var_in,
-                                 const real *weight, const real *bias, int64_t B, int64_t T, int64_t D, int64_t G,
-                                 double eps) {
+ * y, x (B,T,D); mean, var (B,T,G) saved; mean_out, var_out, mean_in, var_in (B,G) double; count (B) steps
+ * before. mean_in NULL: an empty state. State in and out may be the same memory. The running moments are
+ * double: after a million steps an increment is far below what a float near 1 can hold. */
+static void timestepnorm_forward(real *y, real *mean, real *var, double *mean_out, double *var_out,
+                                 const real *x, const int64_t *count, const double *mean_in,
+                                 const double *var_in, const real *weight, const real *bias, int64_t B,
+                                 int64_t T, int64_t D, int64_t G, double eps) {
     int64_t size = D / G;
     OMP(parallel for collapse(2) schedule(static) if (B * T * D >= FORK_WORTH))
     for (int64_t b = 0; b < B; b++)
@@ -921,16 +940,18 @@ static void timestepnorm_forward(real *y, real *mean, real *var, double *mean_ou
     timestepnorm_apply(y, mean, var, x, weight, bias, B * T, D, G, eps);
 }
 
-/* Backward in time through the merges. With gm, gv the gradients of mean_t and var_t (from y_t and from step t+1):
+/* Backward in time through the merges. With gm, gv the gradients of mean_t and var_t (from y_t and from
+ * step t+1):
  *     var_t  = c1 var + c2 s + c1 c2 (m - mean)^2  ->  dvar += c1 gv;  ds = c2 gv
  *     mean_t = mean + c2 (m - mean)                ->  dmean += c1 gm - k;  dm = c2 gm + k,  k = 2 c1 c2 (m - mean) gv
  *     y = xhat (1 + w) + bias, dxhat = dy (1 + w)  ->  gm -= rstd sum dxhat;  gv -= rstd^2/2 sum dxhat xhat
  *     x enters y, m and s                          ->  dx = dxhat rstd + dm/size + ds 2 (x - m)/size
  * dx may be dy. dmean_out (NULL: 0) and dmean_in (NULL: not wanted) as in the forward. */
 static void timestepnorm_backward(real *dx, double *dmean_in, double *dvar_in, real *dweight, real *dbias,
-                                  const real *dy, const double *dmean_out, const double *dvar_out, const real *mean,
-                                  const real *var, const real *x, const int64_t *count, const double *mean_in,
-                                  const real *weight, int64_t B, int64_t T, int64_t D, int64_t G, double eps) {
+                                  const real *dy, const double *dmean_out, const double *dvar_out,
+                                  const real *mean, const real *var, const real *x, const int64_t *count,
+                                  const double *mean_in, const real *weight, int64_t B, int64_t T, int64_t D,
+                                  int64_t G, double eps) {
     int64_t size = D / G;
     norm_weight_backward(dweight, dbias, dy, x, mean, NULL, var, eps, B * T, D, G);
     OMP(parallel for collapse(2) schedule(static) if (B * T * D >= FORK_WORTH))
@@ -942,7 +963,8 @@ static void timestepnorm_backward(real *dx, double *dmean_in, double *dvar_in, r
                 const real *x_t = x + (b * T + t) * D + g * size, *dy_t = dy + (b * T + t) * D + g * size;
                 const real *w = weight + g * size;
                 real *dx_t = dx + (b * T + t) * D + g * size;
-                double mu = mean[(b * T + t) * G + g], rstd = 1 / sqrt((double)var[(b * T + t) * G + g] + eps);
+                double mu = mean[(b * T + t) * G + g],
+                       rstd = 1 / sqrt((double)var[(b * T + t) * G + g] + eps);
                 double sum = 0, product = 0, m, s;
                 group_moments(&m, &s, x_t, size);
                 for (int64_t i = 0; i < size; i++) {
@@ -956,7 +978,8 @@ static void timestepnorm_backward(real *dx, double *dmean_in, double *dvar_in, r
                 double before = t ? mean[(b * T + t - 1) * G + g] : mean_in ? mean_in[b * G + g] : 0;
                 double k = 2 * c1 * c2 * (m - before) * gv, dm = c2 * gm + k, ds = c2 * gv;
                 for (int64_t i = 0; i < size; i++)
-                    dx_t[i] = (real)((double)dy_t[i] * (1 + w[i]) * rstd + (dm + 2 * ds * (x_t[i] - m)) / (double)size);
+                    dx_t[i] = (real)((double)dy_t[i] * (1 + w[i]) * rstd +
+                                     (dm + 2 * ds * (x_t[i] - m)) / (double)size);
                 gm = c1 * gm - k;
                 gv = c1 * gv;
             }
@@ -972,7 +995,8 @@ typedef struct { real *p, *q_re, *q_im, *c_re, *c_im; } CemaCoefficients;
 enum { NUM_CEMA_COEFFICIENTS = 5 };
 
 static CemaCoefficients cema_coefficients_at(real *memory, int64_t D, int64_t N) {
-    return (CemaCoefficients){memory, memory + D * N, memory + 2 * D * N, memory + 3 * D * N, memory + 4 * D * N};
+    return (CemaCoefficients){memory, memory + D * N, memory + 2 * D * N, memory + 3 * D * N,
+                              memory + 4 * D * N};
 }
 
 static double logistic(double x) { return 1 / (1 + exp(-x)); }
@@ -994,8 +1018,8 @@ static void cema_coefficients(CemaCoefficients out, const real *alpha, const rea
         }
 }
 
-/* One channel's coefficients and states side by side, so that the loops over k become vector instructions. Sized for
- * N = 16 when that is what the caller passes as a constant. */
+/* One channel's coefficients and states side by side, so that the loops over k become vector instructions.
+ * Sized for N = 16 when that is what the caller passes as a constant. */
 typedef struct { real p[MAX_CEMA_NDIM], q_re[MAX_CEMA_NDIM], q_im[MAX_CEMA_NDIM], c_re[MAX_CEMA_NDIM],
                       c_im[MAX_CEMA_NDIM]; } CemaChannel;
 
@@ -1067,11 +1091,13 @@ enum { CEMA_BLOCK = 64 };        /* the backward holds the states of this many s
 typedef struct { double p[MAX_CEMA_NDIM], q_re[MAX_CEMA_NDIM], q_im[MAX_CEMA_NDIM], c_re[MAX_CEMA_NDIM],
                         c_im[MAX_CEMA_NDIM], omega; } CemaSums;
 
-/* One block of at most CEMA_BLOCK steps of one channel, backward in time. g (re, im) is the gradient of the state
- * after the block, then of the state before it. history holds CEMA_BLOCK+1 states, N re then N im each. */
+/* One block of at most CEMA_BLOCK steps of one channel, backward in time. g (re, im) is the gradient of the
+ * state after the block, then of the state before it. history holds CEMA_BLOCK+1 states, N re then N im
+ * each. */
 static inline void cema_block_backward(real *du, real *g_re, real *g_im, CemaSums *sums, const real *dy,
-                                       const real *u, const real *h_start, real *history, const CemaChannel *c,
-                                       real omega, int64_t steps, int64_t D, int64_t N) {
+                                       const real *u, const real *h_start, real *history,
+                                       const CemaChannel *c, real omega, int64_t steps, int64_t D,
+                                       int64_t N) {
     memcpy(history, h_start, 2 * (size_t)N * sizeof(real));
     for (int64_t t = 0; t < steps; t++) {
         real *h = history + (t + 1) * 2 * N;
@@ -1133,13 +1159,15 @@ static size_t cema_scratch(int64_t T, int64_t N) {
     return (size_t)(((T + CEMA_BLOCK - 1) / CEMA_BLOCK + CEMA_BLOCK + 1) * 2 * N);
 }
 
-/* Backward of cema_forward. The states are not saved: a first pass over u finds the state at the start of each block
- * of CEMA_BLOCK steps, then the blocks are walked from the last to the first, recomputing their states.
- * du, dy (B,T,D), du may be dy; dh_in (NULL: not wanted), dh_out (NULL: zero) (B,D,N,2). A thread owns channels. */
-static void cema_backward(real *du, real *dh_in, real *dalpha, real *ddelta, real *dtheta, real *dgamma, real *domega,
-                          const real *dy, const real *dh_out, const real *u, const real *h_in, CemaCoefficients coef,
-                          const real *alpha, const real *delta, const real *theta, const real *omega, int64_t B,
-                          int64_t T, int64_t D, int64_t N) {
+/* Backward of cema_forward. The states are not saved: a first pass over u finds the state at the start of
+ * each block of CEMA_BLOCK steps, then the blocks are walked from the last to the first, recomputing their
+ * states.
+ * du, dy (B,T,D), du may be dy; dh_in (NULL: not wanted), dh_out (NULL: zero) (B,D,N,2). A thread owns
+ * channels. */
+static void cema_backward(real *du, real *dh_in, real *dalpha, real *ddelta, real *dtheta, real *dgamma,
+                          real *domega, const real *dy, const real *dh_out, const real *u, const real *h_in,
+                          CemaCoefficients coef, const real *alpha, const real *delta, const real *theta,
+                          const real *omega, int64_t B, int64_t T, int64_t D, int64_t N) {
     OMP(parallel for schedule(static) if (B * T * D * N >= FORK_WORTH))
     for (int64_t j = 0; j < D; j++) {
         int64_t blocks = (T + CEMA_BLOCK - 1) / CEMA_BLOCK;
@@ -1171,8 +1199,8 @@ static void cema_backward(real *du, real *dh_in, real *dalpha, real *ddelta, rea
             }
             if (dh_in) cema_store_state(dh_in + (b * D + j) * N * 2, g_re, g_im, N);
         }
-        cema_parameter_backward(dalpha + j * N, ddelta + j * N, dtheta + j, dgamma + j * N * 2, domega + j, &sums,
-                                alpha + j * N, delta + j * N, theta[j], N);
+        cema_parameter_backward(dalpha + j * N, ddelta + j * N, dtheta + j, dgamma + j * N * 2, domega + j,
+                                &sums, alpha + j * N, delta + j * N, theta[j], N);
     }
 }
 
@@ -1204,14 +1232,15 @@ static void rmsnorm_backward(real *dx, real *dweight, const real *dy, const real
         OMP(simd reduction(+:product))
         for (int64_t d = 0; d < D; d++) product += dy_i[d] * (weight ? 1 + weight[d] : 1) * x_i[d];
         real k = product * r * r * r / (real)D;
-        for (int64_t d = 0; d < D; d++) dx[i * D + d] = dy_i[d] * (weight ? 1 + weight[d] : 1) * r - x_i[d] * k;
+        for (int64_t d = 0; d < D; d++)
+            dx[i * D + d] = dy_i[d] * (weight ? 1 + weight[d] : 1) * r - x_i[d] * k;
     }
 }
 
 /* Linear:  y = x weight^T + bias
  * y (rows,N); x (rows,K); weight (N,K); bias (N) or NULL. accumulate: y += instead of y =. */
-static void linear_forward(real *y, const real *x, const real *weight, const real *bias, int64_t rows, int64_t K,
-                           int64_t N, bool accumulate) {
+static void linear_forward(real *y, const real *x, const real *weight, const real *bias, int64_t rows,
+                           int64_t K, int64_t N, bool accumulate) {
     matmul(y, N, x, K, 1, weight, 1, K, rows, N, K, accumulate);
     if (!bias) return;
     PARALLEL_FOR(rows * N)
@@ -1234,8 +1263,8 @@ static void bias_backward(real *dbias, const real *dy, int64_t rows, int64_t N) 
 
 /* y = x weight^T + bias:  dx = dy weight;  dweight += dy^T x;  dbias += sum dy
  * accumulate_dx: dx +=, for an input that several products share. dx NULL: not wanted. */
-static void linear_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *x, const real *weight,
-                            int64_t rows, int64_t K, int64_t N, bool accumulate_dx) {
+static void linear_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *x,
+                            const real *weight, int64_t rows, int64_t K, int64_t N, bool accumulate_dx) {
     if (dx) matmul(dx, K, dy, N, 1, weight, K, 1, rows, K, N, accumulate_dx);
     if (dweight) matmul(dweight, K, dy, 1, N, x, K, 1, N, K, rows, true);
     if (dbias) bias_backward(dbias, dy, rows, N);
@@ -1272,8 +1301,8 @@ static void znorm_backward(real *dzz, const real *dzn, const real *zz, int64_t r
 
 /* Query and key from one vector:  q = zn (1 + gamma[0]) / sqrt(z) + beta[0],  k the same with row 1
  * q, k, zn (rows,Z); gamma, beta (2,Z); z = Z/H. The scores then need no scale. */
-static void qk_affine_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta, int64_t rows,
-                              int64_t Z, int64_t z) {
+static void qk_affine_forward(real *q, real *k, const real *zn, const real *gamma, const real *beta,
+                              int64_t rows, int64_t Z, int64_t z) {
     real scale = (real)(1 / sqrt((double)z));
     PARALLEL_FOR(rows * Z)
     for (int64_t i = 0; i < rows; i++)
@@ -1284,9 +1313,10 @@ static void qk_affine_forward(real *q, real *k, const real *zn, const real *gamm
         }
 }
 
-/* dzn = (dq (1 + gamma[0]) + dk (1 + gamma[1])) / sqrt(z);  dgamma[0] += dq zn / sqrt(z);  dbeta[0] += dq; [1] with dk */
-static void qk_affine_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk, const real *zn,
-                               const real *gamma, int64_t rows, int64_t Z, int64_t z) {
+/* dzn = (dq (1 + gamma[0]) + dk (1 + gamma[1])) / sqrt(z);  dgamma[0] += dq zn / sqrt(z);  dbeta[0] += dq;
+ * [1] with dk */
+static void qk_affine_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk,
+                               const real *zn, const real *gamma, int64_t rows, int64_t Z, int64_t z) {
     real scale = (real)(1 / sqrt((double)z));
     const int64_t width = 32;
     PARALLEL_FOR(rows * Z)
@@ -1321,8 +1351,8 @@ static void rope_table(real *table, int64_t C, int64_t z, double base) {
 
 /* RoPE:  each adjacent pair (x[2i], x[2i+1]) turns by the angle of its position in the chunk, (n + t) mod C
  * y, x (B,T,H,z); y may be x. direction +1 forward, -1 backward. */
-static void rope_turn(real *y, const real *x, const real *table, real direction, int64_t n, int64_t B, int64_t T,
-                      int64_t H, int64_t z, int64_t C) {
+static void rope_turn(real *y, const real *x, const real *table, real direction, int64_t n, int64_t B,
+                      int64_t T, int64_t H, int64_t z, int64_t C) {
     PARALLEL_FOR(B * T * H * z)
     for (int64_t i = 0; i < B * T; i++) {
         const real *turn = table + (n + i % T) % C * z;
@@ -1338,14 +1368,14 @@ static void rope_turn(real *y, const real *x, const real *table, real direction,
     }
 }
 
-static void rope_forward(real *y, const real *x, const real *table, int64_t n, int64_t B, int64_t T, int64_t H,
-                         int64_t z, int64_t C) {
+static void rope_forward(real *y, const real *x, const real *table, int64_t n, int64_t B, int64_t T,
+                         int64_t H, int64_t z, int64_t C) {
     rope_turn(y, x, table, 1, n, B, T, H, z, C);
 }
 
 /* A rotation's transpose turns back. */
-static void rope_backward(real *dx, const real *dy, const real *table, int64_t n, int64_t B, int64_t T, int64_t H,
-                          int64_t z, int64_t C) {
+static void rope_backward(real *dx, const real *dy, const real *table, int64_t n, int64_t B, int64_t T,
+                          int64_t H, int64_t z, int64_t C) {
     rope_turn(dx, dy, table, -1, n, B, T, H, z, C);
 }
 
@@ -1370,8 +1400,10 @@ static void dropout_backward(real *dx, const real *dy, int64_t size, double p, u
     dropout_forward(dx, dy, size, p, key);
 }
 
-/* Where the keys and values of a call come from. Positions count from the start of the chunk that the call begins in:
- * 0..n-1 are in the state, n..n+T-1 are this call's. A row of the batch has room for `capacity` state tokens. */
+/* Where the keys and values of a call come from. Positions count from the start of the chunk that the call
+ * begins in:
+ * 0..n-1 are in the state, n..n+T-1 are this call's. A row of the batch has room for `capacity` state
+ * tokens. */
 typedef struct { const real *k, *v, *k_in, *v_in; int64_t n, capacity, B, T, H, z, e, C; } AttentionKeys;
 
 enum { QUERY_BLOCK = 64 };       /* queries handled together: their scores against the chunk fit in the cache */
@@ -1403,7 +1435,8 @@ static void attention_scores(real *scores, const real *left, const real *state, 
                              const AttentionKeys *a, const QueryBlock *q, int64_t w) {
     int64_t stride = a->H * w, first = q->s + q->old;
     if (q->old)
-        matmul(scores, q->keys, left, stride, 1, AT_STATE(state, a, q, w), 1, stride, q->rows, q->old, w, false);
+        matmul(scores, q->keys, left, stride, 1, AT_STATE(state, a, q, w), 1, stride, q->rows, q->old, w,
+               false);
     matmul(scores + q->old, q->keys, left, stride, 1, AT_POSITION(now, a, q, first, w), 1, stride, q->rows,
            q->keys - q->old, w, false);
 }
@@ -1413,14 +1446,16 @@ static void attention_mix(real *out, const real *weights, const real *state, con
                           const AttentionKeys *a, const QueryBlock *q, int64_t w) {
     int64_t stride = a->H * w, first = q->s + q->old;
     if (q->old)
-        matmul(out, stride, weights, q->keys, 1, AT_STATE(state, a, q, w), stride, 1, q->rows, w, q->old, false);
+        matmul(out, stride, weights, q->keys, 1, AT_STATE(state, a, q, w), stride, 1, q->rows, w, q->old,
+               false);
     matmul(out, stride, weights + q->old, q->keys, 1, AT_POSITION(now, a, q, first, w), stride, 1, q->rows, w,
            q->keys - q->old, q->old > 0);
 }
 
-/* Dropout factor of the weight of query `row` of a block for key j of its chunk: index ((b H + h) T + t) C + j */
-static inline real attention_dropout_factor(const AttentionKeys *a, const QueryBlock *q, int64_t row, int64_t j,
-                                            double p, uint64_t key) {
+/* Dropout factor of the weight of query `row` of a block for key j of its chunk: index ((b H + h) T + t) C
+ * + j */
+static inline real attention_dropout_factor(const AttentionKeys *a, const QueryBlock *q, int64_t row,
+                                            int64_t j, double p, uint64_t key) {
     int64_t t = q->p0 + row - a->n;
     return p == 0 ? 1 : dropout_factor(key, ((q->b * a->H + q->h) * a->T + t) * a->C + j, p);
 }
@@ -1429,7 +1464,8 @@ static inline real attention_dropout_factor(const AttentionKeys *a, const QueryB
  * a (B,T,H,e); lse (B,T,H) saved, the log of each softmax's denominator; q, k (B,T,H,z); v (B,T,H,e);
  * k_in (B,capacity,H,z), v_in (B,capacity,H,e): the n tokens of the chunk that came before. p, key: dropout.
  * Threads share out query blocks if there are enough; else each product inside is shared out. */
-static void attention_forward(real *out, real *lse, const real *query, AttentionKeys keys, double p, uint64_t key) {
+static void attention_forward(real *out, real *lse, const real *query, AttentionKeys keys, double p,
+                              uint64_t key) {
     const AttentionKeys *a = &keys;
     int64_t per_chunk = query_blocks_per_chunk(a->C), chunks = (a->n + a->T - 1) / a->C + 1;
     int64_t units = a->B * a->H * chunks * per_chunk;
@@ -1453,21 +1489,24 @@ static void attention_forward(real *out, real *lse, const real *query, Attention
             real scale = 1 / sum;
             for (int64_t j = 0; j < seen; j++) s[j] *= scale;
             for (int64_t j = seen; j < q->keys; j++) s[j] = 0;
-            if (p > 0) for (int64_t j = 0; j < seen; j++) s[j] *= attention_dropout_factor(a, q, row, j, p, key);
+            if (p > 0)
+                for (int64_t j = 0; j < seen; j++) s[j] *= attention_dropout_factor(a, q, row, j, p, key);
             *AT_POSITION(lse, a, q, q->p0 + row, 1) = largest + (real)log((double)sum);
         }
         attention_mix(AT_POSITION(out, a, q, q->p0, a->e), scores, a->v_in, a->v, a, q, a->e);
     }
 }
 
-/* Backward of one block of queries. dk, dv and their state twins are added to. With w = softmax weights, f = dropout
+/* Backward of one block of queries. dk, dv and their state twins are added to. With w = softmax weights, f
+ * = dropout
  * factors and a = (w f) v:   dv += (w f)^T da;   dw = (da v^T) f;   dscores = w (dw - sum dw w);   dq = dscores k;
  * dk += dscores^T q */
-static void attention_block_backward(real *dquery, real *dk, real *dv, real *dk_in, real *dv_in, const real *dout,
-                                     const real *lse, const real *query, const AttentionKeys *a, const QueryBlock *q,
-                                     double p, uint64_t key) {
+static void attention_block_backward(real *dquery, real *dk, real *dv, real *dk_in, real *dv_in,
+                                     const real *dout, const real *lse, const real *query,
+                                     const AttentionKeys *a, const QueryBlock *q, double p, uint64_t key) {
     real *weights = thread_scratch((size_t)(2 * QUERY_BLOCK * a->C)), *dscores = weights + QUERY_BLOCK * a->C;
-    const real *query_b = AT_POSITION(query, a, q, q->p0, a->z), *dout_b = AT_POSITION(dout, a, q, q->p0, a->e);
+    const real *query_b = AT_POSITION(query, a, q, q->p0, a->z),
+               *dout_b = AT_POSITION(dout, a, q, q->p0, a->e);
     attention_scores(weights, query_b, a->k_in, a->k, a, q, a->z);
     attention_scores(dscores, dout_b, a->v_in, a->v, a, q, a->e);
     for (int64_t row = 0; row < q->rows; row++) {
@@ -1486,19 +1525,23 @@ static void attention_block_backward(real *dquery, real *dk, real *dv, real *dk_
     attention_mix(AT_POSITION(dquery, a, q, q->p0, a->z), dscores, a->k_in, a->k, a, q, a->z);
     int64_t first = q->s + q->old, now = q->keys - q->old, kz = a->H * a->z, ve = a->H * a->e;
     if (q->old && dk_in) {
-        matmul(AT_STATE(dk_in, a, q, a->z), kz, dscores, 1, q->keys, query_b, kz, 1, q->old, a->z, q->rows, true);
-        matmul(AT_STATE(dv_in, a, q, a->e), ve, weights, 1, q->keys, dout_b, ve, 1, q->old, a->e, q->rows, true);
+        matmul(AT_STATE(dk_in, a, q, a->z), kz, dscores, 1, q->keys, query_b, kz, 1, q->old, a->z, q->rows,
+               true);
+        matmul(AT_STATE(dv_in, a, q, a->e), ve, weights, 1, q->keys, dout_b, ve, 1, q->old, a->e, q->rows,
+               true);
     }
-    matmul(AT_POSITION(dk, a, q, first, a->z), kz, dscores + q->old, 1, q->keys, query_b, kz, 1, now, a->z, q->rows,
-           true);
-    matmul(AT_POSITION(dv, a, q, first, a->e), ve, weights + q->old, 1, q->keys, dout_b, ve, 1, now, a->e, q->rows,
-           true);
+    matmul(AT_POSITION(dk, a, q, first, a->z), kz, dscores + q->old, 1, q->keys, query_b, kz, 1, now, a->z,
+           q->rows, true);
+    matmul(AT_POSITION(dv, a, q, first, a->e), ve, weights + q->old, 1, q->keys, dout_b, ve, 1, now, a->e,
+           q->rows, true);
 }
 
-/* Backward of attention_forward: dquery, dk, dv as query, k, v; dk_in, dv_in as k_in, v_in (NULL: not wanted).
- * A thread owns a chunk of a head, whose query blocks it takes in order; scores are recomputed from q, k and lse. */
+/* Backward of attention_forward: dquery, dk, dv as query, k, v; dk_in, dv_in as k_in, v_in (NULL: not
+ * wanted). A thread owns a chunk of a head, whose query blocks it takes in order; scores are recomputed
+ * from q, k and lse. */
 static void attention_backward(real *dquery, real *dk, real *dv, real *dk_in, real *dv_in, const real *dout,
-                               const real *lse, const real *query, AttentionKeys keys, double p, uint64_t key) {
+                               const real *lse, const real *query, AttentionKeys keys, double p,
+                               uint64_t key) {
     const AttentionKeys *a = &keys;
     int64_t per_chunk = query_blocks_per_chunk(a->C), chunks = (a->n + a->T - 1) / a->C + 1;
     int64_t units = a->B * a->H * chunks;
@@ -1511,32 +1554,37 @@ static void attention_backward(real *dquery, real *dk, real *dv, real *dk_in, re
         int64_t bh = unit / chunks;
         for (int64_t i = 0; i < per_chunk; i++) {
             QueryBlock q = query_block(a, bh / a->H, bh % a->H, unit % chunks, i);
-            if (q.rows > 0) attention_block_backward(dquery, dk, dv, dk_in, dv_in, dout, lse, query, a, &q, p, key);
+            if (q.rows > 0)
+                attention_block_backward(dquery, dk, dv, dk_in, dv_in, dout, lse, query, a, &q, p, key);
         }
     }
 }
 
-/* The state that attention leaves: keys (or values) of the unfinished chunk. x (B,T,H,w) are this call's; `state`
- * (B,capacity,H,w) becomes the new state, `before` is the old one and may be the same memory. width = H*w. */
-static void attention_state_forward(real *state, const real *before, const real *x, int64_t n, int64_t capacity,
-                                    int64_t B, int64_t T, int64_t width, int64_t C) {
+/* The state that attention leaves: keys (or values) of the unfinished chunk. x (B,T,H,w) are this call's;
+ * `state` (B,capacity,H,w) becomes the new state, `before` is the old one and may be the same memory. width
+ * = H*w. */
+static void attention_state_forward(real *state, const real *before, const real *x, int64_t n,
+                                    int64_t capacity, int64_t B, int64_t T, int64_t width, int64_t C) {
     int64_t n_out = (n + T) % C, kept = n + T < C ? n : 0, fresh = n_out - kept;
     for (int64_t b = 0; b < B; b++) {
         real *state_b = state + b * capacity * width;
         if (kept && before != state)
             memcpy(state_b, before + b * capacity * width, (size_t)(kept * width) * sizeof(real));
-        memcpy(state_b + kept * width, x + (b * T + T - fresh) * width, (size_t)(fresh * width) * sizeof(real));
+        memcpy(state_b + kept * width, x + (b * T + T - fresh) * width,
+               (size_t)(fresh * width) * sizeof(real));
     }
 }
 
-/* The state's tokens were copied from `before` and from x: their gradients are added there (dbefore NULL: not wanted). */
+/* The state's tokens were copied from `before` and from x: their gradients are added there (dbefore NULL:
+ * not wanted). */
 static void attention_state_backward(real *dbefore, real *dx, const real *dstate, int64_t n, int64_t capacity,
                                      int64_t B, int64_t T, int64_t width, int64_t C) {
     int64_t n_out = (n + T) % C, kept = n + T < C ? n : 0, fresh = n_out - kept;
     for (int64_t b = 0; b < B; b++) {
         const real *dstate_b = dstate + b * capacity * width;
         real *dx_b = dx + (b * T + T - fresh) * width;
-        for (int64_t i = 0; dbefore && i < kept * width; i++) dbefore[b * capacity * width + i] += dstate_b[i];
+        for (int64_t i = 0; dbefore && i < kept * width; i++)
+            dbefore[b * capacity * width + i] += dstate_b[i];
         for (int64_t i = 0; i < fresh * width; i++) dx_b[i] += dstate_b[kept * width + i];
     }
 }
@@ -1573,8 +1621,8 @@ static void gate_backward(real *da, real *dr, const real *dy, const real *a, con
 
 /* LayerNorm:  y = (x - mean) rstd (1 + weight) + bias,  rstd = 1/sqrt(population variance + eps)
  * y, x (rows,D); mean, rstd (rows) saved; weight, bias (D) or both NULL. */
-static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, const real *weight, const real *bias,
-                              int64_t rows, int64_t D, double eps) {
+static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, const real *weight,
+                              const real *bias, int64_t rows, int64_t D, double eps) {
     PARALLEL_FOR(rows * D)
     for (int64_t i = 0; i < rows; i++) {
         const real *x_i = x + i * D;
@@ -1587,13 +1635,15 @@ static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, co
         real r = (real)(1 / sqrt((double)squares / (double)D + eps));
         mean[i] = mu;
         rstd[i] = r;
-        if (weight) for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r * (1 + weight[d]) + bias[d];
+        if (weight)
+            for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r * (1 + weight[d]) + bias[d];
         else        for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r;
     }
 }
 
 /* xhat = (x - mean) rstd, dxhat = dy (1 + weight):
- * dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat));  dweight += dy xhat;  dbias += dy.  dx may be dy. */
+ * dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat));  dweight += dy xhat;  dbias += dy.  dx may be
+ * dy. */
 static void layernorm_backward(real *dx, real *dweight, real *dbias, const real *dy, const real *mean,
                                const real *rstd, const real *x, const real *weight, int64_t rows, int64_t D) {
     if (dweight) norm_weight_backward(dweight, dbias, dy, x, mean, rstd, NULL, 0, rows, D, 1);
@@ -1621,7 +1671,8 @@ static void swiglu_forward(real *hidden, const real *f1, const real *f3, int64_t
 }
 
 /* df1 = dhidden f3 silu'(f1);  df3 = dhidden silu(f1).  df1 may be dhidden. */
-static void swiglu_backward(real *df1, real *df3, const real *dhidden, const real *f1, const real *f3, int64_t size) {
+static void swiglu_backward(real *df1, real *df3, const real *dhidden, const real *f1, const real *f3,
+                            int64_t size) {
     OMP(parallel for simd schedule(static) if (size >= FORK_WORTH))
     for (int64_t i = 0; i < size; i++) {
         real s = real_sigmoid(f1[i]), d = dhidden[i];
@@ -1630,16 +1681,19 @@ static void swiglu_backward(real *df1, real *df3, const real *dhidden, const rea
     }
 }
 
-/* Second hop with a scaled branch:  out = alpha * f + x.  out, f, x (rows,D); alpha (D) or NULL for 1. out may be x. */
-static void rescale_forward(real *out, const real *f, const real *x, const real *alpha, int64_t rows, int64_t D) {
+/* Second hop with a scaled branch:  out = alpha * f + x.  out, f, x (rows,D); alpha (D) or NULL for 1. out
+ * may be x. */
+static void rescale_forward(real *out, const real *f, const real *x, const real *alpha, int64_t rows,
+                            int64_t D) {
     PARALLEL_FOR(rows * D)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t d = 0; d < D; d++) out[i * D + d] = (alpha ? alpha[d] : 1) * f[i * D + d] + x[i * D + d];
 }
 
-/* df = alpha dout;  dalpha += sum dout f;  dx = dout, which the caller has already (dx NULL or a place to copy it). */
-static void rescale_backward(real *df, real *dx, real *dalpha, const real *dout, const real *f, const real *alpha,
-                             int64_t rows, int64_t D) {
+/* df = alpha dout;  dalpha += sum dout f;  dx = dout, which the caller has already (dx NULL or a place to
+ * copy it). */
+static void rescale_backward(real *df, real *dx, real *dalpha, const real *dout, const real *f,
+                             const real *alpha, int64_t rows, int64_t D) {
     const int64_t width = 32;
     PARALLEL_FOR(rows * D)
     for (int64_t d0 = 0; d0 < D; d0 += width) {
@@ -1658,7 +1712,8 @@ static void rescale_backward(real *df, real *dx, real *dalpha, const real *dout,
 
 /* Cross-entropy:  nll = -log softmax(logits)[target];  0 where the target is MEGALODON_IGNORE
  * nll (rows); logits (rows,V); targets (rows) */
-static void cross_entropy_forward(real *nll, const real *logits, const int32_t *targets, int64_t rows, int64_t V) {
+static void cross_entropy_forward(real *nll, const real *logits, const int32_t *targets, int64_t rows,
+                                  int64_t V) {
     PARALLEL_FOR(rows * V)
     for (int64_t i = 0; i < rows; i++) {
         const real *x = logits + i * V;
@@ -1699,11 +1754,12 @@ static void cross_entropy_backward(real *dlogits, const real *dnll, real scale, 
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 4. The model
  */
 
-/* The structs mirror the lists of megalodon.h: a pointer for each tensor, NULL where the configuration has none. */
+/* The structs mirror the lists of megalodon.h: a pointer for each tensor, NULL where the configuration has
+ * none. */
 #define X(field, name, shape, ...) real *field;
 typedef struct { MEGALODON_LAYER_PARAMS(X) } LayerParams;
 typedef struct { MEGALODON_MODEL_PARAMS(X) } ModelParams;
@@ -1713,7 +1769,8 @@ typedef struct { MEGALODON_MODEL_ACTS(X) } ModelActs;
 
 typedef struct { double *norm_mean, *norm_var; real *cema, *k, *v; } LayerState;
 
-/* The state of B rows after count[b] tokens. k and v have room for C tokens a row, the first n of them in use. */
+/* The state of B rows after count[b] tokens. k and v have room for C tokens a row, the first n of them in
+ * use. */
 typedef struct {
     int B, n;
     int64_t *count;                      /* (B) */
@@ -1819,7 +1876,8 @@ static void layout_activations(MegalodonModel *m, Arena *arena) {
     m->grad.x = TAKE(arena, real, rows * c->model_dim);
     m->grad.branch = TAKE(arena, real, rows * c->model_dim);
     m->grad.y = TAKE(arena, real, rows * c->model_dim);
-    for (int i = 0; i < 2; i++) m->grad.wide[i] = TAKE(arena, real, rows * MAX(c->value_dim, c->ffn_hidden_dim));
+    for (int i = 0; i < 2; i++)
+        m->grad.wide[i] = TAKE(arena, real, rows * MAX(c->value_dim, c->ffn_hidden_dim));
     for (int i = 0; i < 3; i++) m->grad.z[i] = TAKE(arena, real, rows * c->z_dim);
 }
 
@@ -1961,12 +2019,14 @@ static const char *build(MegalodonModel *m) {
     return NULL;
 }
 
-static const char *cpu_create(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options) {
+static const char *cpu_create(MegalodonModel **model, const MegalodonConfig *config,
+                              const MegalodonOptions *options) {
     *model = NULL;
     const char *error = megalodon_validate(config);
     if (error) return error;
     if (options->max_batch < 1 || options->max_length < 1)
-        return errorf("batch %d x length %d: both must be at least 1", options->max_batch, options->max_length);
+        return errorf("batch %d x length %d: both must be at least 1", options->max_batch,
+                      options->max_length);
     if (options->precision != MEGALODON_FP32)
         return errorf("the CPU backend computes in fp32; bf16 needs the CUDA backend");
     MegalodonModel *m = calloc(1, sizeof *m);
@@ -2008,8 +2068,9 @@ static void mega_forward(MegalodonModel *m, int l, const real *x) {
     int64_t H = c->num_heads, C = c->chunk_size, n = m->carried ? m->state_in.n : 0;
     double hidden_p = dropout_of(m, c->hidden_dropout);
 
-    timestepnorm_forward(a->u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count, in->norm_mean,
-                         in->norm_var, w->timenorm_weight, w->timenorm_bias, B, T, D, c->norm_num_groups, c->norm_eps);
+    timestepnorm_forward(a->u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
+                         in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, T, D,
+                         c->norm_num_groups, c->norm_eps);
     cema_forward(a->c, out->cema, a->u, in->cema, m->coef[l], w->cema_omega, B, T, D, c->cema_ndim);
     rmsnorm_forward(a->m, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, c->norm_eps);
     dropout_forward(a->m, a->m, rows * D, hidden_p, dropout_key(m, l, MEGALODON_SITE_M));
@@ -2034,11 +2095,13 @@ static void mega_forward(MegalodonModel *m, int l, const real *x) {
     dropout_forward(a->ar, a->ar, rows * E, hidden_p, dropout_key(m, l, MEGALODON_SITE_GATED));
     linear_forward(m->branch, a->m, w->wh1_weight, w->wh1_bias, rows, D, D, false);
     linear_forward(m->branch, a->ar, w->wh2_weight, NULL, rows, E, D, true);
-    dropout_forward(m->branch, m->branch, rows * D, dropout_of(m, c->dropout), dropout_key(m, l, MEGALODON_SITE_H));
+    dropout_forward(m->branch, m->branch, rows * D, dropout_of(m, c->dropout),
+                    dropout_key(m, l, MEGALODON_SITE_H));
     rescale_forward(a->y, m->branch, x, NULL, rows, D);
 }
 
-/* The feed-forward half:  out = alpha * fc2(hidden) + x: the second hop skips from the block's input, not from y. */
+/* The feed-forward half:  out = alpha * fc2(hidden) + x: the second hop skips from the block's input, not
+ * from y. */
 static void ffn_forward(MegalodonModel *m, int l, const real *x) {
     const MegalodonConfig *c = &m->config;
     const LayerParams *w = &m->layers[l];
@@ -2046,7 +2109,8 @@ static void ffn_forward(MegalodonModel *m, int l, const real *x) {
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
     real *f = c->rescale_nffn ? a->f2 : m->branch;
 
-    layernorm_forward(a->n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D, c->norm_eps);
+    layernorm_forward(a->n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D,
+                      c->norm_eps);
     linear_forward(a->f1, a->n, w->fc1_weight, NULL, rows, D, F, false);
     if (c->swiglu) {
         linear_forward(a->f3, a->n, w->fc3_weight, NULL, rows, D, F, false);
@@ -2066,10 +2130,11 @@ static void layer_recompute(MegalodonModel *m, int l, const real *x) {
     const MegalodonConfig *c = &m->config;
     const LayerParams *w = &m->layers[l];
     LayerActs *a = &m->acts[l];
-    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, E = c->value_dim, F = c->ffn_hidden_dim;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, E = c->value_dim,
+            F = c->ffn_hidden_dim;
     double hidden_p = dropout_of(m, c->hidden_dropout);
-    timestepnorm_apply(a->u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, c->norm_num_groups,
-                       c->norm_eps);
+    timestepnorm_apply(a->u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
+                       c->norm_num_groups, c->norm_eps);
     rmsnorm_forward(a->m, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, c->norm_eps);
     dropout_forward(a->m, a->m, rows * D, hidden_p, dropout_key(m, l, MEGALODON_SITE_M));
     znorm_forward(a->zn, a->zz, rows, c->num_heads, c->z_dim / c->num_heads, c->norm_eps);
@@ -2077,7 +2142,8 @@ static void layer_recompute(MegalodonModel *m, int l, const real *x) {
     silu_forward(a->r, a->rr, rows * E);
     gate_forward(a->ar, a->a, a->r, rows * E);
     dropout_forward(a->ar, a->ar, rows * E, hidden_p, dropout_key(m, l, MEGALODON_SITE_GATED));
-    layernorm_forward(a->n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D, c->norm_eps);
+    layernorm_forward(a->n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D,
+                      c->norm_eps);
     if (c->swiglu) swiglu_forward(a->hidden, a->f1, a->f3, rows * F);
     else silu_forward(a->hidden, a->f1, rows * F);
     dropout_forward(a->hidden, a->hidden, rows * F, hidden_p, dropout_key(m, l, MEGALODON_SITE_HIDDEN));
@@ -2089,15 +2155,16 @@ static void add_to(real *sum, const real *term, int64_t size) {
     for (int64_t i = 0; i < size; i++) sum[i] += term[i];
 }
 
-/* Backward of ffn_forward. In: grad.x = dout. Out: grad.y = dy (the gradient of the mega half's output); grad.x stays,
- * since out = f + x hands dout on to x unchanged. */
+/* Backward of ffn_forward. In: grad.x = dout. Out: grad.y = dy (the gradient of the mega half's output);
+ * grad.x stays, since out = f + x hands dout on to x unchanged. */
 static void ffn_backward(MegalodonModel *m, int l) {
     const MegalodonConfig *c = &m->config;
     const LayerParams *w = &m->layers[l];
     LayerParams *dw = &m->dlayers[l];
     LayerActs *a = &m->acts[l];
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
-    real *df = m->grad.branch, *dhidden = m->grad.wide[0], *df1 = dhidden, *df3 = m->grad.wide[1], *dn = m->grad.y;
+    real *df = m->grad.branch, *dhidden = m->grad.wide[0], *df1 = dhidden, *df3 = m->grad.wide[1],
+         *dn = m->grad.y;
 
     rescale_backward(df, NULL, dw->ffn_alpha, m->grad.x, a->f2, w->ffn_alpha, rows, D);
     dropout_backward(df, df, rows * D, dropout_of(m, c->dropout), dropout_key(m, l, MEGALODON_SITE_FFN));
@@ -2108,11 +2175,12 @@ static void ffn_backward(MegalodonModel *m, int l) {
     else silu_backward(df1, dhidden, a->f1, rows * F);
     linear_backward(dn, dw->fc1_weight, NULL, df1, a->n, w->fc1_weight, rows, D, F, false);
     if (c->swiglu) linear_backward(dn, dw->fc3_weight, NULL, df3, a->n, w->fc3_weight, rows, D, F, true);
-    layernorm_backward(dn, dw->ffnnorm_weight, dw->ffnnorm_bias, dn, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
-                       rows, D);
+    layernorm_backward(dn, dw->ffnnorm_weight, dw->ffnnorm_bias, dn, a->y_mean, a->y_rstd, a->y,
+                       w->ffnnorm_weight, rows, D);
 }
 
-/* Backward of mega_forward. In: grad.y = dy, grad.x = what x got from the second hop. Out: grad.x = dx, whole. */
+/* Backward of mega_forward. In: grad.y = dy, grad.x = what x got from the second hop. Out: grad.x = dx,
+ * whole. */
 static void mega_backward(MegalodonModel *m, int l, const real *x) {
     const MegalodonConfig *c = &m->config;
     const LayerParams *w = &m->layers[l];
@@ -2139,7 +2207,8 @@ static void mega_backward(MegalodonModel *m, int l, const real *x) {
     linear_backward(dm, dw->wr_weight, dw->wr_bias, dr, a->m, w->wr_weight, rows, D, E, true);
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv) */
-    real *dq = m->grad.z[0], *dk = m->grad.z[1], *dzz = m->grad.z[2], *dv = m->grad.wide[1], *du = m->grad.branch;
+    real *dq = m->grad.z[0], *dk = m->grad.z[1], *dzz = m->grad.z[2], *dv = m->grad.wide[1],
+         *du = m->grad.branch;
     attention_backward(dq, dk, dv, din->k, din->v, da, a->lse, a->q, attention_keys(m, l),
                        dropout_of(m, c->attention_dropout), dropout_key(m, l, MEGALODON_SITE_ATTENTION));
     if (m->have_dstate_out) {
@@ -2159,13 +2228,13 @@ static void mega_backward(MegalodonModel *m, int l, const real *x) {
     /* m = dropout(rmsnorm(cema(u))), u = timestepnorm(x) */
     dropout_backward(dm, dm, rows * D, hidden_p, dropout_key(m, l, MEGALODON_SITE_M));
     rmsnorm_backward(dm, dw->rmsnorm_weight, dm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D);
-    cema_backward(dm, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma, dw->cema_omega, dm,
-                  dout->cema, a->u, in->cema, m->coef[l], w->cema_alpha, w->cema_delta, w->cema_theta, w->cema_omega,
-                  B, T, D, c->cema_ndim);
+    cema_backward(dm, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
+                  dw->cema_omega, dm, dout->cema, a->u, in->cema, m->coef[l], w->cema_alpha, w->cema_delta,
+                  w->cema_theta, w->cema_omega, B, T, D, c->cema_ndim);
     add_to(du, dm, rows * D);
     timestepnorm_backward(du, din->norm_mean, din->norm_var, dw->timenorm_weight, dw->timenorm_bias, du,
-                          dout->norm_mean, dout->norm_var, a->mean, a->var, x, m->state_in.count, in->norm_mean,
-                          w->timenorm_weight, B, T, D, c->norm_num_groups, c->norm_eps);
+                          dout->norm_mean, dout->norm_var, a->mean, a->var, x, m->state_in.count,
+                          in->norm_mean, w->timenorm_weight, B, T, D, c->norm_num_groups, c->norm_eps);
     add_to(m->grad.x, du, rows * D);
 }
 
@@ -2182,7 +2251,8 @@ static void head_forward(MegalodonModel *m) {
     }
 }
 
-/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;  dWout += ... */
+/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout; 
+ * dWout += ... */
 static void head_backward(MegalodonModel *m, real *dfinal, double scale) {
     const MegalodonConfig *c = &m->config;
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size;
@@ -2192,7 +2262,8 @@ static void head_backward(MegalodonModel *m, real *dfinal, double scale) {
         const real *final = m->top_acts.final + r * D;
         linear_forward(block, final, m->top.output_weight, NULL, count, D, V, false);
         cross_entropy_backward(block, NULL, (real)scale, block, m->targets + r, count, V);
-        linear_backward(dfinal + r * D, dweight, NULL, block, final, m->top.output_weight, count, D, V, false);
+        linear_backward(dfinal + r * D, dweight, NULL, block, final, m->top.output_weight, count, D, V,
+                        false);
     }
 }
 
@@ -2205,17 +2276,20 @@ static const char *check_batch(const MegalodonModel *m, const MegalodonBatch *ba
     int64_t rows = (int64_t)batch->B * batch->T, V = m->config.vocab_size;
     for (int64_t i = 0; i < rows; i++) {
         if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
-            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld", batch->tokens[i],
-                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
+            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->tokens[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
         if (batch->targets && batch->targets[i] != MEGALODON_IGNORE &&
             (batch->targets[i] < 0 || batch->targets[i] >= V))
-            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld", batch->targets[i],
-                          (long long)(i / batch->T), (long long)(i % batch->T), (long long)V);
+            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->targets[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
     }
     if (!batch->carry) return NULL;
     if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state to go on from");
     if (m->state.B != batch->B)
-        return errorf("the state has %d rows and the batch %d: they must agree to go on", m->state.B, batch->B);
+        return errorf("the state has %d rows and the batch %d: they must agree to go on", m->state.B,
+                      batch->B);
     return NULL;
 }
 
@@ -2251,8 +2325,8 @@ static const char *cpu_forward(MegalodonModel *m, const MegalodonBatch *batch, M
     if (batch->targets) memcpy(m->targets, batch->targets, (size_t)rows * sizeof *m->targets);
     begin_state(m);
     for (int l = 0; l < c->num_layers && !m->coef_valid; l++)
-        cema_coefficients(m->coef[l], m->layers[l].cema_alpha, m->layers[l].cema_delta, m->layers[l].cema_theta,
-                          m->layers[l].cema_gamma, D, c->cema_ndim);
+        cema_coefficients(m->coef[l], m->layers[l].cema_alpha, m->layers[l].cema_delta,
+                          m->layers[l].cema_theta, m->layers[l].cema_gamma, D, c->cema_ndim);
     m->coef_valid = true;
 
     real *x = m->top_acts.embed, scale = c->scale_emb ? (real)sqrt((double)D) : 1;
@@ -2266,8 +2340,8 @@ static const char *cpu_forward(MegalodonModel *m, const MegalodonBatch *batch, M
     ModelActs *a = &m->top_acts;
     State none = {0}, *in = m->carried ? &m->state_in : &none, *out = keeps_state(m) ? &m->state : &none;
     timestepnorm_forward(a->final, a->final_mean, a->final_var, out->final_mean, out->final_var, x,
-                         m->state_in.count, in->final_mean, in->final_var, m->top.final_weight, m->top.final_bias,
-                         B, T, D, c->norm_num_groups, c->norm_eps);
+                         m->state_in.count, in->final_mean, in->final_var, m->top.final_weight,
+                         m->top.final_bias, B, T, D, c->norm_num_groups, c->norm_eps);
     end_state(m);
     head_forward(m);
     m->can_backward = m->options.training && batch->targets;
@@ -2286,8 +2360,8 @@ static const char *cpu_last_logits(MegalodonModel *m, float *out) {
     int64_t B = m->batch.B, T = m->batch.T, D = m->config.model_dim, V = m->config.vocab_size;
     if (B == 0) return errorf("there are no logits before the first forward");
     for (int64_t b = 0; b < B; b++) {
-        linear_forward(m->logit_block, m->top_acts.final + (b * T + T - 1) * D, m->top.output_weight, NULL, 1, D, V,
-                       false);
+        linear_forward(m->logit_block, m->top_acts.final + (b * T + T - 1) * D, m->top.output_weight, NULL, 1,
+                       D, V, false);
         for (int64_t v = 0; v < V; v++) out[b * V + v] = (float)m->logit_block[v];
     }
     return NULL;
@@ -2305,12 +2379,12 @@ static const char *cpu_backward(MegalodonModel *m, double scale) {
     ModelActs *a = &m->top_acts;
     const real *last = m->acts[c->num_layers - 1].out;
     head_backward(m, m->grad.x, scale);
-    timestepnorm_backward(m->grad.x, din ? m->dstate_in.final_mean : NULL, din ? m->dstate_in.final_var : NULL,
-                          m->dtop.final_weight, m->dtop.final_bias, m->grad.x,
-                          m->have_dstate_out ? m->dstate_out.final_mean : NULL,
-                          m->have_dstate_out ? m->dstate_out.final_var : NULL, a->final_mean, a->final_var, last,
-                          m->state_in.count, m->carried ? m->state_in.final_mean : NULL, m->top.final_weight, B, T, D,
-                          c->norm_num_groups, c->norm_eps);
+    timestepnorm_backward(m->grad.x, din ? m->dstate_in.final_mean : NULL,
+                          din ? m->dstate_in.final_var : NULL, m->dtop.final_weight, m->dtop.final_bias,
+                          m->grad.x, m->have_dstate_out ? m->dstate_out.final_mean : NULL,
+                          m->have_dstate_out ? m->dstate_out.final_var : NULL, a->final_mean, a->final_var,
+                          last, m->state_in.count, m->carried ? m->state_in.final_mean : NULL,
+                          m->top.final_weight, B, T, D, c->norm_num_groups, c->norm_eps);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         const real *x = l ? m->acts[l - 1].out : a->embed;
         if (!m->options.keep_activations) layer_recompute(m, l, x);
@@ -2319,7 +2393,8 @@ static const char *cpu_backward(MegalodonModel *m, double scale) {
     }
     dropout_backward(m->grad.x, m->grad.x, rows * D, dropout_of(m, c->dropout),
                      dropout_key(m, -1, MEGALODON_SITE_EMBED));
-    embedding_backward(m->dtop.embed_weight, m->grad.x, m->tokens, c->scale_emb ? (real)sqrt((double)D) : 1, rows, D);
+    embedding_backward(m->dtop.embed_weight, m->grad.x, m->tokens, c->scale_emb ? (real)sqrt((double)D) : 1,
+                       rows, D);
     return NULL;
 }
 
@@ -2373,7 +2448,9 @@ typedef struct { real *reals; double *doubles; int64_t *integers; int64_t rows, 
 
 static const char *view_state(MegalodonModel *m, MegalodonKind kind, const char *name, View *view) {
     const MegalodonConfig *c = &m->config;
-    State *s = kind == MEGALODON_STATE ? &m->state : kind == MEGALODON_GRAD_STATE_IN ? &m->dstate_in : &m->dstate_out;
+    State *s = kind == MEGALODON_STATE           ? &m->state
+               : kind == MEGALODON_GRAD_STATE_IN ? &m->dstate_in
+                                                 : &m->dstate_out;
     MegalodonTensor tensor = {0};
     const char *error = megalodon_find_tensor(c, kind, s->B, 1, s->n, name, &tensor);
     if (error) return error;
@@ -2399,7 +2476,8 @@ static const char *view_state(MegalodonModel *m, MegalodonKind kind, const char 
 
 static const char *view_activation(MegalodonModel *m, const char *name, View *view) {
     MegalodonTensor tensor = {0};
-    const char *error = megalodon_find_tensor(&m->config, MEGALODON_ACT, m->batch.B, m->batch.T, 0, name, &tensor);
+    const char *error =
+        megalodon_find_tensor(&m->config, MEGALODON_ACT, m->batch.B, m->batch.T, 0, name, &tensor);
     if (error) return error;
     if (!m->options.keep_activations && strcmp(name, "nll") != 0)
         return errorf("activation '%s' is not kept: the model was made without keep_activations", name);
@@ -2418,7 +2496,8 @@ static const char *view_activation(MegalodonModel *m, const char *name, View *vi
 
 static const char *view_of(MegalodonModel *m, MegalodonKind kind, const char *name, View *view) {
     if (kind == MEGALODON_ACT) return view_activation(m, name, view);
-    bool of_state = kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
+    bool of_state =
+        kind == MEGALODON_STATE || kind == MEGALODON_GRAD_STATE_IN || kind == MEGALODON_GRAD_STATE_OUT;
     if (of_state) {
         if (kind == MEGALODON_STATE ? !keeps_state(m) : !m->options.state_gradients)
             return errorf("this model has no '%s': it was made without carry or state_gradients", name);
@@ -2449,11 +2528,13 @@ static float float_from_bf16(uint16_t half) {
     return x;
 }
 
-static const char *cpu_get(MegalodonModel *m, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype) {
+static const char *cpu_get(MegalodonModel *m, MegalodonKind kind, const char *name, void *out,
+                           MegalodonDType dtype) {
     View v;
     const char *error = view_of(m, kind, name, &v);
     if (error) return error;
-    if ((dtype == MEGALODON_I64) != (v.integers != NULL)) return errorf("'%s' is not of the type asked for", name);
+    if ((dtype == MEGALODON_I64) != (v.integers != NULL))
+        return errorf("'%s' is not of the type asked for", name);
     for (int64_t row = 0; row < v.rows; row++)
         for (int64_t i = 0; i < v.row_size; i++) {
             int64_t from = row * v.stride + i, to = row * v.row_size + i;
@@ -2520,8 +2601,10 @@ static const char *cpu_start_state(MegalodonModel *m, int B, const int64_t *coun
     int C = m->config.chunk_size;
     for (int b = 0; b < B; b++)
         if (count[b] < 0 || count[b] % C != count[0] % C)
-            return errorf("row %d of the state has seen %lld tokens and row 0 %lld: rows must stand at the same place "
-                          "in their chunk of %d", b, (long long)count[b], (long long)count[0], C);
+            return errorf(
+                "row %d of the state has seen %lld tokens and row 0 %lld: rows must stand at the same place "
+                "in their chunk of %d",
+                b, (long long)count[b], (long long)count[0], C);
     clear_state(m, &m->state);
     m->state.B = B;
     m->state.n = (int)(count[0] % C);
@@ -2537,7 +2620,7 @@ static void cpu_state_shape(const MegalodonModel *m, int *B, int *n) {
 static void cpu_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
 static const char *cpu_unavailable(void) { return NULL; }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 5. Tables: the components with untyped arguments, in the order of megalodon_components, and the backend
  */
 
@@ -2550,9 +2633,12 @@ static const char *cpu_unavailable(void) { return NULL; }
     const double eps = c->norm_eps;                                                                                  \
     (void)n, (void)rows, (void)D, (void)N, (void)F, (void)G, (void)C, (void)V, (void)z, (void)e, (void)eps
 #define FORWARD(name) static void component_##name##_forward(void *const *a, const MegalodonShape *s)
-#define BACKWARD(name) static void component_##name##_backward(void *const *g, void *const *a, const MegalodonShape *s)
+#define BACKWARD(name)                                                                                       \
+    static void component_##name##_backward(void *const *g, void *const *a, const MegalodonShape *s)
 
-static real embedding_scale(const MegalodonConfig *c) { return c->scale_emb ? (real)sqrt((double)c->model_dim) : 1; }
+static real embedding_scale(const MegalodonConfig *c) {
+    return c->scale_emb ? (real)sqrt((double)c->model_dim) : 1;
+}
 
 FORWARD(embedding) { SIZES_OF(s); embedding_forward(a[0], a[1], a[2], embedding_scale(c), rows, D); }
 BACKWARD(embedding) { SIZES_OF(s); embedding_backward(g[2], g[0], a[1], embedding_scale(c), rows, D); }
@@ -2584,8 +2670,8 @@ FORWARD(cema) {
 BACKWARD(cema) {
     SIZES_OF(s);
     CemaCoefficients coef = component_coefficients(a, D, N);
-    cema_backward(g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[0], g[1], a[2], a[3], coef, a[4], a[5], a[6], a[8],
-                  B, T, D, N);
+    cema_backward(g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[0], g[1], a[2], a[3], coef, a[4], a[5], a[6],
+                  a[8], B, T, D, N);
     free(coef.p);
 }
 
@@ -2618,8 +2704,18 @@ BACKWARD(silu) { SIZES_OF(s); silu_backward(g[1], g[0], a[1], rows * E); }
 
 static AttentionKeys component_keys(void *const *a, const MegalodonShape *s) {
     SIZES_OF(s);
-    return (AttentionKeys){.k = a[3], .v = a[4], .k_in = a[5], .v_in = a[6], .n = n, .capacity = n, .B = B, .T = T,
-                           .H = H, .z = z, .e = e, .C = C};
+    return (AttentionKeys){.k = a[3],
+                           .v = a[4],
+                           .k_in = a[5],
+                           .v_in = a[6],
+                           .n = n,
+                           .capacity = n,
+                           .B = B,
+                           .T = T,
+                           .H = H,
+                           .z = z,
+                           .e = e,
+                           .C = C};
 }
 FORWARD(attention) {
     attention_forward(a[0], a[1], a[2], component_keys(a, s), s->config.attention_dropout, s->key);
@@ -2633,7 +2729,10 @@ FORWARD(gate) { SIZES_OF(s); gate_forward(a[0], a[1], a[2], rows * E); }
 BACKWARD(gate) { SIZES_OF(s); gate_backward(g[1], g[2], g[0], a[1], a[2], rows * E); }
 
 FORWARD(layernorm) { SIZES_OF(s); layernorm_forward(a[0], a[1], a[2], a[3], a[4], a[5], rows, D, eps); }
-BACKWARD(layernorm) { SIZES_OF(s); layernorm_backward(g[3], g[4], g[5], g[0], a[1], a[2], a[3], a[4], rows, D); }
+BACKWARD(layernorm) {
+    SIZES_OF(s);
+    layernorm_backward(g[3], g[4], g[5], g[0], a[1], a[2], a[3], a[4], rows, D);
+}
 
 FORWARD(swiglu) { SIZES_OF(s); swiglu_forward(a[0], a[1], a[2], rows * F); }
 BACKWARD(swiglu) { SIZES_OF(s); swiglu_backward(g[1], g[2], g[0], a[1], a[2], rows * F); }

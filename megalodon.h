@@ -1,9 +1,9 @@
 /* megalodon.h - the contract between the model, the programs and the backends.
  *
  * Megalodon (arXiv 2404.08801) is a language model of unlimited context. This header is all that train.c and
- * generate.c know of it: a configuration, the lists of its tensors, and a table of functions that a backend fills in
- * (megalodon.c: the CPU reference, megalodon.cu: CUDA). Nothing here depends on a backend, and several backends can
- * live in one process.
+ * generate.c know of it: a configuration, the lists of its tensors, and a table of functions that a backend
+ * fills in (megalodon.c: the CPU reference, megalodon.cu: CUDA). Nothing here depends on a backend, and
+ * several backends can live in one process.
  *
  * Letters used for shapes, here and everywhere:
  *   B batch   T time   D model_dim   N cema_ndim   H num_heads   Z z_dim (z = Z/H a head)
@@ -11,8 +11,8 @@
  *   V vocab_size   n tokens already in the unfinished chunk, 0 <= n < C
  * Tensors are dense, row-major, last letter fastest. "B,T,D" is [b][t][d].
  *
- * Errors: a function that can fail returns NULL when it worked and otherwise one sentence saying what was wrong. The
- * sentence stays valid until the next call that fails in the same thread.
+ * Errors: a function that can fail returns NULL when it worked and otherwise one sentence saying what was
+ * wrong. The sentence stays valid until the next call that fails in the same thread.
  */
 #ifndef MEGALODON_H
 #define MEGALODON_H
@@ -25,8 +25,9 @@
 extern "C" {
 #endif
 
-/* ------------------------------------------------------------------------------------------------------------------
- * 1. Configuration: what fixes a model. Each field is declared once; JSON, --help, validation and tests follow.
+/* ----------------------------------------------------------------------------------------------------
+ * 1. Configuration: what fixes a model. Each field is declared once; JSON, --help, validation and tests
+ * follow.
  */
 
 /*        type    field              default  meaning */
@@ -75,8 +76,9 @@ const char *megalodon_validate(const MegalodonConfig *config);
 /* Number of parameters; needs a valid configuration. */
 int64_t megalodon_num_parameters(const MegalodonConfig *config);
 
-/* ------------------------------------------------------------------------------------------------------------------
- * 2. Tensors: the one list of parameters, activations and state. Names are those of the released implementation.
+/* ----------------------------------------------------------------------------------------------------
+ * 2. Tensors: the one list of parameters, activations and state. Names are those of the released
+ * implementation.
  */
 
 typedef enum { MEGALODON_ALWAYS, MEGALODON_IF_AFFINE, MEGALODON_IF_SWIGLU, MEGALODON_IF_RESCALE,
@@ -129,9 +131,9 @@ typedef enum {
     X(final_bias,      "output.final_norm.bias",   "D",    MEGALODON_INIT_ZERO,       MEGALODON_ALWAYS)     \
     X(output_weight,   "output.output.weight",     "V,D",  MEGALODON_INIT_EMBED,      MEGALODON_IF_UNTIED)
 
-/* Activations of one block, in graph order; "layers.{i}." stands before each name. SAVED ones are kept for the
- * backward, CHEAP ones are recomputed by it from SAVED ones (elementwise work only) and share one buffer between the
- * layers, unless the model was created with keep_activations.
+/* Activations of one block, in graph order; "layers.{i}." stands before each name. SAVED ones are kept for
+ * the backward, CHEAP ones are recomputed by it from SAVED ones (elementwise work only) and share one
+ * buffer between the layers, unless the model was created with keep_activations.
  *    field    name             shape       kept   present           what                                           */
 #define MEGALODON_LAYER_ACTS(X)                                                                                     \
     X(mean,   "timenorm.mean", "B,T,G",    SAVED, MEGALODON_ALWAYS)    /* cumulative mean                        */ \
@@ -170,9 +172,9 @@ typedef enum {
     X(logits,     "logits",          "B,T,V", LOGITS, MEGALODON_ALWAYS)                                             \
     X(nll,        "nll",             "B,T",   SAVED, MEGALODON_ALWAYS)
 
-/* State: all that a later call needs of the tokens before it, bounded by C. "layers.{i}." before the layer ones.
- * count is int64, one a row of the batch; rows may differ, but they stand at the same place in their chunk
- * (count[b] mod C = n for every b). Statistics are double, everything else float. */
+/* State: all that a later call needs of the tokens before it, bounded by C. "layers.{i}." before the layer
+ * ones. count is int64, one a row of the batch; rows may differ, but they stand at the same place in their
+ * chunk (count[b] mod C = n for every b). Statistics are double, everything else float. */
 #define MEGALODON_LAYER_STATE(X)                                                                                    \
     X(norm_mean,  "norm.mean",       "B,G")                                                                         \
     X(norm_var,   "norm.var",        "B,G")                                                                         \
@@ -208,15 +210,16 @@ typedef struct MegalodonTensor {
     int layer;                             /* -1 outside the blocks                       */
 } MegalodonTensor;
 
-/* Lists the tensors of a kind in graph order: returns how many there are and fills at most `capacity` of them.
- * B, T and n matter for activations and state only. Gradients and moments are listed like parameters. */
+/* Lists the tensors of a kind in graph order: returns how many there are and fills at most `capacity` of
+ * them. B, T and n matter for activations and state only. Gradients and moments are listed like parameters. */
 int megalodon_tensors(const MegalodonConfig *config, MegalodonKind kind, int B, int T, int n,
                       MegalodonTensor *out, int capacity);
 /* Finds one by name. Error: no such tensor in this configuration. */
 const char *megalodon_find_tensor(const MegalodonConfig *config, MegalodonKind kind, int B, int T, int n,
                                   const char *name, MegalodonTensor *out);
 /* Initial values of one parameter: a function of (seed, name) alone, the same for every backend. */
-void megalodon_initial_values(const MegalodonConfig *config, const MegalodonTensor *tensor, uint64_t seed, float *out);
+void megalodon_initial_values(const MegalodonConfig *config, const MegalodonTensor *tensor, uint64_t seed,
+                              float *out);
 
 /* The counter-based generator behind dropout and initialisation: a well mixed 64-bit value for each counter.
  * An element of a dropout site is dropped when (bits >> 40) < p * 2^24; the others are scaled by 1/(1-p). */
@@ -225,7 +228,7 @@ typedef enum { MEGALODON_SITE_EMBED, MEGALODON_SITE_M, MEGALODON_SITE_ATTENTION,
                MEGALODON_SITE_H, MEGALODON_SITE_HIDDEN, MEGALODON_SITE_FFN } MegalodonSite;
 uint64_t megalodon_dropout_key(uint64_t seed, uint64_t step, int layer, MegalodonSite site);
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 3. Model: what a backend does. The programs know nothing else.
  */
 
@@ -275,27 +278,31 @@ typedef struct MegalodonBackend {
     /* NULL if this backend can run here, else why it cannot. */
     const char *(*unavailable)(void);
     /* Allocates everything once. Parameters are unset, gradients and moments zero, the state empty. */
-    const char *(*create)(MegalodonModel **model, const MegalodonConfig *config, const MegalodonOptions *options);
+    const char *(*create)(MegalodonModel **model, const MegalodonConfig *config,
+                          const MegalodonOptions *options);
     void (*destroy)(MegalodonModel *model);
     /* Runs B,T tokens through the model and moves its state on. loss may be NULL. */
     const char *(*forward)(MegalodonModel *model, const MegalodonBatch *batch, MegalodonLoss *loss);
     /* Logits of the last position of each row after a forward: out is B,V float. */
     const char *(*last_logits)(MegalodonModel *model, float *out);
-    /* Gradient of scale * nll_sum of the last forward, added to the parameters' gradients. scale = 1/counted gives
-     * the mean; with accumulation, 1 over all micro-batches' counted. Takes in GRAD_STATE_OUT if it was set since the
-     * forward, writes GRAD_STATE_IN if the forward carried a state. Once a forward. */
+    /* Gradient of scale * nll_sum of the last forward, added to the parameters' gradients. scale =
+     * 1/counted gives the mean; with accumulation, 1 over all micro-batches' counted. Takes in
+     * GRAD_STATE_OUT if it was set since the forward, writes GRAD_STATE_IN if the forward carried a state.
+     * Once a forward. */
     const char *(*backward)(MegalodonModel *model, double scale);
     void (*zero_gradients)(MegalodonModel *model);
-    /* Clips by the global norm and applies AdamW to every parameter. grad_norm: before clipping. A norm that is not
-     * finite changes nothing (the caller sees it in grad_norm). */
+    /* Clips by the global norm and applies AdamW to every parameter. grad_norm: before clipping. A norm
+     * that is not finite changes nothing (the caller sees it in grad_norm). */
     const char *(*update)(MegalodonModel *model, const MegalodonAdamW *adamw, double *grad_norm);
     /* Copies a tensor out of or into the model, converting to or from dtype (F32, F64 or BF16; count: I64).
      * The layout is megalodon_tensors' for the last forward's B and T and the state's n. */
-    const char *(*get)(MegalodonModel *model, MegalodonKind kind, const char *name, void *out, MegalodonDType dtype);
+    const char *(*get)(MegalodonModel *model, MegalodonKind kind, const char *name, void *out,
+                       MegalodonDType dtype);
     const char *(*set)(MegalodonModel *model, MegalodonKind kind, const char *name, const void *in,
                        MegalodonDType dtype);
-    /* Makes the state one of B rows after count[b] tokens, with every other tensor zero: the first step of loading a
-     * state, whose tensors are then set one by one. Error: the rows stand at different places in their chunk. */
+    /* Makes the state one of B rows after count[b] tokens, with every other tensor zero: the first step of
+     * loading a state, whose tensors are then set one by one. Error: the rows stand at different places in
+     * their chunk. */
     const char *(*start_state)(MegalodonModel *model, int B, const int64_t *count);
     /* Number of rows of the state and its position in the chunk; B = 0 before the first forward. */
     void (*state_shape)(const MegalodonModel *model, int *B, int *n);
@@ -314,7 +321,7 @@ extern const MegalodonBackend megalodon_cuda;         /* megalodon.cu           
 const char *megalodon_initialise(const MegalodonBackend *backend, MegalodonModel *model,
                                  const MegalodonConfig *config, uint64_t seed);
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * 4. Components: each forward/backward pair of the model with typed arguments, so that one harness can check
  *    gradients, compare backends and time each piece. A port starts here: fill the table entry by entry.
  */
@@ -362,9 +369,9 @@ typedef enum {
 
 extern const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS];
 
-/* args[i] is the i-th argument's data, grads[i] its gradient (same shape, same type). In args, a NULL state or weight is
- * an absent one. In grads, NULL means: a STATE_IN gradient that is not wanted, a STATE_OUT gradient of zero, or an
- * argument that has no gradient or is absent. */
+/* args[i] is the i-th argument's data, grads[i] its gradient (same shape, same type). In args, a NULL state
+ * or weight is an absent one. In grads, NULL means: a STATE_IN gradient that is not wanted, a STATE_OUT
+ * gradient of zero, or an argument that has no gradient or is absent. */
 struct MegalodonComponentFunctions {
     void (*forward)(void *const *args, const MegalodonShape *shape);
     void (*backward)(void *const *grads, void *const *args, const MegalodonShape *shape);

@@ -1,16 +1,19 @@
-/* numdiff.c - where do two numerics part? A table of every tensor of a model, in the order in which it is computed.
+/* numdiff.c - where do two numerics part? A table of every tensor of a model, in the order in which it is
+ * computed.
  *
  *     ./numdiff --a cpu-double --b cuda-bf16                     both in this process
  *     ./numdiff --dump reference.safetensors                     on one machine ...
  *     ./numdiff --compare reference.safetensors --b cuda-fp32    ... and the comparison on another
  *
- * One forward and one backward run in each numeric, on the same parameters, tokens and dropout masks. Then come, in
- * graph order: the activations, the loss, the state after the forward, the gradients (last layer first, as the backward
- * computes them) and, if asked for, the parameters after one AdamW update. The first tensor past the threshold is where
- * to look: what comes after it inherits its error. The exit status is 0 if no tensor is past it.
+ * One forward and one backward run in each numeric, on the same parameters, tokens and dropout masks. Then
+ * come, in graph order: the activations, the loss, the state after the forward, the gradients (last layer
+ * first, as the backward computes them) and, if asked for, the parameters after one AdamW update. The first
+ * tensor past the threshold is where to look: what comes after it inherits its error. The exit status is 0
+ * if no tensor is past it.
  *
- * A numeric's results are recorded before the next one runs, so only one model is in memory at a time, beside two
- * recordings. A recording can also be written to a file, the dump, which holds all that is needed to repeat the run.
+ * A numeric's results are recorded before the next one runs, so only one model is in memory at a time,
+ * beside two recordings. A recording can also be written to a file, the dump, which holds all that is
+ * needed to repeat the run.
  */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -29,7 +32,7 @@
 #include "lib/error.h"
 #include "lib/options.h"
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Numerics: a backend and a precision. A port adds one line; NULL stands for a backend that was not built in.
  */
 
@@ -46,8 +49,8 @@
     X("cuda-fp32",  CUDA_BACKEND,          MEGALODON_FP32,       TO_FP32) \
     X("cuda-bf16",  CUDA_BACKEND,          MEGALODON_BF16_MIXED, TO_BF16)
 
-/* What a numeric rounds its activations to decides how far from another one it may be. The thresholds leave about a
- * factor of ten over what correct backends show on models of some layers. */
+/* What a numeric rounds its activations to decides how far from another one it may be. The thresholds leave
+ * about a factor of ten over what correct backends show on models of some layers. */
 typedef enum { TO_DOUBLE, TO_FP32, TO_BF16, NUM_ROUNDINGS } Rounding;
 static const struct { const char *name; double threshold; } roundings[NUM_ROUNDINGS] = {
     {"double", 1e-10}, {"fp32", 1e-4}, {"bf16", 5e-2}
@@ -70,20 +73,23 @@ static const Numeric numerics[] = {
 #define NUMERIC_WORD(name, ...) "|" name
 #define NUMERIC_WORDS &NUMERICS(NUMERIC_WORD)[1]
 
-/* Finds the numeric that an option names (one of NUMERIC_WORDS). Error: it was not built in, or cannot run here. */
+/* Finds the numeric that an option names (one of NUMERIC_WORDS). Error: it was not built in, or cannot run
+ * here. */
 static const char *find_numeric(const char *option, const char *name, const Numeric **out) {
     const Numeric *found = numerics;
     while (strcmp(found->name, name) != 0) found++;
     if (!found->backend)
-        return errorf("--%s %s: this program was built without CUDA; build it again where nvcc and a CUDA toolkit are "
-                      "installed, or compare with a dump from another machine", option, name);
+        return errorf(
+            "--%s %s: this program was built without CUDA; build it again where nvcc and a CUDA toolkit are "
+            "installed, or compare with a dump from another machine",
+            option, name);
     const char *why = found->backend->unavailable ? found->backend->unavailable() : NULL;
     if (why) return errorf("--%s %s cannot run here: %s", option, name, why);
     *out = found;
     return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Options.
  *
  *    type    name           default       low  high  unit  group  help
@@ -155,7 +161,8 @@ static void refuse(const Options *o, const char *name, const char *because) {
 static void check_options(const Options *o) {
     const Values *v = &o->values;
     static const char *const of_table[] = {"only", "csv", "threshold", "b", "compare"};
-    static const char *const of_run[] = {"seed", "preset", "data", "batch", "seq-len", "apply-dropout", "update"};
+    static const char *const of_run[] = {"seed",    "preset",        "data",  "batch",
+                                         "seq-len", "apply-dropout", "update"};
     if (v->with && !v->compare) die("--with FILE needs --compare FILE, the dump to compare it with");
     for (size_t i = 0; v->dump && i < sizeof of_table / sizeof *of_table; i++)
         refuse(o, of_table[i], "with --dump, which compares nothing");
@@ -176,9 +183,10 @@ static void check_options(const Options *o) {
 /* Reads the command line. Returns false if only the help page was asked for. */
 static bool read_options(Options *o, int argc, char **argv) {
     bool help;
-    options_init(&o->set, "numdiff", "[options]",
-                 "Compares two numerics of a Megalodon tensor by tensor, in the order of computation, and names the "
-                 "first tensor past a threshold; the exit status is 0 if there is none.");
+    options_init(
+        &o->set, "numdiff", "[options]",
+        "Compares two numerics of a Megalodon tensor by tensor, in the order of computation, and names the "
+        "first tensor past a threshold; the exit status is 0 if there is none.");
     options_add(&o->set, numdiff_table, OPTION_COUNT(numdiff_table), &o->values);
     o->model_rows = o->set.count;
     options_add(&o->set, model_table, OPTION_COUNT(model_table), &o->config);
@@ -188,7 +196,7 @@ static bool read_options(Options *o, int argc, char **argv) {
     return !help;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Inputs: all that the result of a run depends on. Two numerics get the same.
  */
 
@@ -209,7 +217,8 @@ typedef struct Inputs {
 static void *allocate(size_t count, size_t size) {
     void *memory = calloc(count ? count : 1, size);
     if (!memory)
-        die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len", count, size));
+        die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len",
+                   count, size));
     return memory;
 }
 
@@ -269,7 +278,8 @@ static void load_parameters(Inputs *in, const char *checkpoint, const Safetensor
     hash_parameters(in);
 }
 
-/* Tokens of the batch and, as targets, the tokens one place further. Row b of a file starts at its token b T. */
+/* Tokens of the batch and, as targets, the tokens one place further. Row b of a file starts at its token b
+ * T. */
 static void load_tokens(Inputs *in, const char *data) {
     size_t size = (size_t)in->B * (size_t)in->T;
     int32_t *window = allocate((size_t)in->T + 1, sizeof *window);
@@ -282,7 +292,8 @@ static void load_tokens(Inputs *in, const char *data) {
         int64_t first = (int64_t)b * in->T;
         if (data) die_if(dataset_window(&dataset, first, (int64_t)in->T + 1, window));
         for (int t = 0; t <= in->T && !data; t++)
-            window[t] = (int32_t)(megalodon_random(key, (uint64_t)(first + b + t)) % (uint64_t)in->config.vocab_size);
+            window[t] =
+                (int32_t)(megalodon_random(key, (uint64_t)(first + b + t)) % (uint64_t)in->config.vocab_size);
         memcpy(in->tokens + first, window, (size_t)in->T * sizeof *window);
         memcpy(in->targets + first, window + 1, (size_t)in->T * sizeof *window);
     }
@@ -302,10 +313,12 @@ static void inputs_from_options(Inputs *in, const Options *o) {
 #undef X
     const char *error = megalodon_validate(&in->config);
     if (error) die(errorf("model: %s", error));
-    bool has_dropout = in->config.dropout > 0 || in->config.hidden_dropout > 0 || in->config.attention_dropout > 0;
+    bool has_dropout =
+        in->config.dropout > 0 || in->config.hidden_dropout > 0 || in->config.attention_dropout > 0;
     static const char *const rates[] = {"dropout", "hidden-dropout", "attention-dropout"};
     if (v->apply_dropout && !has_dropout)
-        die("--apply-dropout: the model has no dropout; give --dropout, --hidden-dropout or --attention-dropout");
+        die("--apply-dropout: the model has no dropout; give --dropout, --hidden-dropout or "
+            "--attention-dropout");
     for (int i = 0; i < 3 && !v->apply_dropout; i++) refuse(o, rates[i], "without --apply-dropout");
     in->B = v->batch;
     in->T = v->seq_len ? v->seq_len : in->config.chunk_size + 1;
@@ -325,8 +338,9 @@ static void inputs_free(Inputs *in) {
     free(in->targets);
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * The plan: every tensor that is compared, in graph order. It follows from the inputs, so a dump need not store it.
+/* ----------------------------------------------------------------------------------------------------
+ * The plan: every tensor that is compared, in graph order. It follows from the inputs, so a dump need not
+ * store it.
  */
 
 typedef enum { ACTIVATIONS, LOSS, STATE, GRADIENTS, NORM, UPDATED, NUM_PARTS } Part;
@@ -385,7 +399,7 @@ static Plan make_plan(const Inputs *in) {
     return plan;
 }
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Recordings: what one numeric made of the inputs.
  */
 
@@ -409,7 +423,8 @@ static SafetensorsTensor describe(const Item *item, SafetensorsDType dtype) {
 
 /* Statistics of the state are double in every backend; counts are integers. */
 static SafetensorsDType item_dtype(const Item *item, Rounding rounding) {
-    MegalodonDType dtype = item->part == STATE ? checkpoint_dtype(MEGALODON_STATE, item->tensor.name) : MEGALODON_F32;
+    MegalodonDType dtype =
+        item->part == STATE ? checkpoint_dtype(MEGALODON_STATE, item->tensor.name) : MEGALODON_F32;
     if (dtype == MEGALODON_I64) return SAFETENSORS_I64;
     return dtype == MEGALODON_F64 || rounding == TO_DOUBLE ? SAFETENSORS_F64 : SAFETENSORS_F32;
 }
@@ -451,8 +466,12 @@ static void record_number(Recording *r, const Plan *plan, Part part, double numb
 static void record(Recording *r, const Plan *plan, const Inputs *in, const Numeric *numeric) {
     const MegalodonBackend *backend = numeric->backend;
     MegalodonModel *model = NULL;
-    MegalodonOptions options = {.max_batch = in->B, .max_length = in->T, .training = true, .keep_activations = true,
-                                .carry = true, .precision = numeric->precision};
+    MegalodonOptions options = {.max_batch = in->B,
+                                .max_length = in->T,
+                                .training = true,
+                                .keep_activations = true,
+                                .carry = true,
+                                .precision = numeric->precision};
     MegalodonBatch batch = {.tokens = in->tokens, .targets = in->targets, .B = in->B, .T = in->T,
                             .dropout = in->dropout, .seed = in->seed};
     MegalodonLoss loss = {0, 0};
@@ -471,10 +490,11 @@ static void record(Recording *r, const Plan *plan, const Inputs *in, const Numer
     die_if(backend->backward(model, 1 / (double)loss.counted));
     record_part(r, plan, GRADIENTS, backend, model);
     if (in->update) {
-        /* A first update with a tiny eps is lr times the sign of the gradient, and says nothing but where signs of
-         * tiny gradients differ. This eps is above most gradients, so that the update is a smooth function of them. */
-        MegalodonAdamW adamw = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = 0.1, .clip = 1,
-                                .step = 1};
+        /* A first update with a tiny eps is lr times the sign of the gradient, and says nothing but where
+         * signs of tiny gradients differ. This eps is above most gradients, so that the update is a smooth
+         * function of them. */
+        MegalodonAdamW adamw = {
+            .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-3, .weight_decay = 0.1, .clip = 1, .step = 1};
         double norm = NAN;
         die_if(backend->update(model, &adamw, &norm));
         record_number(r, plan, NORM, norm);
@@ -489,10 +509,10 @@ static void recording_free(Recording *r, const Plan *plan) {
     free(r->values);
 }
 
-/* ------------------------------------------------------------------------------------------------------------
- * Dumps: a recording and its inputs in one safetensors file. __metadata__ has the configuration, the numeric and where
- * the parameters come from; tensors are input.tokens, input.targets, the recording's, and param.* if they were asked
- * for.
+/* ----------------------------------------------------------------------------------------------------
+ * Dumps: a recording and its inputs in one safetensors file. __metadata__ has the configuration, the
+ * numeric and where the parameters come from; tensors are input.tokens, input.targets, the recording's, and
+ * param.* if they were asked for.
  */
 
 #define DUMP_FORMAT "megalodon-dump-1"
@@ -537,8 +557,8 @@ static void write_dump(const char *path, const Recording *r, const Plan *plan, c
         {"update", in->update ? "true" : "false"}, {"parameters", with_parameters ? "dump" : in->origin},
         {"parameters_hash", hash}, {NULL, NULL}};
     die_if(safetensors_write(path, tensors, count, metadata, NULL, NULL));
-    printf("%s: %zu tensors of %s, rows x tokens %d x %d; parameters: %s\n", path, count, r->label, in->B, in->T,
-           origin_text(with_parameters ? "dump" : in->origin));
+    printf("%s: %zu tensors of %s, rows x tokens %d x %d; parameters: %s\n", path, count, r->label, in->B,
+           in->T, origin_text(with_parameters ? "dump" : in->origin));
     if (r->not_kept) printf("%d activations that %s does not keep are not in it\n", r->not_kept, r->label);
     free(config.text);
     free(names);
@@ -552,8 +572,8 @@ static int32_t *read_tokens(const Safetensors *file, const char *name, int low, 
         die(errorf("%s: expected the tensor %s with the shape [rows,tokens], found %s", file->path, name,
                    tensor ? "another shape" : "no such tensor"));
     if (in->B && (tensor->dims[0] != in->B || tensor->dims[1] != in->T))
-        die(errorf("%s: tensor %s: expected the shape [%d,%d] of the tokens, found another one", file->path, name,
-                   in->B, in->T));
+        die(errorf("%s: tensor %s: expected the shape [%d,%d] of the tokens, found another one", file->path,
+                   name, in->B, in->T));
     in->B = (int)tensor->dims[0];
     in->T = (int)tensor->dims[1];
     int64_t *wide = allocate((size_t)tensor->size, sizeof *wide);
@@ -576,13 +596,16 @@ static int read_word(const Safetensors *file, const char *key, const char *const
     die_if(checkpoint_fact(file, key, &text));
     for (int i = 0; i < count; i++)
         if (strcmp(text, words[i]) == 0) return i;
-    die(errorf("%s: \"%s\" in __metadata__ is \"%.40s\", which this program does not know; is the dump from a newer "
-               "one?", file->path, key, text));
+    die(errorf(
+        "%s: \"%s\" in __metadata__ is \"%.40s\", which this program does not know; is the dump from a newer "
+        "one?",
+        file->path, key, text));
 }
 
 /* Opens a dump: its inputs but for the parameters' values, and which numeric it is of. */
 static void open_dump(Recording *r, Inputs *in, const char *path) {
-    static const char *const booleans[] = {"false", "true"}, *const origins[] = {"seed", "checkpoint", "dump"};
+    static const char *const booleans[] = {"false", "true"}, *const origins[] = {"seed", "checkpoint",
+                                                                                 "dump"};
     const char *words[NUM_ROUNDINGS], *config, *numeric, *hash;
     for (int i = 0; i < NUM_ROUNDINGS; i++) words[i] = roundings[i].name;
     die_if(checkpoint_open(&r->file, path, DUMP_FORMAT));
@@ -602,7 +625,8 @@ static void open_dump(Recording *r, Inputs *in, const char *path) {
     in->hash = strtoull(hash, NULL, 16);
 }
 
-/* Finds the plan's tensors in an open dump. Only an activation may be missing, and no tensor may have another shape. */
+/* Finds the plan's tensors in an open dump. Only an activation may be missing, and no tensor may have
+ * another shape. */
 static void read_recording(Recording *r, const Plan *plan) {
     r->values = allocate((size_t)plan->count, sizeof *r->values);
     for (int i = 0; i < plan->count; i++) {
@@ -612,13 +636,15 @@ static void read_recording(Recording *r, const Plan *plan) {
         r->values[i] = describe(item, SAFETENSORS_F32);
         safetensors_shape_text(item->tensor.ndim, item->tensor.dims, expected);
         if (!found && item->part != ACTIVATIONS)
-            die(errorf("%s: expected the tensor %s %s, found no such tensor", r->file.path, item->name, expected));
+            die(errorf("%s: expected the tensor %s %s, found no such tensor", r->file.path, item->name,
+                       expected));
         if (!found) {
             r->not_kept++;
             continue;
         }
         if (strcmp(expected, safetensors_shape_text(found->ndim, found->dims, shape)) != 0)
-            die(errorf("%s: tensor %s: expected the shape %s, found %s", r->file.path, item->name, expected, shape));
+            die(errorf("%s: tensor %s: expected the shape %s, found %s", r->file.path, item->name, expected,
+                       shape));
         r->values[i] = *found;
         r->values[i].name = item->name;
     }
@@ -630,15 +656,20 @@ static void load_dump_parameters(Inputs *in, const Recording *dump, const char *
     bool wants = strcmp(in->origin, "checkpoint") == 0;
     const char *path = dump->file.path;
     if (wants && !checkpoint)
-        die(errorf("%s: its parameters are those of a checkpoint and not in the file; give that --checkpoint, or dump "
-                   "again with --dump-params", path));
+        die(errorf("%s: its parameters are those of a checkpoint and not in the file; give that "
+                   "--checkpoint, or dump "
+                   "again with --dump-params",
+                   path));
     if (!wants && checkpoint)
         die(errorf("--checkpoint does nothing here: %s says which parameters its run had", path));
     load_parameters(in, checkpoint, &dump->file);
     if (in->hash == expected) return;
-    die(errorf("%s: the parameters here are not those of the dump (hash %016" PRIx64 ", expected %016" PRIx64 "); %s",
-               path, in->hash, expected, wants ? "it was made from another checkpoint"
-               : "another machine's log and cos may give other last bits of initial values: dump with --dump-params"));
+    die(errorf("%s: the parameters here are not those of the dump (hash %016" PRIx64 ", expected %016" PRIx64
+               "); %s",
+               path, in->hash, expected,
+               wants ? "it was made from another checkpoint"
+                     : "another machine's log and cos may give other last bits of initial values: dump with "
+                       "--dump-params"));
 }
 
 /* Two dumps can be compared if they are of one run: the same model, parameters, tokens and dropout. */
@@ -649,20 +680,23 @@ static void check_same_run(const Recording *a, const Inputs *x, const Recording 
 #undef X
     size_t bytes = (size_t)x->B * (size_t)x->T * sizeof *x->tokens;
     if (!what && (x->B != y->B || x->T != y->T)) what = "numbers of rows or tokens";
-    if (!what && (memcmp(x->tokens, y->tokens, bytes) || memcmp(x->targets, y->targets, bytes))) what = "tokens";
+    if (!what && (memcmp(x->tokens, y->tokens, bytes) || memcmp(x->targets, y->targets, bytes)))
+        what = "tokens";
     if (!what && x->hash != y->hash) what = "parameters";
     if (!what && (x->dropout != y->dropout || (x->dropout && x->seed != y->seed))) what = "dropout masks";
     if (what)
-        die(errorf("%s and %s are of different runs: they do not have the same %s", a->file.path, b->file.path, what));
+        die(errorf("%s and %s are of different runs: they do not have the same %s", a->file.path,
+                   b->file.path, what));
 }
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Comparing.
  */
 
-/* A tensor that is nearly zero as a whole, because of cancellation (the gradient of attention's scores where there is
- * only one key), is all rounding error. So an error is relative to the tensor's RMS, but at least to this share of the
- * RMS over all tensors of its part. A tensor that is wrong altogether still shows: at 1e-4, down to a ten-millionth. */
+/* A tensor that is nearly zero as a whole, because of cancellation (the gradient of attention's scores
+ * where there is only one key), is all rounding error. So an error is relative to the tensor's RMS, but at
+ * least to this share of the RMS over all tensors of its part. A tensor that is wrong altogether still
+ * shows: at 1e-4, down to a ten-millionth. */
 #define FLOOR_SHARE 1e-3
 
 typedef struct Difference {
@@ -697,7 +731,8 @@ static Difference *compare_recordings(const Plan *plan, const Recording *a, cons
         Part part = plan->items[i].part;
         if (!x->data || !y->data) continue;
         differences[i] = compare_tensors(x, y);
-        /* Counts are no part of the state's magnitude, and a bad tensor must not hide the magnitude of the others. */
+        /* Counts are no part of the state's magnitude, and a bad tensor must not hide the magnitude of the
+         * others. */
         if (x->dtype == SAFETENSORS_I64 || !isfinite(differences[i].squares_a)) continue;
         squares[part] += differences[i].squares_a;
         sizes[part] += (double)x->size;
@@ -705,7 +740,8 @@ static Difference *compare_recordings(const Plan *plan, const Recording *a, cons
     for (int i = 0; i < plan->count; i++) {
         Difference *d = &differences[i];
         Part part = plan->items[i].part;
-        double size = (double)a->values[i].size, scale = sizes[part] > 0 ? sqrt(squares[part] / sizes[part]) : 0;
+        double size = (double)a->values[i].size,
+               scale = sizes[part] > 0 ? sqrt(squares[part] / sizes[part]) : 0;
         if (size == 0) continue;                             /* keys and values of an empty chunk */
         double rms_a = sqrt(d->squares_a / size), error = sqrt(d->squares / size);
         double unit = rms_a > FLOOR_SHARE * scale ? rms_a : FLOOR_SHARE * scale;
@@ -715,7 +751,8 @@ static Difference *compare_recordings(const Plan *plan, const Recording *a, cons
 }
 
 /* A flat index as (b,t,...). Returns `text`. */
-static const char *index_text(const SafetensorsTensor *tensor, int64_t flat, char text[SAFETENSORS_SHAPE_TEXT]) {
+static const char *index_text(const SafetensorsTensor *tensor, int64_t flat,
+                              char text[SAFETENSORS_SHAPE_TEXT]) {
     int64_t index[SAFETENSORS_MAX_DIMS] = {0};
     for (int k = tensor->ndim - 1; k >= 0 && tensor->size > 0; k--) {
         index[k] = flat % tensor->dims[k];
@@ -753,7 +790,8 @@ static Verdict judge(const Plan *plan, const Difference *differences, double thr
             continue;
         }
         verdict.compared++;
-        if (verdict.worst < 0 || differences[i].relative > differences[verdict.worst].relative) verdict.worst = i;
+        if (verdict.worst < 0 || differences[i].relative > differences[verdict.worst].relative)
+            verdict.worst = i;
         if (differences[i].relative <= threshold) continue;
         if (verdict.past++ == 0) verdict.first = i;
     }
@@ -761,8 +799,8 @@ static Verdict judge(const Plan *plan, const Difference *differences, double thr
 }
 
 /* The table, with an arrow at the first tensor past the threshold and a star at those after it. */
-static void print_table(const Plan *plan, const Recording *a, const Difference *differences, const Verdict *verdict,
-                        double threshold, const char *only) {
+static void print_table(const Plan *plan, const Recording *a, const Difference *differences,
+                        const Verdict *verdict, double threshold, const char *only) {
     int name_width = 6, shape_width = 5;
     char shape[SAFETENSORS_SHAPE_TEXT], at[SAFETENSORS_SHAPE_TEXT], relative[16], largest[16];
     for (int i = 0; i < plan->count; i++) {
@@ -772,7 +810,8 @@ static void print_table(const Plan *plan, const Recording *a, const Difference *
         if (name_length > name_width) name_width = name_length;
         if (shape_length > shape_width) shape_width = shape_length;
     }
-    printf("   %-*s  %-*s  %8s  %8s  %s\n", name_width, "tensor", shape_width, "shape", "rel RMS", "largest", "at");
+    printf("   %-*s  %-*s  %8s  %8s  %s\n", name_width, "tensor", shape_width, "shape", "rel RMS", "largest",
+           "at");
     Part part = GRADIENTS;
     for (int i = 0; i < plan->count; i++) {
         const Difference *d = &differences[i];
@@ -813,16 +852,17 @@ static void write_csv(const char *path, const Plan *plan, const Recording *a, co
 
 static void print_inputs(const Inputs *in, const Recording *a, const Recording *b, double threshold) {
     printf("a          %s\nb          %s\n", a->label, b->label);
-    printf("model      %d layers of width %d, chunks of %d; %" PRId64 " parameters: %s\n", in->config.num_layers,
-           in->config.model_dim, in->config.chunk_size, megalodon_num_parameters(&in->config), origin_text(in->origin));
+    printf("model      %d layers of width %d, chunks of %d; %" PRId64 " parameters: %s\n",
+           in->config.num_layers, in->config.model_dim, in->config.chunk_size,
+           megalodon_num_parameters(&in->config), origin_text(in->origin));
     printf("batch      rows x tokens %d x %d, %s dropout, seed %" PRIu64 "\n", in->B, in->T,
            in->dropout ? "with" : "without", in->seed);
     printf("rel RMS    RMS(b - a) / RMS(a); threshold %g\n\n", threshold);
 }
 
-/* Where a tensor starts to differ says more than where it differs most: from the second chunk on, in all rows but the
- * first, in the last columns. So the verdict also has the first element, in the order of memory, whose error is past
- * the threshold times the tensor's RMS. */
+/* Where a tensor starts to differ says more than where it differs most: from the second chunk on, in all
+ * rows but the first, in the last columns. So the verdict also has the first element, in the order of
+ * memory, whose error is past the threshold times the tensor's RMS. */
 static int64_t first_bad_element(const SafetensorsTensor *a, const SafetensorsTensor *b, const Difference *d,
                                  double threshold) {
     double allowed = threshold * sqrt(d->squares_a / (double)a->size);
@@ -831,11 +871,11 @@ static int64_t first_bad_element(const SafetensorsTensor *a, const SafetensorsTe
     return d->at;
 }
 
-static void print_verdict(const Plan *plan, const Recording *a, const Recording *b, const Difference *differences,
-                          const Verdict *verdict, double threshold) {
+static void print_verdict(const Plan *plan, const Recording *a, const Recording *b,
+                          const Difference *differences, const Verdict *verdict, double threshold) {
     char relative[16], largest[16], at[SAFETENSORS_SHAPE_TEXT];
-    printf("\n%d tensor%s compared, %d past %g", verdict->compared, verdict->compared == 1 ? "" : "s", verdict->past,
-           threshold);
+    printf("\n%d tensor%s compared, %d past %g", verdict->compared, verdict->compared == 1 ? "" : "s",
+           verdict->past, threshold);
     if (verdict->one_sided) printf(", %d not kept by both sides", verdict->one_sided);
     if (differences[verdict->worst].relative > 0)
         printf("; worst: %s, %s\n", plan->items[verdict->worst].name,
@@ -846,15 +886,16 @@ static void print_verdict(const Plan *plan, const Recording *a, const Recording 
     const Difference *d = &differences[verdict->first];
     printf("first past the threshold: %s, relative RMS %s\n", plan->items[verdict->first].name,
            short_number(d->relative, relative));
-    printf("  largest error %s at %s: a %.9g, b %.9g\n", short_number(d->largest, largest), index_text(x, d->at, at),
-           d->at_a, d->at_b);
+    printf("  largest error %s at %s: a %.9g, b %.9g\n", short_number(d->largest, largest),
+           index_text(x, d->at, at), d->at_a, d->at_b);
     int64_t first = first_bad_element(x, y, d, threshold);
     printf("  it begins at %s: a %.9g, b %.9g\n", index_text(x, first, at), safetensors_element(x, first),
            safetensors_element(y, first));
 }
 
 /* Compares, prints and returns the exit status. */
-static int report(const Plan *plan, const Inputs *in, const Recording *a, const Recording *b, const Options *o) {
+static int report(const Plan *plan, const Inputs *in, const Recording *a, const Recording *b,
+                  const Options *o) {
     const Values *v = &o->values;
     Rounding coarser = a->rounding > b->rounding ? a->rounding : b->rounding;
     Difference *differences = compare_recordings(plan, a, b);

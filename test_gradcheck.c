@@ -1,16 +1,19 @@
 /* test_gradcheck.c - every backward against finite differences of its forward, in double.
  *
- * The derivative of J along one entry x is taken from four values of J (central differences at h and 2h, combined so
- * that the h^2 terms cancel):
+ * The derivative of J along one entry x is taken from four values of J (central differences at h and 2h,
+ * combined so that the h^2 terms cancel):
  *     dJ/dx = (8 (J(x+h) - J(x-h)) - (J(x+2h) - J(x-2h))) / (12 h) + O(h^4)
- * In double with h = 1e-3 that leaves some 1e-9 of a typical gradient, so a tolerance of 1e-6 sees any real mistake.
- * (In float the rounding of J alone hides errors under 1e-4: that is why this file compiles megalodon.c in double.)
+ * In double with h = 1e-3 that leaves some 1e-9 of a typical gradient, so a tolerance of 1e-6 sees any real
+ * mistake. (In float the rounding of J alone hides errors under 1e-4: that is why this file compiles
+ * megalodon.c in double.)
  *
- * First each component of megalodon_components: J is the sum of its outputs and its outgoing state, each multiplied by
- * a random number. Then whole tiny models, through the table that the programs use. Of a large tensor a random subset
- * of entries is taken, and one random direction through all of them, so that no entry goes unseen.
+ * First each component of megalodon_components: J is the sum of its outputs and its outgoing state, each
+ * multiplied by a random number. Then whole tiny models, through the table that the programs use. Of a
+ * large tensor a random subset of entries is taken, and one random direction through all of them, so that
+ * no entry goes unseen.
  *
- * A test that cannot fail proves nothing: each gradient is also scaled by 1.01, and the same comparison must reject it.
+ * A test that cannot fail proves nothing: each gradient is also scaled by 1.01, and the same comparison
+ * must reject it.
  */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -60,10 +63,11 @@ typedef struct Comparison {
     bool zero;         /* both gradients are negligible        */
 } Comparison;
 
-/* Compares a gradient of J with respect to x with finite differences. Every compared number, an entry's derivative or
- * the one along a direction as long as one entry, has the size of RMS(gradient): the error is relative to that. */
-static Comparison compare_gradient(const Function *f, double *x, int64_t size, const double *gradient, int entries,
-                                   uint64_t seed) {
+/* Compares a gradient of J with respect to x with finite differences. Every compared number, an entry's
+ * derivative or the one along a direction as long as one entry, has the size of RMS(gradient): the error is
+ * relative to that. */
+static Comparison compare_gradient(const Function *f, double *x, int64_t size, const double *gradient,
+                                   int entries, uint64_t seed) {
     Random random = {seed, 0};
     double *direction = malloc((size_t)size * sizeof *direction);
     if (!direction) exit(1);
@@ -87,7 +91,8 @@ static Comparison compare_gradient(const Function *f, double *x, int64_t size, c
     double count = (double)(samples + 1), mean = square / (double)size;
     double scale = sqrt(fmax(seen / count, mean));
     bool zero = scale < NEGLIGIBLE && sqrt(numeric / count) < NEGLIGIBLE;
-    return (Comparison){zero ? 0 : sqrt(difference / count) / scale, zero ? 0 : sqrt(mutated / count) / scale, zero};
+    return (Comparison){zero ? 0 : sqrt(difference / count) / scale, zero ? 0 : sqrt(mutated / count) / scale,
+                        zero};
 }
 
 /* What a printed line tells: the worst tensor of a case, and how far the mutation stood from the tolerance. */
@@ -103,8 +108,10 @@ static void count_comparison(Summary *summary, const char *where, const char *na
     summary->tensors++;
     if (c.zero) summary->zeros++;
     else {
-        check(c.mutated > TOLERANCE && isfinite(c.mutated), "%s: a gradient of %s that is 1%% off passed", where, name);
-        if (summary->least_mutated == 0 || c.mutated < summary->least_mutated) summary->least_mutated = c.mutated;
+        check(c.mutated > TOLERANCE && isfinite(c.mutated), "%s: a gradient of %s that is 1%% off passed",
+              where, name);
+        if (summary->least_mutated == 0 || c.mutated < summary->least_mutated)
+            summary->least_mutated = c.mutated;
     }
     if (summary->tensors == 1 || !(c.error <= summary->error)) {
         snprintf(summary->worst, sizeof summary->worst, "%s", name);
@@ -159,10 +166,10 @@ static bool same_values(const double *a, const double *b, int64_t size, double t
     return true;
 }
 
-/* Runs a call again whose gradients are known (`want`), and expects the same ones. start: what the gradients of the
- * weights are filled with before, as the backward is to add to it. */
-static void check_same_gradients(Call *call, const Port *port, double *const *want, double start, const char *where,
-                                 const char *why) {
+/* Runs a call again whose gradients are known (`want`), and expects the same ones. start: what the
+ * gradients of the weights are filled with before, as the backward is to add to it. */
+static void check_same_gradients(Call *call, const Port *port, double *const *want, double start,
+                                 const char *where, const char *why) {
     for (int i = 0; i < call->num_args; i++)
         if (call->component->args[i].role == MEGALODON_WEIGHT)
             for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] = start;
@@ -171,14 +178,15 @@ static void check_same_gradients(Call *call, const Port *port, double *const *wa
     for (int i = 0; i < call->num_args; i++) {
         const MegalodonArg *arg = &call->component->args[i];
         if (!call->grad_present[i]) continue;
-        if (arg->role == MEGALODON_WEIGHT) for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] -= start;
-        check(same_values(call->grad[i], want[i], call->size[i], 1e-11), "%s: gradient of %s %s", where, arg->name,
-              why);
+        if (arg->role == MEGALODON_WEIGHT)
+            for (int64_t j = 0; j < call->size[i]; j++) call->grad[i][j] -= start;
+        check(same_values(call->grad[i], want[i], call->size[i], 1e-11), "%s: gradient of %s %s", where,
+              arg->name, why);
     }
 }
 
-/* The rules of gradients: a weight's is added to what is there, an input's is written whatever was there (call_run
- * fills it with NaN), and one of an incoming state that nobody wants (NULL) changes no other. */
+/* The rules of gradients: a weight's is added to what is there, an input's is written whatever was there
+ * (call_run fills it with NaN), and one of an incoming state that nobody wants (NULL) changes no other. */
 static void check_gradient_rules(Call *call, const Port *port, const char *where) {
     double *want[MEGALODON_MAX_ARGS] = {NULL};
     bool stateful = false;
@@ -190,21 +198,23 @@ static void check_gradient_rules(Call *call, const Port *port, const char *where
     check_same_gradients(call, port, want, 0.625, where, "is not added to what is there, or not written");
     for (int i = 0; i < call->num_args; i++)
         if (call->component->args[i].role == MEGALODON_STATE_IN) call->grad_present[i] = false;
-    if (stateful) check_same_gradients(call, port, want, 0, where, "depends on whether the state's is wanted");
+    if (stateful)
+        check_same_gradients(call, port, want, 0, where, "depends on whether the state's is wanted");
     for (int i = 0; i < call->num_args; i++) free(want[i]);
 }
 
 /* One component on one shape: all its gradients, then their rules. */
-static void check_component(MegalodonComponentId id, const char *what, const MegalodonShape *shape, bool with_state,
-                            bool with_optional, bool state_cotangents) {
+static void check_component(MegalodonComponentId id, const char *what, const MegalodonShape *shape,
+                            bool with_state, bool with_optional, bool state_cotangents) {
     char where[128];
-    snprintf(where, sizeof where, "%s, %s, B=%d T=%d n=%d", megalodon_components[id].name, what, shape->B, shape->T,
-             shape->n);
+    snprintf(where, sizeof where, "%s, %s, B=%d T=%d n=%d", megalodon_components[id].name, what, shape->B,
+             shape->T, shape->n);
     Call call;
     Port port = host_port(&megalodon_cpu_double, true);
     call_create(&call, id, shape, with_state, with_optional, 1000u + (uint64_t)id);
     for (int i = 0; i < call.num_args; i++)
-        if (!state_cotangents && call.component->args[i].role == MEGALODON_STATE_OUT) call.grad_present[i] = false;
+        if (!state_cotangents && call.component->args[i].role == MEGALODON_STATE_OUT)
+            call.grad_present[i] = false;
     const char *error = call_run(&call, &port, true);
     check(!error, "%s: %s", where, error ? error : "");
     Summary summary = {.error = 0};
@@ -212,8 +222,9 @@ static void check_component(MegalodonComponentId id, const char *what, const Meg
     for (int i = 0; i < call.num_args; i++) {
         const MegalodonArg *arg = &call.component->args[i];
         if (!call.grad_present[i] || !call_has_gradient(arg->role) || call.size[i] == 0) continue;
-        count_comparison(&summary, where, arg->name,
-                         compare_gradient(&f, call.value[i], call.size[i], call.grad[i], max_entries, (uint64_t)i));
+        count_comparison(
+            &summary, where, arg->name,
+            compare_gradient(&f, call.value[i], call.size[i], call.grad[i], max_entries, (uint64_t)i));
     }
     check_gradient_rules(&call, &port, where);
     print_summary(where, &summary);
@@ -238,16 +249,19 @@ static void check_components(void) {
         bool stateful = has_role(id, MEGALODON_STATE_IN);
         MegalodonConfig config = odd_config(), other = config;
         /* 17 tokens from the third of a chunk of 7 on: a partial chunk, two whole ones, a partial one. */
-        check_component(id, stateful ? "state in" : "plain", &(MegalodonShape){config, 2, 17, 3, 5, MEGALODON_FP32},
-                        true, true, true);
+        check_component(id, stateful ? "state in" : "plain",
+                        &(MegalodonShape){config, 2, 17, 3, 5, MEGALODON_FP32}, true, true, true);
         if (stateful) {
-            check_component(id, "no state", &(MegalodonShape){config, 2, 17, 0, 5, MEGALODON_FP32}, false, true, true);
-            check_component(id, "empty state", &(MegalodonShape){config, 3, 8, 0, 5, MEGALODON_FP32}, true, true, true);
+            check_component(id, "no state", &(MegalodonShape){config, 2, 17, 0, 5, MEGALODON_FP32}, false,
+                            true, true);
+            check_component(id, "empty state", &(MegalodonShape){config, 3, 8, 0, 5, MEGALODON_FP32}, true,
+                            true, true);
             check_component(id, "state in, no gradient out",
                             &(MegalodonShape){config, 2, 9, 4, 5, MEGALODON_FP32}, true, true, false);
         }
         if (has_optional(id))
-            check_component(id, "no weights", &(MegalodonShape){config, 2, 9, 0, 5, MEGALODON_FP32}, true, false, true);
+            check_component(id, "no weights", &(MegalodonShape){config, 2, 9, 0, 5, MEGALODON_FP32}, true,
+                            false, true);
         /* Wider than the blocks of columns that a thread owns. */
         other.model_dim = 70;
         other.norm_num_groups = 2;
@@ -257,34 +271,39 @@ static void check_components(void) {
         check_component(id, "wide", &(MegalodonShape){other, 2, 6, 5, 5, MEGALODON_FP32}, true, true, true);
         other = config;
         /* The last token of a chunk, alone. */
-        check_component(id, "one token", &(MegalodonShape){config, 3, 1, 6, 5, MEGALODON_FP32}, true, true, true);
+        check_component(id, "one token", &(MegalodonShape){config, 3, 1, 6, 5, MEGALODON_FP32}, true, true,
+                        true);
         other.dropout = 0.3;
         other.hidden_dropout = 0.2;
         other.attention_dropout = 0.4;
         other.scale_emb = true;
-        check_component(id, "dropout", &(MegalodonShape){other, 2, 15, 2, 9, MEGALODON_FP32}, true, true, true);
-        /* Everything that can be one is one, and one group holds one feature, whose norm is all epsilon: a larger one,
-         * since the differences cannot follow a step of width sqrt(eps). */
+        check_component(id, "dropout", &(MegalodonShape){other, 2, 15, 2, 9, MEGALODON_FP32}, true, true,
+                        true);
+        /* Everything that can be one is one, and one group holds one feature, whose norm is all epsilon: a
+         * larger one, since the differences cannot follow a step of width sqrt(eps). */
         other = config;
         other.num_heads = other.cema_ndim = other.chunk_size = other.model_dim = other.norm_num_groups = 1;
         other.norm_eps = 0.1;
-        check_component(id, "ones", &(MegalodonShape){other, 2, 5, 0, 5, MEGALODON_FP32}, stateful, true, true);
+        check_component(id, "ones", &(MegalodonShape){other, 2, 5, 0, 5, MEGALODON_FP32}, stateful, true,
+                        true);
     }
-    /* Long enough for a scan in blocks to hand its state on several times, and to start again in the middle of one. */
+    /* Long enough for a scan in blocks to hand its state on several times, and to start again in the middle
+     * of one. */
     MegalodonConfig narrow = odd_config();
     narrow.model_dim = 2;
     narrow.norm_num_groups = 1;
     narrow.cema_ndim = 3;
-    check_component(MEGALODON_CEMA, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32}, true, true, true);
-    check_component(MEGALODON_TIMESTEPNORM, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32}, true, true,
-                    true);
+    check_component(MEGALODON_CEMA, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32}, true,
+                    true, true);
+    check_component(MEGALODON_TIMESTEPNORM, "long", &(MegalodonShape){narrow, 2, 301, 3, 5, MEGALODON_FP32},
+                    true, true, true);
     /* Chunks of several blocks of queries, the first of them begun. */
     narrow.chunk_size = 97;
     narrow.num_heads = 2;
     narrow.z_dim = narrow.value_dim = 4;
     narrow.attention_dropout = 0.1;
-    check_component(MEGALODON_ATTENTION, "long", &(MegalodonShape){narrow, 2, 150, 40, 5, MEGALODON_FP32}, true, true,
-                    true);
+    check_component(MEGALODON_ATTENTION, "long", &(MegalodonShape){narrow, 2, 150, 40, 5, MEGALODON_FP32},
+                    true, true, true);
 }
 
 /* ---- whole models ---- */
@@ -348,7 +367,8 @@ static double problem_objective(void *context) {
     return sum;
 }
 
-/* Small random values near those of a model in training: norms near 1, everything else of the size of its init. */
+/* Small random values near those of a model in training: norms near 1, everything else of the size of its
+ * init. */
 static void random_tensor(Variable *variable, Random *random, double size) {
     int64_t n = variable->tensor.size;
     variable->value = host_allocate((size_t)(n + 1) * sizeof(double));
@@ -362,7 +382,8 @@ static void random_tensor(Variable *variable, Random *random, double size) {
 }
 
 /* Lists what J depends on, with random values: every parameter, and the state that comes in. */
-static void problem_create(Problem *p, const ModelCase *c, int32_t *tokens, int32_t *targets, Random *random) {
+static void problem_create(Problem *p, const ModelCase *c, int32_t *tokens, int32_t *targets,
+                           Random *random) {
     *p = (Problem){.model_case = c};
     MegalodonTensor list[MAX_TENSORS];
     int counted = 0, vocabulary = c->config.vocab_size;
@@ -393,8 +414,8 @@ static void problem_create(Problem *p, const ModelCase *c, int32_t *tokens, int3
         *variable = (Variable){list[i], MEGALODON_STATE, NULL, NULL};
         random_tensor(variable, random, 0.5);
     }
-    num = megalodon_tensors(&c->config, MEGALODON_STATE, c->B, c->T, (c->n + c->T) % c->config.chunk_size, list,
-                            MAX_TENSORS);
+    num = megalodon_tensors(&c->config, MEGALODON_STATE, c->B, c->T, (c->n + c->T) % c->config.chunk_size,
+                            list, MAX_TENSORS);
     for (int i = 0; i < num; i++) {
         if (!strcmp(list[i].name, "count")) continue;
         p->out[p->num_out] = (Variable){list[i], MEGALODON_GRAD_STATE_OUT, NULL, NULL};
@@ -444,7 +465,8 @@ static void check_accumulation(Problem *p, const char *where) {
         double times = variable->kind == MEGALODON_PARAM ? 2 : 1;
         for (int64_t j = 0; j < variable->tensor.size; j++) once[i][j] *= times;
         check(same_values(variable->gradient, once[i], variable->tensor.size, 1e-11),
-              "%s: two backwards give %s another gradient than %g times one", where, variable->tensor.name, times);
+              "%s: two backwards give %s another gradient than %g times one", where, variable->tensor.name,
+              times);
         free(once[i]);
     }
 }
@@ -464,7 +486,8 @@ static void check_model(const ModelCase *c) {
     for (int i = 0; i < p->num_variables; i++) {
         Variable *variable = &p->variables[i];
         char name[MEGALODON_MAX_NAME + 16];
-        snprintf(name, sizeof name, "%s%s", variable->kind == MEGALODON_STATE ? "state " : "", variable->tensor.name);
+        snprintf(name, sizeof name, "%s%s", variable->kind == MEGALODON_STATE ? "state " : "",
+                 variable->tensor.name);
         if (variable->tensor.size == 0) continue;
         count_comparison(&summary, where, name,
                          compare_gradient(&f, variable->value, variable->tensor.size, variable->gradient,
@@ -476,7 +499,8 @@ static void check_model(const ModelCase *c) {
 }
 
 static void check_models(void) {
-    MegalodonConfig plain = odd_config(), everything = plain, bare = plain, dropout = plain, ones = plain, tied;
+    MegalodonConfig plain = odd_config(), everything = plain, bare = plain, dropout = plain, ones = plain,
+                    tied;
     plain.swiglu = false;
     everything.rescale_nffn = everything.scale_emb = everything.share_emb = true;
     bare.norm_affine = false;

@@ -89,6 +89,17 @@ __device__ inline uint64_t weight_index(const SoftmaxRows &s, int64_t row, int k
     return (uint64_t)(((row / s.steps * s.H + s.h) * s.steps + row % s.steps) * s.C + key);
 }
 
+/* The next scores of a row of which `seen` more count; the others are zero and are not read: behind a row's end
+ * nothing was written. */
+__device__ inline void load_scores(float (&to)[SCORE_VEC], const float *from, int seen) {
+    if (seen >= SCORE_VEC) {
+        load<SCORE_VEC>(to, from);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < SCORE_VEC; i++) to[i] = i < seen ? from[i] : 0.0f;
+}
+
 /* computes: weights = keep softmax(scores) over the keys that a query may see, 0 for the others; lse
  * launch:   grid (queries of the block, items), block 128: a block owns a row of scores
  * traffic:  (4 + sizeof(T)) bytes a score; the second reading comes from the cache
@@ -101,7 +112,7 @@ __global__ void softmax_forward_kernel(T *weights, float *lse, const float *scor
     int64_t at = ((int64_t)item * s.queries + query) * s.pitch, row = s.row + item * s.stride + query;
     float largest = -INFINITY, sum = 0, value[SCORE_VEC];
     for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load<SCORE_VEC>(value, scores + at + j);
+        load_scores(value, scores + at + j, seen - j);
         float here = value[0]; // j < seen
 #pragma unroll
         for (int i = 1; i < SCORE_VEC; i++)
@@ -118,7 +129,7 @@ __global__ void softmax_forward_kernel(T *weights, float *lse, const float *scor
     float total = block_sum(largest == -INFINITY ? 0.0f : sum * expf(largest - top), shared),
           scale = 1.0f / total;
     for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load<SCORE_VEC>(value, scores + at + j);
+        load_scores(value, scores + at + j, seen - j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++)
             value[i] = j + i < seen ? expf(value[i] - top) * scale *
@@ -144,8 +155,8 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const float *sco
     int64_t to = item * s.whole_batch + (int64_t)(s.first_query + query) * s.pitch;
     float row_lse = lse[row * s.H + s.h], sum = 0, value[SCORE_VEC], grad[SCORE_VEC];
     for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load<SCORE_VEC>(value, scores + at + j);
-        load<SCORE_VEC>(grad, dweights + at + j);
+        load_scores(value, scores + at + j, seen - j);
+        load_scores(grad, dweights + at + j, seen - j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++)
             if (j + i < seen)
@@ -154,8 +165,8 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const float *sco
     }
     sum = block_sum(sum, shared);
     for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load<SCORE_VEC>(value, scores + at + j);
-        load<SCORE_VEC>(grad, dweights + at + j);
+        load_scores(value, scores + at + j, seen - j);
+        load_scores(grad, dweights + at + j, seen - j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) {
             float keep = j + i < seen ? keep_scale(s.dropout, weight_index(s, row, j + i)) : 0.0f;

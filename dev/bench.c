@@ -6,9 +6,9 @@
  *     bench components   each component of the model, forward and backward
  *     bench all          all of these (the default)
  *
- * Everything that is compared is measured in the same run, in turns: a busy machine slows both sides. Times are medians
- * of --repeats samples, each long enough for the clock, after a warm-up. Inputs are random numbers, and every result
- * that is timed is also checked, so that a fast wrong answer is an error.
+ * Everything that is compared is measured in the same run, in turns: a busy machine slows both sides. Times
+ * are medians of --repeats samples, each long enough for the clock, after a warm-up. Inputs are random
+ * numbers, and every result that is timed is also checked, so that a fast wrong answer is an error.
  */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -47,7 +47,8 @@ typedef struct Values { BENCH_OPTIONS(OPTION_MEMBER) } Values;
 static const Option bench_options[] = { BENCH_OPTIONS(OPTION_ROW) };
 
 /* cblas_sgemm(order, transpose_a, transpose_b, M, N, K, alpha, a, lda, b, ldb, beta, c, ldc) */
-typedef void (*Sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
+typedef void (*Sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int, float,
+                      float *, int);
 enum { ROW_MAJOR = 101, AS_IT_IS = 111, TRANSPOSED = 112 };
 
 typedef struct Bench {
@@ -62,7 +63,7 @@ typedef struct Bench {
     void (*sgemm_threads)(int);
 } Bench;
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Time
  */
 
@@ -85,18 +86,22 @@ static void wait_for(const Bench *bench) {
 #endif
 }
 
-/* Says so if other programs are running: two threads that wait for each other lose whole time slices to them. */
+/* Says so if other programs are running: two threads that wait for each other lose whole time slices to
+ * them. */
 static void warn_if_busy(void) {
     double load = 0;
     FILE *file = fopen("/proc/loadavg", "r");
     if (!file) return;
     if (fscanf(file, "%lf", &load) == 1 && load > 0.5)
-        printf("note: the load average is %.1f already; times will be too long, those of several threads most\n", load);
+        printf(
+            "note: the load average is %.1f already; times will be too long, those of several threads most\n",
+            load);
     fclose(file);
 }
 
-/* Lets idle threads of the other side fall asleep: for some milliseconds they spin on the cores about to be measured.
- * What comes next should run once without a clock, until the system has spread its own threads over the cores. */
+/* Lets idle threads of the other side fall asleep: for some milliseconds they spin on the cores about to be
+ * measured. What comes next should run once without a clock, until the system has spread its own threads
+ * over the cores. */
 static void rest(const Bench *bench) {
     struct timespec pause = {0, 50000000};
     if (bench->threads > 1) nanosleep(&pause, NULL);
@@ -134,7 +139,8 @@ static double seconds_of(const Bench *bench, Work work) {
 }
 
 /* One number for --csv: which benchmark, what was measured, and the value in its unit. */
-static void record(const Bench *bench, const char *benchmark, const char *what, const char *unit, double value) {
+static void record(const Bench *bench, const char *benchmark, const char *what, const char *unit,
+                   double value) {
     if (bench->csv) fprintf(bench->csv, "%s,%s,%s,%.6g\n", benchmark, what, unit, value);
 }
 
@@ -146,7 +152,7 @@ static void set_threads(int threads) {
 #endif
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Matrix products, through the component "linear": y = x W^T, dx = dy W, dW += dy^T x
  */
 
@@ -211,7 +217,9 @@ static Product product_create(const Bench *bench, Use use, int M, int K, int N) 
     p.x = random_floats((int64_t)M * K, 1);
     p.W = random_floats((int64_t)N * K, 2);
     p.y = random_floats((int64_t)M * N, 3);
-    p.out_size = use == USE_FORWARD ? (int64_t)M * N : use == USE_INPUT_GRADIENT ? (int64_t)M * K : (int64_t)N * K;
+    p.out_size = use == USE_FORWARD          ? (int64_t)M * N
+                 : use == USE_INPUT_GRADIENT ? (int64_t)M * K
+                                             : (int64_t)N * K;
     p.ours = host_allocate((size_t)p.out_size * sizeof(float));
     p.theirs = host_allocate((size_t)p.out_size * sizeof(float));
     memset(p.ours, 0, (size_t)p.out_size * sizeof(float));
@@ -223,8 +231,8 @@ static void product_destroy(Product *p) {
     free(p->x), free(p->W), free(p->y), free(p->ours), free(p->theirs);
 }
 
-/* Runs one call of ours on a clean output and compares a thousand of its elements, spread over it, with sums in
- * double. */
+/* Runs one call of ours on a clean output and compares a thousand of its elements, spread over it, with
+ * sums in double. */
 static void product_check(Product *p) {
     enum { ELEMENTS = 1000 };
     memset(p->ours, p->use == USE_WEIGHT_GRADIENT ? 0 : CALL_POISON, (size_t)p->out_size * sizeof(float));
@@ -237,13 +245,16 @@ static void product_check(Product *p) {
         double sum = 0;
         for (int64_t k = 0; k < depth; k++) {
             if (p->use == USE_FORWARD) sum += (double)p->x[row * p->K + k] * p->W[column * p->K + k];
-            else if (p->use == USE_INPUT_GRADIENT) sum += (double)p->y[row * p->N + k] * p->W[k * p->K + column];
+            else if (p->use == USE_INPUT_GRADIENT)
+                sum += (double)p->y[row * p->N + k] * p->W[k * p->K + column];
             else sum += (double)p->y[k * p->N + row] * p->x[k * p->K + column];
         }
-        /* rounding grows like the square root of the depth; sums of products of such numbers like a third of it */
+        /* rounding grows like the square root of the depth; sums of products of such numbers like a third
+         * of it */
         if (!(fabs(sum - p->ours[at]) < 1e-5 * sqrt(depth)))
             die(errorf("bench matmul: %s for %d x %d x %d is wrong at [%lld,%lld]: expected %.9g, found %.9g",
-                       use_names[p->use], p->M, p->K, p->N, (long long)row, (long long)column, sum, p->ours[at]));
+                       use_names[p->use], p->M, p->K, p->N, (long long)row, (long long)column, sum,
+                       p->ours[at]));
     }
 }
 
@@ -304,7 +315,7 @@ static void bench_matmul(Bench *bench) {
     if (!bench->sgemm) printf("libopenblas.so.0 was not found: nothing to compare with\n");
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * A training step
  */
 
@@ -335,7 +346,12 @@ static void step_run(Step *step) {
     die_if(backend->backward(step->model, 1 / (double)loss.counted));
     wait_for(step->bench);
     times[2] = report_seconds();
-    MegalodonAdamW adamw = {.lr = 1e-3, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1,
+    MegalodonAdamW adamw = {.lr = 1e-3,
+                            .beta1 = 0.9,
+                            .beta2 = 0.95,
+                            .eps = 1e-8,
+                            .weight_decay = 0.1,
+                            .clip = 1,
                             .step = ++step->updates};
     die_if(backend->update(step->model, &adamw, &norm));
     wait_for(step->bench);
@@ -344,8 +360,8 @@ static void step_run(Step *step) {
     step->loss = loss.nll_sum / (double)loss.counted;
     if (step->updates == 1) step->first_loss = step->loss;
     if (!isfinite(step->loss) || !isfinite(norm))
-        die(errorf("bench step: step %lld has loss %g and gradient norm %g", (long long)step->updates, step->loss,
-                   norm));
+        die(errorf("bench step: step %lld has loss %g and gradient norm %g", (long long)step->updates,
+                   step->loss, norm));
 }
 
 /* Medians over some steps with so many threads: forward, backward, update, whole step. */
@@ -375,12 +391,13 @@ static void bench_step(Bench *bench) {
     char count[32];
     printf("\nstep: %s, %s parameters, %d x %d tokens; medians of %d steps\n", v->preset,
            report_count(parameters, count), v->batch, v->seq_len, v->repeats);
-    printf("%7s %9s %9s %9s %9s %10s %9s %17s\n", "threads", "ms", "forward", "backward", "update", "tokens/s",
-           "GFLOP/s", "share of OpenBLAS");
+    printf("%7s %9s %9s %9s %9s %10s %9s %17s\n", "threads", "ms", "forward", "backward", "update",
+           "tokens/s", "GFLOP/s", "share of OpenBLAS");
     die_if(bench->backend->create(&step.model, &bench->config, &options));
     die_if(megalodon_initialise(bench->backend, step.model, &bench->config, 1));
     int32_t *ids = random_tokens(tokens + 1, bench->config.vocab_size, 5);
-    step.batch = (MegalodonBatch){.tokens = ids, .targets = ids + 1, .B = v->batch, .T = v->seq_len, .dropout = true};
+    step.batch =
+        (MegalodonBatch){.tokens = ids, .targets = ids + 1, .B = v->batch, .T = v->seq_len, .dropout = true};
     double all_threads = 0;
     for (int threads = bench->threads;; threads = 1) {
         double ms[4], blas, ours, ratio;
@@ -388,8 +405,8 @@ static void bench_step(Bench *bench) {
         step_seconds(&step, threads, ms);
         /* 6 = a multiplication and an addition, once in the forward and twice in the backward */
         double rate = 6e-9 * (double)parameters * (double)tokens / ms[3];
-        printf("%7d %9.1f %9.1f %9.1f %9.1f %10.0f %9.1f", threads, 1e3 * ms[3], 1e3 * ms[0], 1e3 * ms[1], 1e3 * ms[2],
-               (double)tokens / ms[3], rate);
+        printf("%7d %9.1f %9.1f %9.1f %9.1f %10.0f %9.1f", threads, 1e3 * ms[3], 1e3 * ms[0], 1e3 * ms[1],
+               1e3 * ms[2], (double)tokens / ms[3], rate);
         snprintf(what, sizeof what, "%s %dx%d threads %d", v->preset, v->batch, v->seq_len, threads);
         record(bench, "step", what, "ms", 1e3 * ms[3]);
         record(bench, "step", what, "tokens/s", (double)tokens / ms[3]);
@@ -418,7 +435,7 @@ static void bench_step(Bench *bench) {
     bench->backend->destroy(step.model);
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Generation
  */
 
@@ -488,7 +505,8 @@ static void generation_step(void *context) {
         const float *logits = g->logits + (int64_t)row * V;
         int best = 0;
         for (int i = 0; i < V; i++) {
-            if (!isfinite(logits[i])) die(errorf("bench generate: logit %d of row %d is %g", i, row, logits[i]));
+            if (!isfinite(logits[i]))
+                die(errorf("bench generate: logit %d of row %d is %g", i, row, logits[i]));
             if (logits[i] > logits[best]) best = i;
         }
         g->next[row] = best;
@@ -497,10 +515,12 @@ static void generation_step(void *context) {
 
 static void bench_generate(Bench *bench) {
     const Values *v = &bench->values;
-    MegalodonOptions options = {.max_batch = v->batch, .max_length = v->seq_len, .precision = bench->precision};
+    MegalodonOptions options = {
+        .max_batch = v->batch, .max_length = v->seq_len, .precision = bench->precision};
     Generation g = {.bench = bench};
     double bytes = weight_bytes(bench), bandwidth = bench->on_gpu ? NAN : read_bandwidth(bench);
-    printf("\ngenerate: %s after %d tokens; a token reads %.1f MB of weights", v->preset, v->seq_len, 1e-6 * bytes);
+    printf("\ngenerate: %s after %d tokens; a token reads %.1f MB of weights", v->preset, v->seq_len,
+           1e-6 * bytes);
     if (!bench->on_gpu) printf("; memory gives %.1f GB/s", 1e-9 * bandwidth);
     printf("\n%7s %10s %10s %10s %17s\n", "rows", "ms", "tokens/s", "GB/s", "share of memory's");
     die_if(bench->backend->create(&g.model, &bench->config, &options));
@@ -509,7 +529,8 @@ static void bench_generate(Bench *bench) {
     g.logits = host_allocate((size_t)v->batch * (size_t)bench->config.vocab_size * sizeof *g.logits);
     for (g.rows = 1;; g.rows = v->batch) {
         char what[64];
-        /* the text before, then tokens one by one; the first of them are the text's, which does not matter here */
+        /* the text before, then tokens one by one; the first of them are the text's, which does not matter
+         * here */
         MegalodonBatch text = {.tokens = g.next, .B = g.rows, .T = v->seq_len};
         die_if(bench->backend->forward(g.model, &text, NULL));
         double seconds = seconds_of(bench, (Work){generation_step, &g, 1});
@@ -527,16 +548,21 @@ static void bench_generate(Bench *bench) {
     bench->backend->destroy(g.model);
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Components
  */
 
 static Port bench_port(const Bench *bench) {
 #ifdef MEGALODON_WITH_CUDA
     if (bench->on_gpu)
-        return (Port){bench->backend->name, bench->backend->components,
-                      bench->precision == MEGALODON_BF16_MIXED ? MEGALODON_BF16 : MEGALODON_F32, MEGALODON_F32,
-                      megalodon_cuda_alloc, megalodon_cuda_free, megalodon_cuda_upload, megalodon_cuda_download};
+        return (Port){bench->backend->name,
+                      bench->backend->components,
+                      bench->precision == MEGALODON_BF16_MIXED ? MEGALODON_BF16 : MEGALODON_F32,
+                      MEGALODON_F32,
+                      megalodon_cuda_alloc,
+                      megalodon_cuda_free,
+                      megalodon_cuda_upload,
+                      megalodon_cuda_download};
 #endif
     return host_port(bench->backend, false);
 }
@@ -570,7 +596,8 @@ static double piece_error(Call *call, const Port *port) {
     for (int i = 0; i < call->num_args; i++) {
         MegalodonRole role = call->component->args[i].role;
         for (int part = 0; part < 2; part++) {
-            const double *x = part ? call->grad[i] : call->value[i], *y = part ? exact.grad[i] : exact.value[i];
+            const double *x = part ? call->grad[i] : call->value[i],
+                         *y = part ? exact.grad[i] : exact.value[i];
             double difference = 0, size = 0;
             if (!call->present[i] || !(part ? call_has_gradient(role) : call_is_output(role))) continue;
             for (int64_t j = 0; j < call->size[i]; j++) {
@@ -585,7 +612,8 @@ static double piece_error(Call *call, const Port *port) {
     return worst;
 }
 
-/* Bytes of all arguments that a call touches, each counted once: what the forward must move, or the backward. */
+/* Bytes of all arguments that a call touches, each counted once: what the forward must move, or the
+ * backward. */
 static double piece_bytes(const Call *call, const Port *port, bool backward) {
     double bytes = 0;
     for (int i = 0; i < call->num_args; i++) {
@@ -599,7 +627,10 @@ static double piece_bytes(const Call *call, const Port *port, bool backward) {
 }
 
 static void bench_component(const Bench *bench, MegalodonComponentId id, const Port *port) {
-    MegalodonShape shape = {.config = bench->config, .B = bench->values.batch, .T = bench->values.seq_len, .key = 8,
+    MegalodonShape shape = {.config = bench->config,
+                            .B = bench->values.batch,
+                            .T = bench->values.seq_len,
+                            .key = 8,
                             .precision = bench->precision};
     Call call;
     CallBuffer arg_buffers[MEGALODON_MAX_ARGS], grad_buffers[MEGALODON_MAX_ARGS];
@@ -622,8 +653,8 @@ static void bench_component(const Bench *bench, MegalodonComponentId id, const P
     double backward = seconds_of(bench, (Work){piece_backward, &piece, 1});
     double forward_rate = 1e-9 * piece_bytes(&call, port, false) / forward;
     double backward_rate = 1e-9 * piece_bytes(&call, port, true) / backward;
-    printf("%-14s %10.3f %10.3f %10.1f %10.1f", call.component->name, 1e3 * forward, 1e3 * backward, forward_rate,
-           backward_rate);
+    printf("%-14s %10.3f %10.3f %10.1f %10.1f", call.component->name, 1e3 * forward, 1e3 * backward,
+           forward_rate, backward_rate);
     if (!bench->values.no_check) printf(" %12.1e", error);
     printf("\n");
     record(bench, "components", call.component->name, "forward ms", 1e3 * forward);
@@ -645,14 +676,16 @@ static void bench_component(const Bench *bench, MegalodonComponentId id, const P
 
 static void bench_components(Bench *bench) {
     Port port = bench_port(bench);
-    printf("\ncomponents: %s on %s, B %d, T %d; medians of %d; GB/s count every argument once\n", bench->values.preset,
-           bench->backend->name, bench->values.batch, bench->values.seq_len, bench->values.repeats);
+    printf("\ncomponents: %s on %s, B %d, T %d; medians of %d; GB/s count every argument once\n",
+           bench->values.preset, bench->backend->name, bench->values.batch, bench->values.seq_len,
+           bench->values.repeats);
     printf("%-14s %10s %10s %10s %10s%s\n", "component", "forward ms", "backw. ms", "GB/s", "GB/s",
            bench->values.no_check ? "" : "  error to double");
-    for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) bench_component(bench, (MegalodonComponentId)id, &port);
+    for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++)
+        bench_component(bench, (MegalodonComponentId)id, &port);
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * The program
  */
 

@@ -12,6 +12,6 @@ rm -rf "$dir"
     --batch 4 --seq-len 256 --steps 900 --lr 0.004 --warmup 50 --min-lr-ratio 0.02 \
     --eval-every 300 --eval-batches 32 --checkpoint-dir "$dir" --log "build/demo.csv"
 echo
-"$bin/generate" --checkpoint "$dir" --prompt "Once upon a time" --max-tokens 800 --stop '<|endoftext|>' --seed 7
+"$bin/generate" --checkpoint "$dir" --prompt "Once upon a time" --max-tokens 800 --temperature 0.7 --stop '<|endoftext|>' --seed 7
 echo
 echo "Try another one: ./generate --prompt 'The little dog' --seed 8"

@@ -1,9 +1,9 @@
 /* json.h - a small strict JSON reader and writer.
  *
- * The reader accepts RFC 8259 and nothing else, and it is meant for files from strangers: it cannot overflow the stack,
- * its time is linear in the text (n log n in the keys of one object), and it refuses what other readers let through
- * and then disagree about: duplicate keys, trailing text, text that is not UTF-8, lone surrogates, numbers too large
- * for a double.
+ * The reader accepts RFC 8259 and nothing else, and it is meant for files from strangers: it cannot
+ * overflow the stack, its time is linear in the text (n log n in the keys of one object), and it refuses
+ * what other readers let through and then disagree about: duplicate keys, trailing text, text that is not
+ * UTF-8, lone surrogates, numbers too large for a double.
  *
  *     Json json;
  *     const char *error = json_parse(&json, text, length);
@@ -12,8 +12,9 @@
  *         use(entry->key, entry->integer);
  *     json_free(&json);
  *
- * A document is one array of nodes in the order of the text. A container comes right before its first child, and every
- * node knows how many nodes it covers, so "next sibling" is one addition and freeing a document is two calls.
+ * A document is one array of nodes in the order of the text. A container comes right before its first
+ * child, and every node knows how many nodes it covers, so "next sibling" is one addition and freeing a
+ * document is two calls.
  */
 #ifndef LIB_JSON_H
 #define LIB_JSON_H
@@ -65,8 +66,8 @@ static inline const JsonNode *json_next(const JsonNode *parent, const JsonNode *
     return child + child->span < parent + parent->span ? child + child->span : NULL;
 }
 
-/* The member of an object with this key, NULL if there is none or `object` is not an object. Looks at one key after the
- * other: to use most members of a large object, walk over them instead. */
+/* The member of an object with this key, NULL if there is none or `object` is not an object. Looks at one
+ * key after the other: to use most members of a large object, walk over them instead. */
 static inline const JsonNode *json_get(const JsonNode *object, const char *key) {
     if (!object || object->type != JSON_OBJECT) return NULL;
     size_t length = strlen(key);
@@ -78,14 +79,18 @@ static inline const JsonNode *json_get(const JsonNode *object, const char *key) 
 /* True if the node is this string. */
 static inline bool json_is(const JsonNode *node, const char *string) {
     size_t length = strlen(string);
-    return node && node->type == JSON_STRING && node->length == length && memcmp(node->string, string, length) == 0;
+    return node && node->type == JSON_STRING && node->length == length &&
+           memcmp(node->string, string, length) == 0;
 }
 
-/* Number of bytes (1 to 4) of the UTF-8 character at s, of which `left` >= 1 bytes exist; 0 if it is not one. Overlong
- * forms, surrogates and values above U+10FFFF are no characters. */
+/* Number of bytes (1 to 4) of the UTF-8 character at s, of which `left` >= 1 bytes exist; 0 if it is not
+ * one. Overlong forms, surrogates and values above U+10FFFF are no characters. */
 static inline int json_utf8(const unsigned char *s, size_t left) {
     if (s[0] < 0x80) return 1;
-    int length = s[0] >= 0xC2 && s[0] <= 0xDF ? 2 : (s[0] & 0xF0) == 0xE0 ? 3 : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4 : 0;
+    int length = s[0] >= 0xC2 && s[0] <= 0xDF   ? 2
+                 : (s[0] & 0xF0) == 0xE0        ? 3
+                 : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4
+                                                : 0;
     if (length == 0 || left < (size_t)length) return 0;
     for (int i = 1; i < length; i++)
         if ((s[i] & 0xC0) != 0x80) return 0;
@@ -94,7 +99,7 @@ static inline int json_utf8(const unsigned char *s, size_t left) {
     return length;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * The reader's inside. Each function returns an error sentence or NULL and moves `at` forward.
  */
 
@@ -127,7 +132,8 @@ static inline const char *json_error_at(const JsonReader *r, const unsigned char
 
 /* The same, with what stands there instead. */
 static inline const char *json_expected(const JsonReader *r, const char *expected) {
-    if (r->at == r->end) return json_error_at(r, r->at, errorf("expected %s, found the end of the text", expected));
+    if (r->at == r->end)
+        return json_error_at(r, r->at, errorf("expected %s, found the end of the text", expected));
     if (*r->at > ' ' && *r->at < 0x7F)
         return json_error_at(r, r->at, errorf("expected %s, found '%c'", expected, *r->at));
     return json_error_at(r, r->at, errorf("expected %s, found the byte 0x%02X", expected, *r->at));
@@ -149,7 +155,8 @@ static inline int json_hex4(JsonReader *r) {
     return value;
 }
 
-/* The part of \uXXXX after the u, as UTF-8. A character above U+FFFF is written as two escapes, a surrogate pair. */
+/* The part of \uXXXX after the u, as UTF-8. A character above U+FFFF is written as two escapes, a surrogate
+ * pair. */
 static inline const char *json_unicode_escape(JsonReader *r) {
     const unsigned char *place = r->at - 2;
     int code = json_hex4(r);
@@ -158,7 +165,8 @@ static inline const char *json_unicode_escape(JsonReader *r) {
         if (pair) r->at += 2;
         int low = pair ? json_hex4(r) : 0;
         if (low >= 0 && (low < 0xDC00 || low > 0xDFFF))
-            return json_error_at(r, place, "this surrogate has no second half (\\uDC00 to \\uDFFF must follow)");
+            return json_error_at(r, place,
+                                 "this surrogate has no second half (\\uDC00 to \\uDFFF must follow)");
         code = low < 0 ? -1 : 0x10000 + (code - 0xD800) * 0x400 + (low - 0xDC00);
     } else if (code >= 0xDC00 && code <= 0xDFFF) {
         return json_error_at(r, place, "this second half of a surrogate pair has no first half before it");
@@ -182,8 +190,8 @@ static inline const char *json_unicode_escape(JsonReader *r) {
     return NULL;
 }
 
-/* A string, from its opening quote on. An escape is never shorter than what it stands for and the two quotes pay for
- * the 0 byte, so all decoded strings together fit in as many bytes as the text has. */
+/* A string, from its opening quote on. An escape is never shorter than what it stands for and the two
+ * quotes pay for the 0 byte, so all decoded strings together fit in as many bytes as the text has. */
 static inline const char *json_string(JsonReader *r, const char **string, uint32_t *length) {
     static const char letters[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
     const unsigned char *quote = r->at++;
@@ -204,7 +212,8 @@ static inline const char *json_string(JsonReader *r, const char **string, uint32
             continue;
         }
         int size = json_utf8(r->at, (size_t)(r->end - r->at));
-        if (*r->at < ' ') return json_expected(r, "no control character inside a string (write it as \\u00XX)");
+        if (*r->at < ' ')
+            return json_expected(r, "no control character inside a string (write it as \\u00XX)");
         if (size == 0) return json_expected(r, "UTF-8");
         for (; size > 0; size--) *r->tail++ = (char)*r->at++;
     }
@@ -230,7 +239,8 @@ static inline const char *json_number(JsonReader *r, JsonNode *node) {
     bool zero = r->at < r->end && *r->at == '0';
     size_t digits = json_digits(r);
     if (digits == 0) return json_expected(r, "a digit");
-    if (zero && digits > 1) return json_error_at(r, first, "a number does not start with 0 and another digit");
+    if (zero && digits > 1)
+        return json_error_at(r, first, "a number does not start with 0 and another digit");
     node->is_integer = true;
     if (r->at < r->end && *r->at == '.') {
         node->is_integer = false;
@@ -275,8 +285,8 @@ static inline int json_compare_keys(const void *a, const void *b) {
     return memcmp(x->key, y->key, x->key_length);
 }
 
-/* Looks for a key that an object has twice. Sorting the keys needs no hash function, which a hostile file could make
- * collide, and stays fast for the hundred thousand entries of a vocabulary. */
+/* Looks for a key that an object has twice. Sorting the keys needs no hash function, which a hostile file
+ * could make collide, and stays fast for the hundred thousand entries of a vocabulary. */
 static inline const char *json_check_keys(JsonReader *r, const JsonNode *object) {
     if (object->count > r->keys_capacity) {
         const JsonNode **keys = realloc(r->keys, 2 * (size_t)object->count * sizeof *keys);
@@ -285,7 +295,8 @@ static inline const char *json_check_keys(JsonReader *r, const JsonNode *object)
         r->keys_capacity = 2 * (size_t)object->count;
     }
     size_t count = 0;
-    for (const JsonNode *child = json_first(object); child; child = json_next(object, child)) r->keys[count++] = child;
+    for (const JsonNode *child = json_first(object); child; child = json_next(object, child))
+        r->keys[count++] = child;
     if (count > 1) qsort(r->keys, count, sizeof *r->keys, json_compare_keys);
     for (size_t i = 1; i < count; i++)
         if (json_compare_keys(&r->keys[i - 1], &r->keys[i]) == 0)
@@ -314,7 +325,8 @@ static inline const char *json_value(JsonReader *r) {
     const char *error = NULL;
     if (c == '{' || c == '[') {
         if (r->depth == JSON_MAX_DEPTH)
-            return json_error_at(r, r->at, errorf("more than %d containers inside each other", JSON_MAX_DEPTH));
+            return json_error_at(r, r->at,
+                                 errorf("more than %d containers inside each other", JSON_MAX_DEPTH));
         node->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         r->open[r->depth++] = (uint32_t)r->count;
         r->at++;
@@ -339,8 +351,8 @@ static inline const char *json_value(JsonReader *r) {
     return error;
 }
 
-/* The document: values, and after each value whatever may follow it. The stack of open containers is an array, so
- * nesting costs four bytes a level and no recursion. */
+/* The document: values, and after each value whatever may follow it. The stack of open containers is an
+ * array, so nesting costs four bytes a level and no recursion. */
 static inline const char *json_document(JsonReader *r) {
     for (;;) {
         int depth = r->depth;
@@ -349,7 +361,8 @@ static inline const char *json_document(JsonReader *r) {
         bool opened = r->depth > depth;
         for (;;) {                                   /* close what ends here, up to the next value */
             json_skip_space(r);
-            if (r->depth == 0) return r->at == r->end ? NULL : json_expected(r, "nothing after the document's value");
+            if (r->depth == 0)
+                return r->at == r->end ? NULL : json_expected(r, "nothing after the document's value");
             JsonNode *parent = &r->nodes[r->open[r->depth - 1]];
             bool object = parent->type == JSON_OBJECT;
             if (r->at < r->end && *r->at == (object ? '}' : ']')) {
@@ -361,7 +374,8 @@ static inline const char *json_document(JsonReader *r) {
                 continue;
             }
             if (!opened) {
-                if (r->at == r->end || *r->at != ',') return json_expected(r, object ? "',' or '}'" : "',' or ']'");
+                if (r->at == r->end || *r->at != ',')
+                    return json_expected(r, object ? "',' or '}'" : "',' or ']'");
                 r->at++;
             }
             parent->count++;
@@ -371,7 +385,7 @@ static inline const char *json_document(JsonReader *r) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * The reader.
  */
 
@@ -381,22 +395,25 @@ static inline void json_free(Json *json) {
     *json = (Json){0};
 }
 
-/* Reads one document from `length` bytes, which are not needed afterwards. Error: line, column, what was expected and
- * what was found; nothing is left to free then. */
+/* Reads one document from `length` bytes, which are not needed afterwards. Error: line, column, what was
+ * expected and what was found; nothing is left to free then. */
 static inline const char *json_parse(Json *json, const char *text, size_t length) {
     *json = (Json){0};
-    if (length >= UINT32_MAX) return errorf("a JSON text of %zu bytes is too long (the limit is 4 GiB)", length);
+    if (length >= UINT32_MAX)
+        return errorf("a JSON text of %zu bytes is too long (the limit is 4 GiB)", length);
     const unsigned char *start = (const unsigned char *)text;
     JsonReader r = {.start = start, .at = start, .end = start + length};
     r.text = r.tail = malloc(length + 1);
-    const char *error = r.text ? json_document(&r) : errorf("out of memory for %zu bytes of JSON text", length);
+    const char *error =
+        r.text ? json_document(&r) : errorf("out of memory for %zu bytes of JSON text", length);
     free((void *)r.keys);
     *json = (Json){.root = r.nodes, .text = r.text};
     if (error) json_free(json);
     return error;
 }
 
-/* Reads a file into memory: *text has *length bytes and a 0 byte after them; free() it. Error: the file and why. */
+/* Reads a file into memory: *text has *length bytes and a 0 byte after them; free() it. Error: the file and
+ * why. */
 static inline const char *json_read_text(const char *path, char **text, size_t *length) {
     size_t capacity = 1 << 16;
     FILE *file = fopen(path, "rb");
@@ -438,7 +455,7 @@ static inline const char *json_parse_file(Json *json, const char *path) {
     return error ? errorf("%s: %s", path, error) : NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * The writer: values one after the other, commas put in where they belong.
  *
  *     JsonWriter w = {0};
@@ -512,7 +529,9 @@ static inline void json_put_text(JsonWriter *w, const char *string, size_t lengt
     json_put_bytes(w, "\"", 1);
     w->comma = true;
 }
-static inline void json_put_string(JsonWriter *w, const char *string) { json_put_text(w, string, strlen(string)); }
+static inline void json_put_string(JsonWriter *w, const char *string) {
+    json_put_text(w, string, strlen(string));
+}
 
 /* The key of the member whose value is put next. */
 static inline void json_put_key(JsonWriter *w, const char *key) {
@@ -529,8 +548,8 @@ static inline void json_put_int(JsonWriter *w, int64_t value) {
     json_put_raw(w, text);
 }
 
-/* The shortest of 15 to 17 digits that reads back as the same double: 1e-05, not 1.0000000000000001e-05. Error: NaN
- * and infinity, which JSON does not have. */
+/* The shortest of 15 to 17 digits that reads back as the same double: 1e-05, not 1.0000000000000001e-05.
+ * Error: NaN and infinity, which JSON does not have. */
 static inline void json_put_double(JsonWriter *w, double value) {
     char text[32];
     int digits = 15;

@@ -1,11 +1,13 @@
-/* safetensors.h - reads and writes safetensors files, the format in which Python's libraries exchange weights.
+/* safetensors.h - reads and writes safetensors files, the format in which Python's libraries exchange
+ * weights.
  *
- * A file is: 8 bytes, the header's length (little-endian); the header, JSON; then the tensors' bytes. The header maps
- * each name to {"dtype": "F32", "shape": [2,3], "data_offsets": [first, end]}, offsets counting from the end of the
- * header, and "__metadata__" to an object of strings.
+ * A file is: 8 bytes, the header's length (little-endian); the header, JSON; then the tensors' bytes. The
+ * header maps each name to {"dtype": "F32", "shape": [2,3], "data_offsets": [first, end]}, offsets counting
+ * from the end of the header, and "__metadata__" to an object of strings.
  *
- * The reader takes nothing on trust: a file that it opened has every tensor's bytes inside the file, exactly as many as
- * dtype and shape need, no byte twice and none left over. The writer makes a file that is there whole or not at all.
+ * The reader takes nothing on trust: a file that it opened has every tensor's bytes inside the file,
+ * exactly as many as dtype and shape need, no byte twice and none left over. The writer makes a file that
+ * is there whole or not at all.
  *
  *     Safetensors file;
  *     const char *error = safetensors_open(&file, "model.safetensors");
@@ -44,8 +46,16 @@ enum {
     SAFETENSORS_SHAPE_TEXT = 24 * SAFETENSORS_MAX_DIMS
 };
 
-typedef enum { SAFETENSORS_F64, SAFETENSORS_I64, SAFETENSORS_F32, SAFETENSORS_I32, SAFETENSORS_BF16, SAFETENSORS_F16,
-               SAFETENSORS_U8, SAFETENSORS_NUM_DTYPES } SafetensorsDType;
+typedef enum {
+    SAFETENSORS_F64,
+    SAFETENSORS_I64,
+    SAFETENSORS_F32,
+    SAFETENSORS_I32,
+    SAFETENSORS_BF16,
+    SAFETENSORS_F16,
+    SAFETENSORS_U8,
+    SAFETENSORS_NUM_DTYPES
+} SafetensorsDType;
 
 typedef struct SafetensorsTensor {
     const char *name;
@@ -79,7 +89,8 @@ static inline size_t safetensors_dtype_bytes(SafetensorsDType dtype) {
 }
 
 /* A shape as messages show it: "[2,3]". Returns `text`. */
-static inline const char *safetensors_shape_text(int ndim, const int64_t *dims, char text[SAFETENSORS_SHAPE_TEXT]) {
+static inline const char *safetensors_shape_text(int ndim, const int64_t *dims,
+                                                 char text[SAFETENSORS_SHAPE_TEXT]) {
     int n = snprintf(text, SAFETENSORS_SHAPE_TEXT, "[");
     for (int i = 0; i < ndim; i++)
         n += snprintf(text + n, (size_t)(SAFETENSORS_SHAPE_TEXT - n), "%s%" PRId64, i ? "," : "", dims[i]);
@@ -95,7 +106,7 @@ static inline bool safetensors_little_endian(void) {
     return first == 1;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
+/* ----------------------------------------------------------------------------------------------------
  * Reading.
  */
 
@@ -111,7 +122,8 @@ static inline int safetensors_by_name(const void *a, const void *b) {
 }
 
 /* The shape of one header entry: sizes that are not negative and whose product can be counted in bytes. */
-static inline const char *safetensors_read_shape(const char *path, const JsonNode *shape, SafetensorsTensor *tensor) {
+static inline const char *safetensors_read_shape(const char *path, const JsonNode *shape,
+                                                 SafetensorsTensor *tensor) {
     if (!shape || shape->type != JSON_ARRAY)
         return errorf("%s: tensor %s: expected \"shape\" to be an array, found %s", path, tensor->name,
                       json_type_name(shape));
@@ -122,13 +134,15 @@ static inline const char *safetensors_read_shape(const char *path, const JsonNod
     bool empty = false;
     for (const JsonNode *dim = json_first(shape); dim; dim = json_next(shape, dim)) {
         if (!dim->is_integer || dim->integer < 0)
-            return errorf("%s: tensor %s: expected dimension %d of its shape to be an integer from 0 on, found %s",
-                          path, tensor->name, tensor->ndim, dim->is_integer ? "a negative one" : json_type_name(dim));
+            return errorf(
+                "%s: tensor %s: expected dimension %d of its shape to be an integer from 0 on, found %s",
+                path, tensor->name, tensor->ndim, dim->is_integer ? "a negative one" : json_type_name(dim));
         tensor->dims[tensor->ndim++] = dim->integer;
         empty = empty || dim->integer == 0;
         /* The largest element has 8 bytes. A zero further on does not excuse an overflow before it. */
         if (dim->integer > 0 && tensor->size > INT64_MAX / 8 / dim->integer)
-            return errorf("%s: tensor %s: its shape has more elements than memory has bytes", path, tensor->name);
+            return errorf("%s: tensor %s: its shape has more elements than memory has bytes", path,
+                          tensor->name);
         if (dim->integer > 0) tensor->size *= dim->integer;
     }
     if (empty) tensor->size = 0;
@@ -143,48 +157,58 @@ static inline const char *safetensors_read_entry(const char *path, const JsonNod
     *tensor = (SafetensorsTensor){.name = entry->key};
     for (const JsonNode *member = json_first(entry); member && entry->type == JSON_OBJECT;
          member = json_next(entry, member))
-        if (strcmp(member->key, "dtype") && strcmp(member->key, "shape") && strcmp(member->key, "data_offsets"))
-            return errorf("%s: tensor %s: unknown member \"%.80s\"; expected dtype, shape and data_offsets", path,
-                          tensor->name, member->key);
+        if (strcmp(member->key, "dtype") && strcmp(member->key, "shape") &&
+            strcmp(member->key, "data_offsets"))
+            return errorf("%s: tensor %s: unknown member \"%.80s\"; expected dtype, shape and data_offsets",
+                          path, tensor->name, member->key);
     const JsonNode *dtype = json_get(entry, "dtype"), *offsets = json_get(entry, "data_offsets");
     int d = 0;
     while (d < SAFETENSORS_NUM_DTYPES && !json_is(dtype, safetensors_dtype_name((SafetensorsDType)d))) d++;
     if (d == SAFETENSORS_NUM_DTYPES)
         return errorf("%s: tensor %s: expected dtype F64, F32, F16, BF16, I64, I32 or U8, found %.20s", path,
-                      tensor->name, dtype && dtype->type == JSON_STRING ? dtype->string : json_type_name(dtype));
+                      tensor->name,
+                      dtype && dtype->type == JSON_STRING ? dtype->string : json_type_name(dtype));
     tensor->dtype = (SafetensorsDType)d;
     const char *error = safetensors_read_shape(path, json_get(entry, "shape"), tensor);
     if (error) return error;
-    const JsonNode *first = json_first(offsets), *end = offsets && offsets->count == 2 ? first + first->span : NULL;
+    const JsonNode *first = json_first(offsets),
+                   *end = offsets && offsets->count == 2 ? first + first->span : NULL;
     if (!end || offsets->type != JSON_ARRAY || !first->is_integer || !end->is_integer || first->integer < 0)
-        return errorf("%s: tensor %s: expected \"data_offsets\" to be two integers from 0 on", path, tensor->name);
+        return errorf("%s: tensor %s: expected \"data_offsets\" to be two integers from 0 on", path,
+                      tensor->name);
     char shape[SAFETENSORS_SHAPE_TEXT];
     tensor->bytes = (size_t)tensor->size * safetensors_dtype_bytes(tensor->dtype);
     if (end->integer < first->integer || (uint64_t)(end->integer - first->integer) != tensor->bytes)
-        return errorf("%s: tensor %s: %s %s needs %zu bytes, but data_offsets go from %" PRId64 " to %" PRId64, path,
-                      tensor->name, safetensors_dtype_name(tensor->dtype),
-                      safetensors_shape_text(tensor->ndim, tensor->dims, shape), tensor->bytes, first->integer,
-                      end->integer);
+        return errorf("%s: tensor %s: %s %s needs %zu bytes, but data_offsets go from %" PRId64
+                      " to %" PRId64,
+                      path, tensor->name, safetensors_dtype_name(tensor->dtype),
+                      safetensors_shape_text(tensor->ndim, tensor->dims, shape), tensor->bytes,
+                      first->integer, end->integer);
     if ((uint64_t)end->integer > available)
-        return errorf("%s: tensor %s: ends at byte %" PRId64 " of the data, but the file has only %zu; it may be "
-                      "truncated", path, tensor->name, end->integer, available);
+        return errorf("%s: tensor %s: ends at byte %" PRId64
+                      " of the data, but the file has only %zu; it may be "
+                      "truncated",
+                      path, tensor->name, end->integer, available);
     tensor->data = data + first->integer;
     return NULL;
 }
 
 /* Tensors, sorted by offset, must cover the data from its first byte to its last, each byte once. */
-static inline const char *safetensors_check_cover(const Safetensors *file, const char *data, size_t available) {
+static inline const char *safetensors_check_cover(const Safetensors *file, const char *data,
+                                                  size_t available) {
     const char *expected = data;
     for (size_t i = 0; i < file->count; i++) {
         const SafetensorsTensor *tensor = &file->tensors[i];
         if ((const char *)tensor->data != expected)
-            return errorf("%s: tensor %s: expected it to start at byte %td of the data, where the one before it ends, "
-                          "found %td", file->path, tensor->name, expected - data, (const char *)tensor->data - data);
+            return errorf(
+                "%s: tensor %s: expected it to start at byte %td of the data, where the one before it ends, "
+                "found %td",
+                file->path, tensor->name, expected - data, (const char *)tensor->data - data);
         expected += tensor->bytes;
     }
     if (expected != data + available)
-        return errorf("%s: the tensors end at byte %td of the data, but the file has %zu", file->path, expected - data,
-                      available);
+        return errorf("%s: the tensors end at byte %td of the data, but the file has %zu", file->path,
+                      expected - data, available);
     return NULL;
 }
 
@@ -195,11 +219,13 @@ static inline const char *safetensors_read_header(Safetensors *file) {
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--) length = length << 8 | bytes[i];
     if (length > SAFETENSORS_MAX_HEADER)
-        return errorf("%s: its header would have %" PRIu64 " bytes, the limit is %d; is this a safetensors file?", path,
-                      length, SAFETENSORS_MAX_HEADER);
+        return errorf("%s: its header would have %" PRIu64
+                      " bytes, the limit is %d; is this a safetensors file?",
+                      path, length, SAFETENSORS_MAX_HEADER);
     if (length > file->map_bytes - 8)
-        return errorf("%s: its header has %" PRIu64 " bytes, but the file ends after %zu; it may be truncated", path,
-                      length, file->map_bytes - 8);
+        return errorf("%s: its header has %" PRIu64
+                      " bytes, but the file ends after %zu; it may be truncated",
+                      path, length, file->map_bytes - 8);
     if (length == 0 || json[0] != '{')
         return errorf("%s: expected a header that starts with '{'; is this a safetensors file?", path);
     const char *error = json_parse(&file->header, json, (size_t)length);
@@ -213,11 +239,12 @@ static inline const char *safetensors_read_header(Safetensors *file) {
         if (strcmp(entry->key, "__metadata__") == 0) {
             file->metadata = entry;
             if (entry->type != JSON_OBJECT)
-                return errorf("%s: expected __metadata__ to be an object, found %s", path, json_type_name(entry));
+                return errorf("%s: expected __metadata__ to be an object, found %s", path,
+                              json_type_name(entry));
             for (const JsonNode *value = json_first(entry); value; value = json_next(entry, value))
                 if (value->type != JSON_STRING)
-                    return errorf("%s: __metadata__: expected \"%.80s\" to be a string, found %s", path, value->key,
-                                  json_type_name(value));
+                    return errorf("%s: __metadata__: expected \"%.80s\" to be a string, found %s", path,
+                                  value->key, json_type_name(value));
             continue;
         }
         error = safetensors_read_entry(path, entry, data, available, &file->tensors[file->count]);
@@ -238,11 +265,12 @@ static inline void safetensors_close(Safetensors *file) {
     *file = (Safetensors){0};
 }
 
-/* Opens a file for reading; the tensors' bytes are read when they are used (the file is mapped). Error: the file, the
- * tensor, what was expected and what was found; nothing is left to close then. */
+/* Opens a file for reading; the tensors' bytes are read when they are used (the file is mapped). Error: the
+ * file, the tensor, what was expected and what was found; nothing is left to close then. */
 static inline const char *safetensors_open(Safetensors *file, const char *path) {
     *file = (Safetensors){0};
-    if (!safetensors_little_endian()) return errorf("%s: this machine is big-endian, which is not supported", path);
+    if (!safetensors_little_endian())
+        return errorf("%s: this machine is big-endian, which is not supported", path);
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0) return errorf("%s: cannot open: %s", path, strerror(errno));
     struct stat status;
@@ -292,7 +320,15 @@ static inline double safetensors_half(uint16_t bits) {
 
 /* Element i as a double: exact but for an I64 above 2^53. */
 static inline double safetensors_element(const SafetensorsTensor *tensor, int64_t i) {
-    union { double f64; int64_t i64; float f32; int32_t i32; uint32_t u32; uint16_t u16; uint8_t u8; } x = {0};
+    union {
+        double f64;
+        int64_t i64;
+        float f32;
+        int32_t i32;
+        uint32_t u32;
+        uint16_t u16;
+        uint8_t u8;
+    } x = {0};
     size_t bytes = safetensors_dtype_bytes(tensor->dtype);
     memcpy(&x, (const char *)tensor->data + (size_t)i * bytes, bytes);
     switch (tensor->dtype) {
@@ -326,9 +362,9 @@ static inline const char *safetensors_to_int64(const SafetensorsTensor *tensor, 
     return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------
- * Writing. A file is written under a temporary name, made durable, and only then given its name, in one step: whoever
- * opens PATH finds the old file or the new one, whenever the machine stops.
+/* ----------------------------------------------------------------------------------------------------
+ * Writing. A file is written under a temporary name, made durable, and only then given its name, in one
+ * step: whoever opens PATH finds the old file or the new one, whenever the machine stops.
  */
 
 typedef struct SafetensorsOutput {
@@ -336,11 +372,13 @@ typedef struct SafetensorsOutput {
     char path[SAFETENSORS_MAX_PATH], temporary[SAFETENSORS_MAX_PATH];
 } SafetensorsOutput;
 
-/* Makes a directory's entries durable. File systems that cannot do this say EINVAL, and there is no more to be done. */
+/* Makes a directory's entries durable. File systems that cannot do this say EINVAL, and there is no more to
+ * be done. */
 static inline const char *safetensors_sync_directory(const char *path) {
     int descriptor = open(path, O_RDONLY);
     bool ok = descriptor >= 0 && (fsync(descriptor) == 0 || errno == EINVAL);
-    const char *error = ok ? NULL : errorf("%s: cannot make the directory durable: %s", path, strerror(errno));
+    const char *error =
+        ok ? NULL : errorf("%s: cannot make the directory durable: %s", path, strerror(errno));
     if (descriptor >= 0) close(descriptor);
     return error;
 }
@@ -376,7 +414,8 @@ static inline const char *safetensors_commit(SafetensorsOutput *output) {
     output->file = NULL;
     if (ok && !closed) why = errno;
     if (!ok || !closed || rename(output->temporary, output->path) != 0) {
-        const char *error = errorf("%s: cannot write: %s", output->path, strerror(ok && closed ? errno : why));
+        const char *error =
+            errorf("%s: cannot write: %s", output->path, strerror(ok && closed ? errno : why));
         safetensors_abort(output);
         return error;
     }
@@ -393,8 +432,8 @@ typedef struct SafetensorsPair {
 /* Fills the bytes of tensor `index` (its place in the list given to safetensors_write) into out. */
 typedef const char *SafetensorsFill(void *context, size_t index, void *out);
 
-/* The header of a file with these tensors. They are laid out with the widest elements first, so that each one is
- * aligned, and in the given order among elements of one width. */
+/* The header of a file with these tensors. They are laid out with the widest elements first, so that each
+ * one is aligned, and in the given order among elements of one width. */
 static inline void safetensors_put_header(JsonWriter *w, const SafetensorsTensor *tensors, size_t count,
                                           const SafetensorsPair *metadata) {
     uint64_t offset = 0;
@@ -448,11 +487,14 @@ static inline const char *safetensors_put_data(FILE *out, const SafetensorsTenso
     return NULL;
 }
 
-/* Writes a file. Of each tensor: name (no two alike), dtype, ndim, dims and size are given, and data, or NULL if `fill`
- * is to make its bytes when their turn comes. metadata may be NULL. Error: the file and why; it is as it was before. */
+/* Writes a file. Of each tensor: name (no two alike), dtype, ndim, dims and size are given, and data, or
+ * NULL if `fill` is to make its bytes when their turn comes. metadata may be NULL. Error: the file and why;
+ * it is as it was before. */
 static inline const char *safetensors_write(const char *path, const SafetensorsTensor *tensors, size_t count,
-                                            const SafetensorsPair *metadata, SafetensorsFill *fill, void *context) {
-    if (!safetensors_little_endian()) return errorf("%s: this machine is big-endian, which is not supported", path);
+                                            const SafetensorsPair *metadata, SafetensorsFill *fill,
+                                            void *context) {
+    if (!safetensors_little_endian())
+        return errorf("%s: this machine is big-endian, which is not supported", path);
     size_t largest = 1;
     for (size_t i = 0; i < count; i++) {
         size_t bytes = (size_t)tensors[i].size * safetensors_dtype_bytes(tensors[i].dtype);
@@ -463,9 +505,10 @@ static inline const char *safetensors_write(const char *path, const SafetensorsT
     safetensors_put_header(&header, tensors, count, metadata);
     char *buffer = malloc(largest);
     const char *error = header.error ? errorf("%s: header: %s", path, header.error)
-                      : !buffer ? errorf("%s: out of memory for a tensor of %zu bytes", path, largest)
-                      : header.length > SAFETENSORS_MAX_HEADER ? errorf("%s: too many tensors for one file", path)
-                      : safetensors_begin(&output, path);
+                        : !buffer    ? errorf("%s: out of memory for a tensor of %zu bytes", path, largest)
+                        : header.length > SAFETENSORS_MAX_HEADER
+                            ? errorf("%s: too many tensors for one file", path)
+                            : safetensors_begin(&output, path);
     if (!error) {
         unsigned char length[8];
         for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.length >> 8 * i);
