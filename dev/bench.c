@@ -346,13 +346,9 @@ static void step_run(Step *step) {
     die_if(backend->backward(step->model, 1 / (double)loss.counted));
     wait_for(step->bench);
     times[2] = report_seconds();
-    MegalodonAdamW adamw = {.lr = 1e-3,
-                            .beta1 = 0.9,
-                            .beta2 = 0.95,
-                            .eps = 1e-8,
-                            .weight_decay = 0.1,
-                            .clip = 1,
-                            .step = ++step->updates};
+    /* wide models diverge in their first steps at the rate of narrow ones */
+    MegalodonAdamW adamw = {.lr = 0.4 / step->bench->config.model_dim, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+                            .weight_decay = 0.1, .clip = 1, .step = ++step->updates};
     die_if(backend->update(step->model, &adamw, &norm));
     wait_for(step->bench);
     times[3] = report_seconds();
