@@ -64,7 +64,7 @@ endif
 # ---------------------------------------------------------------------------------------------------------------------
 # Targets
 
-PROGRAMS := $(addprefix $(BIN)/,train generate $(basename $(wildcard numdiff.c)))
+PROGRAMS := $(addprefix $(BIN)/,train generate evaluate $(basename $(wildcard numdiff.c tokenize.c)))
 TESTS := $(sort $(patsubst %.c,$(BUILD)/%,$(notdir $(wildcard tests/test_*.c test_gradcheck.c))))
 TEST_SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
@@ -75,11 +75,11 @@ TEST_COMMANDS += $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test build-tests demo asan bench golden clean help
+.PHONY: all test build-tests test-python demo asan bench golden clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
-all: $(PROGRAMS) ## build ./train, ./generate and ./numdiff (the default)
+all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
 test: $(PROGRAMS) $(TESTS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
@@ -99,6 +99,11 @@ bench: $(BUILD)/bench ## measure the matrix product, a training step and generat
 
 golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="FILE..."
 	@$(BUILD)/test_golden $(GOLDEN)
+
+test-python: $(BIN)/tokenize ## compare the tokenizer with the Python package, in a virtual environment of its own
+	@python3 -m venv $(BUILD)/venv
+	@$(BUILD)/venv/bin/pip install -q -r tests/python/requirements.txt
+	@$(BUILD)/venv/bin/python tests/python/test_tokenizer.py --bin $(BIN)
 
 clean: ## remove everything that make built
 	rm -rf $(BUILD) $(PROGRAMS)
@@ -137,6 +142,11 @@ $(BIN)/train: $(BUILD)/train.o $(MODEL_OBJECTS)
 	$(LINK)
 $(BIN)/generate: $(BUILD)/generate.o $(MODEL_OBJECTS)
 	$(LINK)
+$(BIN)/evaluate: $(BUILD)/evaluate.o $(MODEL_OBJECTS)
+	$(LINK)
+# It reads no model.
+$(BIN)/tokenize: $(BUILD)/tokenize.o
+	$(CC) $(ALL_CFLAGS) $< $(LDLIBS) -o $@
 # It compares any two backends, the one in double among them.
 $(BIN)/numdiff: $(BUILD)/numdiff.o $(TEST_OBJECTS)
 	$(LINK)

@@ -4,7 +4,10 @@
  *
  * The prompt goes through the model in pieces, then one token at a time comes out. The model remembers all that it has
  * read in a state of fixed size, so a token costs the same after a hundred tokens and after a hundred million, and
- * memory does not grow.
+ * memory does not grow. The state can be saved, so that a book is read once and continued many times:
+ *
+ *     ./generate --prompt-file book.txt --save-state book.state --max-tokens 0
+ *     ./generate --load-state book.state --prompt "And then " --seed 7
  *
  * The text goes to stdout as it is made, everything else to stderr.
  */
@@ -30,7 +33,9 @@
 #include "lib/sampler.h"
 #include "lib/text.h"
 
-enum { PIECE = 512 };                /* tokens of the prompt that go through the model at once */
+/* Tokens of the prompt that go through the model at once, unless --read-size says otherwise: enough to keep the
+ * backend busy, few enough to cost little memory. */
+enum { READ_SIZE_CPU = 512, READ_SIZE_GPU = 4096 };
 
 /* ------------------------------------------------------------------------------------------------------------
  * Options.
@@ -39,16 +44,22 @@ enum { PIECE = 512 };                /* tokens of the prompt that go through the
  */
 #define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
 #define GENERATE_OPTIONS(X) \
-    X(TEXT,   checkpoint,  "build/demo",       0, 0, "PATH", "Model", \
+    X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
-      "newest step; the default is what `make demo` trained") \
+      "newest step; the default is the TinyStories model that comes with the project") \
     X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \
-      "text to continue, which is printed first; if neither this nor --prompt-file is given: Once upon a time") \
+      "text to continue, which is printed first; without this, --prompt-file and --load-state: Once upon a time") \
     X(TEXT,   prompt_file, NULL,               0, 0, "FILE", "Text", \
       "read the text to continue from a file of any size; -: from stdin; it is not printed") \
+    X(INT,    read_size,   "0",                0, 1 << 20, "N", "Text", \
+      "tokens to read at once; more is faster up to a point and takes more memory; 0: 512 on a CPU, 4096 on a GPU") \
     X(LONG,   max_tokens,  "500",              0, LARGE, "N", "Text", "tokens to generate at most") \
     X(TEXT,   stop,        NULL,               0, 0, "TEXT", "Text", \
       "stop when this text comes and do not print it, for example '<|endoftext|>'") \
+    X(TEXT,   save_state,  NULL,               0, 0, "FILE", "State", \
+      "after the prompt, write what the model remembers to a file, from which --load-state goes on") \
+    X(TEXT,   load_state,  NULL,               0, 0, "FILE", "State", \
+      "go on from what --save-state wrote for the same model; --prompt and --prompt-file then follow that text") \
     X(REAL,   temperature, "0.8",              0, 100, "X", "Sampling", \
       "below 1 prefers likely tokens, above 1 unlikely ones; 0: always the most likely one") \
     X(INT,    top_k,       "0",                0, 1 << 30, "N", "Sampling", \
@@ -78,7 +89,7 @@ static bool read_options(Values *v, int argc, char **argv) {
         return false;
     }
     if (v->prompt && v->prompt_file) die("--prompt and --prompt-file exclude each other; give one of them");
-    if (!v->prompt && !v->prompt_file) v->prompt = "Once upon a time";
+    if (!v->prompt && !v->prompt_file && !v->load_state) v->prompt = "Once upon a time";
     if (v->stop && strlen(v->stop) > TEXT_STOP_MAX)
         die(errorf("--stop: expected at most %d bytes, found %zu", TEXT_STOP_MAX, strlen(v->stop)));
     static const char *const idle[] = {"top-k", "top-p", "seed"};
@@ -96,9 +107,13 @@ typedef struct Generator {
     MegalodonConfig config;
     const MegalodonBackend *backend;
     MegalodonModel *model;
-    int64_t tokens;              /* that the model has read */
+    char hash[CHECKPOINT_HASH];  /* of the model; only where a state is saved or loaded */
+    int64_t before, read;        /* tokens: of the loaded state, and of the prompt      */
+    int read_size;
+    uint8_t *bytes;              /* read_size: a piece of the prompt ...                */
+    int32_t *piece;              /* read_size: ... and its tokens                       */
     Sampler sampler;
-    float *logits;               /* vocab_size              */
+    float *logits;               /* vocab_size: after the last token                    */
 } Generator;
 
 static void load_model(Generator *g, const Values *v) {
@@ -114,12 +129,48 @@ static void load_model(Generator *g, const Values *v) {
                    "most 256", v->checkpoint, g->config.vocab_size));
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
     die_if(backend_threads(v->threads, &threads));
-    MegalodonOptions options = {.max_batch = 1, .max_length = PIECE, .carry = true, .precision = precision};
+    g->read_size = v->read_size ? v->read_size : g->backend == &megalodon_cpu ? READ_SIZE_CPU : READ_SIZE_GPU;
+    MegalodonOptions options = {.max_batch = 1, .max_length = g->read_size, .carry = true, .precision = precision};
     die_if(g->backend->create(&g->model, &g->config, &options));
     die_if(checkpoint_load(v->checkpoint, g->backend, g->model, &g->config));
+    if (v->load_state || v->save_state) die_if(checkpoint_hash(v->checkpoint, g->hash));
     g->logits = malloc((size_t)g->config.vocab_size * sizeof *g->logits);
-    if (!g->logits) die("no memory for the logits");
+    g->bytes = malloc((size_t)g->read_size);
+    g->piece = malloc((size_t)g->read_size * sizeof *g->piece);
+    if (!g->logits || !g->bytes || !g->piece) die("no memory for the prompt and the logits");
     die_if(sampler_create(&g->sampler, g->config.vocab_size, v->temperature, v->top_k, v->top_p, (uint64_t)v->seed));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The state in a file: what the model has read up to now, so that it need not be read again.
+ */
+
+/* Loads the state and the logits after its last token. */
+static void load_state(Generator *g, const Values *v) {
+    int64_t count;
+    char tokens[32];
+    const char *error = checkpoint_state_resume(v->load_state, g->backend, g->model, &g->config, g->hash, g->logits);
+    if (!error) error = g->backend->get(g->model, MEGALODON_STATE, "count", &count, MEGALODON_I64);
+    if (!error && count == 0) error = errorf("%s: is the state before the first token", v->load_state);
+    if (error) die(errorf("--load-state %s", error));
+    g->before = count;
+    fprintf(stderr, "the state of %s has read %s tokens\n", v->load_state, report_count(count, tokens));
+}
+
+static void save_state(Generator *g, const char *path) {
+    const char *error = checkpoint_state_write(path, g->backend, g->model, &g->config, g->hash, g->logits);
+    if (error) die(errorf("--save-state %s", error));
+}
+
+/* A book takes minutes to read: whether its state can be written at all is asked before. */
+static void check_writable(const char *path) {
+    SafetensorsOutput output;
+    struct stat info;
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode))
+        die(errorf("--save-state %s: is there already, but is not a file", path));
+    const char *error = safetensors_begin(&output, path);
+    if (error) die(errorf("--save-state %s", error));
+    safetensors_abort(&output);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -128,32 +179,35 @@ static void load_model(Generator *g, const Values *v) {
 
 /* Runs bytes through the model, after what it has read before. */
 static void read_piece(Generator *g, const uint8_t *bytes, int n) {
-    int32_t tokens[PIECE];
     for (int i = 0; i < n; i++) {
-        tokens[i] = bytes[i];
+        g->piece[i] = bytes[i];
         if (bytes[i] >= g->config.vocab_size)
-            die(errorf("byte %" PRId64 " of the prompt is %d, but the model knows only 0 to %d", g->tokens + i,
+            die(errorf("byte %" PRId64 " of the prompt is %d, but the model knows only 0 to %d", g->read + i,
                        bytes[i], g->config.vocab_size - 1));
     }
-    die_if(text_feed(g->backend, g->model, tokens, n, g->tokens > 0));
-    g->tokens += n;
+    die_if(text_feed(g->backend, g->model, g->piece, n, g->before + g->read > 0));
+    g->read += n;
 }
 
-/* Fills a piece from a file or a pipe; fewer bytes than PIECE come only at the end. */
-static int next_piece(FILE *file, const char *name, uint8_t *bytes) {
-    size_t n = fread(bytes, 1, PIECE, file);
+/* Fills a piece from a file or a pipe; fewer bytes than --read-size come only at the end. */
+static int next_piece(Generator *g, FILE *file, const char *name) {
+    size_t n = fread(g->bytes, 1, (size_t)g->read_size, file);
     if (ferror(file)) die(errorf("--prompt-file %s: cannot be read: %s", name, strerror(errno)));
     return (int)n;
 }
 
-/* A long prompt takes minutes: a terminal shows how far it is, once a second. `size` is 0 where it is not known. */
+/* A long prompt takes minutes: a terminal shows every second how far it is, a log gets a line now and then. `size` is
+ * 0 where it is not known. */
 static void show_reading(const Generator *g, int64_t size, double start, double *shown) {
-    char tokens[32], left[32] = "";
-    double now = report_seconds(), rate = (double)g->tokens / (now - start);
-    if (!isatty(STDERR_FILENO) || now - *shown < 1) return;
-    fprintf(stderr, "\rread %s tokens, %.0f tok/s", report_count(g->tokens, tokens), rate);
-    if (size > g->tokens) fprintf(stderr, ", left %s", report_duration((double)(size - g->tokens) / rate, left));
-    fprintf(stderr, "\033[K");
+    char tokens[32], left[32];
+    double now = report_seconds(), rate = (double)g->read / (now - start);
+    bool terminal = isatty(STDERR_FILENO);
+    if (now - *shown < (terminal ? 1 : 5)) return;
+    fprintf(stderr, "%sread %s tokens", terminal ? "\r" : "", report_count(g->read, tokens));
+    if (size > g->read) fprintf(stderr, " of %s", report_count(size, tokens));
+    fprintf(stderr, ", %.0f tok/s", rate);
+    if (size > g->read) fprintf(stderr, ", left %s", report_duration((double)(size - g->read) / rate, left));
+    fprintf(stderr, "%s", terminal ? "\033[K" : "\n");
     *shown = now;
 }
 
@@ -161,24 +215,31 @@ static void read_prompt_file(Generator *g, const char *name) {
     bool is_stdin = strcmp(name, "-") == 0;
     FILE *file = is_stdin ? stdin : fopen(name, "rb");
     struct stat info;
-    uint8_t bytes[PIECE];
     double start = report_seconds(), shown = start;
     if (!file) die(errorf("--prompt-file %s: cannot be opened: %s", name, strerror(errno)));
     bool known = fstat(fileno(file), &info) == 0;
     if (known && S_ISDIR(info.st_mode)) die(errorf("--prompt-file %s: is a folder; expected a file", name));
-    for (int n; (n = next_piece(file, name, bytes)) > 0;) {
-        read_piece(g, bytes, n);
+    for (int n; (n = next_piece(g, file, name)) > 0;) {
+        read_piece(g, g->bytes, n);
         show_reading(g, known && S_ISREG(info.st_mode) ? (int64_t)info.st_size : 0, start, &shown);
     }
-    if (shown > start) fprintf(stderr, "\r\033[K");
-    if (g->tokens == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
+    if (shown > start && isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
+    if (g->read == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
     if (!is_stdin) fclose(file);
 }
 
 static void read_prompt(Generator *g, const char *prompt) {
-    size_t length = strlen(prompt);
-    for (size_t at = 0; at < length; at += PIECE)
-        read_piece(g, (const uint8_t *)prompt + at, (int)(length - at < PIECE ? length - at : PIECE));
+    size_t length = strlen(prompt), size = (size_t)g->read_size;
+    for (size_t at = 0; at < length; at += size)
+        read_piece(g, (const uint8_t *)prompt + at, (int)(length - at < size ? length - at : size));
+}
+
+/* Reads what there is to read; g->logits are those after its last token. */
+static void read_all(Generator *g, const Values *v) {
+    if (v->load_state) load_state(g, v);
+    if (v->prompt) read_prompt(g, v->prompt);
+    else if (v->prompt_file) read_prompt_file(g, v->prompt_file);
+    if (g->read > 0) die_if(g->backend->last_logits(g->model, g->logits));
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -200,13 +261,13 @@ static int64_t write_text(Generator *g, const Values *v) {
     int32_t token = 0;
     if (v->prompt) fputs(v->prompt, stdout);
     show_text();
-    while (made < v->max_tokens && !writer.stopped) {
-        if (made > 0) die_if(text_feed(g->backend, g->model, &token, 1, true));
-        die_if(g->backend->last_logits(g->model, g->logits));
+    while (made < v->max_tokens) {
         die_if(sampler_next(&g->sampler, g->logits, &token));
         text_put(&writer, (uint8_t)token);
         show_text();
-        made++;
+        if (++made == v->max_tokens || writer.stopped) break;
+        die_if(text_feed(g->backend, g->model, &token, 1, true));
+        die_if(g->backend->last_logits(g->model, g->logits));
     }
     text_end(&writer);
     if (isatty(STDOUT_FILENO)) printf("\n");
@@ -226,20 +287,24 @@ int main(int argc, char **argv) {
     static Values v;
     if (!read_options(&v, argc, argv)) return 0;
     signal(SIGPIPE, SIG_IGN);                            /* show_text sees it and ends quietly */
+    if (v.save_state) check_writable(v.save_state);
     load_model(&g, &v);
 
     double start = report_seconds();
-    if (v.prompt) read_prompt(&g, v.prompt);
-    else read_prompt_file(&g, v.prompt_file);
+    read_all(&g, &v);
     double middle = report_seconds();
-    int64_t read = g.tokens, made = write_text(&g, &v);
+    if (v.save_state) save_state(&g, v.save_state);
+    double begin = report_seconds();
+    int64_t made = write_text(&g, &v);
     double end = report_seconds();
 
     fprintf(stderr, "\n");
-    print_rate("read", read, middle - start, "; ");
-    print_rate("generated", made, end - middle, "\n");
+    if (g.read > 0) print_rate("read", g.read, middle - start, "; ");
+    print_rate("generated", made, end - begin, "\n");
     g.backend->destroy(g.model);
     sampler_destroy(&g.sampler);
     free(g.logits);
+    free(g.bytes);
+    free(g.piece);
     return 0;
 }

@@ -54,6 +54,17 @@ static const char *errorf(const char *format, ...) {
     return sentence;
 }
 
+/* OpenMP directives vanish in a build without it. PARALLEL_FOR forks only when `work` (elements touched) is
+ * worth the few microseconds that a fork costs; it never changes what is computed. */
+#ifdef _OPENMP
+#define DIRECTIVE(text) _Pragma(#text)
+#define OMP(text) DIRECTIVE(omp text)
+#else
+#define OMP(text)
+#endif
+enum { FORK_WORTH = 16384 };
+#define PARALLEL_FOR(work) OMP(parallel for schedule(static) if ((work) >= FORK_WORTH))
+
 /* Whether a configuration has a tensor of this kind of presence. */
 static bool is_present(const MegalodonConfig *c, MegalodonPresence presence) {
     switch (presence) {
@@ -316,6 +327,7 @@ void megalodon_initial_values(const MegalodonConfig *config, const MegalodonTens
         initialise_theta(out, tensor->size, key);
         return;
     }
+    PARALLEL_FOR(tensor->size)
     for (int64_t i = 0; i < tensor->size; i++) {
         uint64_t n = (uint64_t)i;
         double x = 0;
@@ -448,17 +460,6 @@ const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS] = {
 /* ----------------------------------------------------------------------------------------------------
  * 2. Arithmetic
  */
-
-/* OpenMP directives vanish in a build without it. PARALLEL_FOR forks only when `work` (elements touched) is
- * worth the few microseconds that a fork costs; it never changes what is computed. */
-#ifdef _OPENMP
-#define DIRECTIVE(text) _Pragma(#text)
-#define OMP(text) DIRECTIVE(omp text)
-#else
-#define OMP(text)
-#endif
-enum { FORK_WORTH = 16384 };
-#define PARALLEL_FOR(work) OMP(parallel for schedule(static) if ((work) >= FORK_WORTH))
 
 static int max_threads(void) {
 #ifdef _OPENMP
@@ -738,7 +739,8 @@ ALWAYS_INLINE void matmul_rows(real *c, int64_t ldc, const real *a, int64_t rsa,
  * comes from memory once, a column or a strip of columns at a time. */
 static void matmul_few_rows(real *c, int64_t ldc, const real *a, int64_t rsa, const real *b, int64_t rsb,
                             int64_t csb, int64_t M, int64_t N, int64_t K, bool add) {
-    int threads = N * K < 1 << 17 ? 1 : matmul_threads();
+    /* A small matrix is read before another thread has woken up, the more so where other programs run. */
+    int threads = N * K < 1 << 20 ? 1 : matmul_threads();
     int64_t step = rsb == 1 ? 1 : STRIP_VECTORS * LANES;
     (void)threads;                                       /* unused without OpenMP */
     OMP(parallel for schedule(static) num_threads(threads) if(threads > 1))

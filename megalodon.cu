@@ -6,7 +6,7 @@
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
  *   cuda/matmul.cuh        cuBLAS, the linear layer
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
- *   cuda/pointwise.cuh
+ *   cuda/pointwise.cuh     cuda/decode.cuh: one token a row, the kernels of generation
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
@@ -21,6 +21,7 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
+#include "cuda/decode.cuh"
 #include "cuda/megalodon_cuda.h"
 #include "cuda/norms.cuh"
 #include "cuda/pointwise.cuh"
@@ -206,9 +207,12 @@ struct MegalodonModel {
     double *norm_partials;
     Scalars *scalars, *host_scalars;
     float *last_logits; /* (B,V) */
+    float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
+    int *arrivals;      /* decode_attention's counters, zero between steps */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
+    bool logits_sent; /* the last forward's logits are on their way to host_logits */
     /* One block of memory for all that a step uploads, on the host (pinned) and on the device. */
     char *host_upload, *device_upload;
     size_t upload_bytes;
@@ -326,6 +330,11 @@ template <typename T> static void take_state(const Model<T> *m, Arena *arena, St
 
 static bool keeps_state(const MegalodonModel *m) { return m->options.carry || !m->options.training; }
 
+/* Rows of the largest batch that decode_pass takes. */
+static int64_t few_rows(const MegalodonModel *m) {
+    return m->options.max_batch < DECODE_ROWS ? m->options.max_batch : (int)DECODE_ROWS;
+}
+
 /* Training keeps the incoming state for the backward; inference moves one state on in place. */
 template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
     if (!keeps_state(m)) return;
@@ -349,6 +358,8 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     m->norm_partials = take<double>(arena, ceil_div(m->arena_size, NORM_CHUNK));
     m->scalars = take<Scalars>(arena, 1);
     m->last_logits = take<float>(arena, (int64_t)m->options.max_batch * c->vocab_size);
+    m->arrivals = take<int>(arena, decode_attention_sizes(few_rows(m), c->num_heads,
+                                                          c->value_dim / c->num_heads).arrivals);
     m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
 
     Arena upload = {arena->base + arena->used, 0};
@@ -728,6 +739,130 @@ template <typename T> static void forward_pass(Model<T> *m) {
     head_forward<T>(m, final);
 }
 
+/* ---- one token a row ---- */
+
+/* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the
+ * state stays where it is, so that the same launches serve every token. */
+static bool is_step(const MegalodonModel *m) {
+    return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets &&
+           !m->batch.dropout;
+}
+/* Of those, what the fused kernels take. */
+static bool is_decode_step(const MegalodonModel *m) {
+    int z = m->config.z_dim / m->config.num_heads;
+    return is_step(m) && m->batch.B <= DECODE_ROWS && z <= DECODE_MAX_HEAD;
+}
+
+template <typename T>
+static DecodeProduct<T> decode_product(const T *weight, const T *bias, const T *x, int64_t N, int64_t K) {
+    DecodeProduct<T> q = {};
+    q.weight = weight, q.bias = bias, q.x = x, q.N = (int)N, q.K = (int)K;
+    return q;
+}
+template <typename T> static DecodeProducts<T> decode_group(const MegalodonModel *m) {
+    DecodeProducts<T> p = {};
+    p.M = m->batch.B, p.eps = (float)m->config.norm_eps;
+    return p;
+}
+
+/* mega_forward for a step. norm: what this block's TimestepNorm and CEMA read and write. Returns y. */
+template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, DecodeNorm<T> norm) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    LayerState<T> *state = &m->state.layers[l];
+    LayerActs<T> *a = &m->acts[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t B = m->batch.B, D = c->model_dim, Z = c->z_dim, E = c->value_dim, H = c->num_heads, e = E / H;
+    DecodeAttentionSizes sizes = decode_attention_sizes(B, H, e);
+    T *u = take<T>(context, B * D), *h = take<T>(context, B * D), *ar = take<T>(context, B * E);
+    float *partial = take<float>(context, sizes.partial);
+    float2 *parts = take<float2>(context, sizes.parts);
+
+    norm.u = u, norm.c = a->c, norm.h = state->cema, norm.coef = m->coef[l];
+    norm.omega = m->masters[l].cema_omega, norm.mean = state->norm_mean, norm.var = state->norm_var;
+    norm.weight = w->timenorm_weight, norm.bias = w->timenorm_bias;
+    decode_norm(context, norm, B);
+
+    /* zz, r = silu(rr) and h = m Wh1^T + bh1 + x read m = rmsnorm(c); v = silu(vv) reads u */
+    DecodeProducts<T> p = decode_group<T>(m);
+    p.product[p.number++] = decode_product<T>(w->wz_weight, w->wz_bias, a->c, Z, D);
+    p.product[p.number++] = decode_product<T>(w->wr_weight, w->wr_bias, a->c, E, D);
+    p.product[p.number++] = decode_product<T>(w->wh1_weight, w->wh1_bias, a->c, D, D);
+    for (int i = 0; i < p.number; i++)
+        p.product[i].input = DECODE_RMSNORM, p.product[i].norm_weight = w->rmsnorm_weight;
+    p.product[p.number++] = decode_product<T>(w->wv_weight, w->wv_bias, u, E, D);
+    DecodeProduct<T> *zz = p.product, *r = p.product + 1, *h1 = p.product + 2, *v = p.product + 3;
+    zz->out = a->zz;
+    r->out = a->rr, r->silu = true;
+    h1->out = h, h1->add = x;
+    v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
+    decode_products(context, p);
+
+    decode_attention(context,
+                     DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
+                                        w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
+                                        (int)e, c->chunk_size, (float)c->norm_eps},
+                     B);
+
+    p = decode_group<T>(m);
+    p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
+    p.product[0].out = a->y, p.product[0].add = h;
+    decode_products(context, p);
+    return a->y;
+}
+
+/* ffn_forward for a step */
+template <typename T> static void ffn_step(Model<T> *m, int l, T *out, const T *x, const T *y) {
+    const MegalodonConfig *c = &m->config;
+    const LayerParams<T> *w = &m->layers[l];
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t D = c->model_dim, F = c->ffn_hidden_dim;
+    T *hidden = take<T>(context, m->batch.B * F);
+
+    DecodeProducts<T> p = decode_group<T>(m);
+    p.product[p.number++] = decode_product<T>(w->fc1_weight, nullptr, y, F, D);
+    p.product[0].out = hidden, p.product[0].silu = true, p.product[0].second = w->fc3_weight;
+    p.product[0].input = DECODE_LAYERNORM;
+    p.product[0].norm_weight = w->ffnnorm_weight, p.product[0].norm_bias = w->ffnnorm_bias;
+    decode_products(context, p);
+
+    p = decode_group<T>(m);
+    p.product[p.number++] = decode_product<T>(w->fc2_weight, nullptr, hidden, D, F);
+    p.product[0].out = out, p.product[0].scale = w->ffn_alpha, p.product[0].add = x;
+    decode_products(context, p);
+}
+
+/* forward_pass for a step, and the logits, which are what a step is made for. */
+template <typename T> static void decode_pass(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    Context *context = &m->context;
+    int64_t B = m->batch.B, V = c->vocab_size;
+    DecodeNorm<T> norm = {};
+    norm.embed = m->top.embed_weight, norm.tokens = m->tokens, norm.embedded = m->top_acts.embed;
+    norm.scale = embedding_scale(c), norm.count = m->state.count, norm.eps = (float)c->norm_eps;
+    norm.D = c->model_dim, norm.G = c->norm_num_groups, norm.N = c->cema_ndim;
+    T *x = m->top_acts.embed;
+    for (int l = 0; l < c->num_layers; l++) {
+        T *y = mega_step(m, l, x, norm);
+        ffn_step(m, l, m->acts[l].out, x, y);
+        norm.tokens = nullptr, norm.x = x = m->acts[l].out;
+    }
+    norm.u = m->last, norm.mean = m->state.final_mean, norm.var = m->state.final_var;
+    norm.weight = m->top.final_weight, norm.bias = m->top.final_bias;
+    decode_norm(context, norm, B);
+
+    DecodeProducts<T> p = decode_group<T>(m);
+    p.product[p.number++] = decode_product<T>(m->top.output_weight, nullptr, m->last, V, c->model_dim);
+    p.product[0].wide_out = m->last_logits;
+    p.advance = m->state.count; // all that read the counts have ended when this kernel writes
+    decode_products(context, p);
+    if (!context->dry_run)
+        CHECK_CUDA(cudaMemcpyAsync(m->host_logits, m->last_logits, (size_t)(B * V) * sizeof(float),
+                                   cudaMemcpyDeviceToHost, context->stream));
+}
+
 template <typename T> static void backward_pass(Model<T> *m, double scale) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
@@ -783,6 +918,10 @@ template <typename T> static size_t measure_scratch(Model<T> *m) {
             m->have_dstate_out = m->options.training && m->options.state_gradients;
             forward_pass(m);
             if (m->options.training) backward_pass(m, 1);
+        }
+        if (!m->options.training) {
+            m->batch.B = (int)few_rows(m);
+            decode_pass(m);
         }
     }
     size_t peak = context->scratch_peak;
@@ -863,6 +1002,8 @@ template <typename T> static const char *build(Model<T> *m) {
     point_all_params(m);
     CHECK_CUDA(cudaMallocHost((void **)&m->host_upload, m->upload_bytes));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
+    CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
+                              (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
     CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
                                     m->context.cublas_workspace_bytes));
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
@@ -896,6 +1037,7 @@ static void cuda_destroy(MegalodonModel *m) {
     for (void *arena : m->arenas) CHECK_CUDA(cudaFree(arena));
     if (m->host_upload) CHECK_CUDA(cudaFreeHost(m->host_upload));
     if (m->host_scalars) CHECK_CUDA(cudaFreeHost(m->host_scalars));
+    if (m->host_logits) CHECK_CUDA(cudaFreeHost(m->host_logits));
     delete m;
 }
 
@@ -1065,19 +1207,15 @@ template <typename T> static void refresh_weights(Model<T> *m) {
     m->weights_changed = false;
 }
 
-/* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the
- * state stays where it is, so that the same launches serve every token. */
-static bool is_step(const MegalodonModel *m) {
-    return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets &&
-           !m->batch.dropout;
-}
-
 template <typename T> static void replay_step(Model<T> *m) {
     if (m->step_rows != m->batch.B) {
         cudaGraph_t graph;
         if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
         CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
-        forward_pass(m);
+        if (is_decode_step(m))
+            decode_pass(m);
+        else
+            forward_pass(m);
         CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
         CHECK_CUDA(cudaGraphInstantiate(&m->step_graph, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
@@ -1098,6 +1236,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
         replay_step(m);
     else
         forward_pass(m);
+    m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
     if (!loss) return nullptr;
     *loss = MegalodonLoss{0, 0};
@@ -1118,6 +1257,11 @@ static const char *cuda_forward(MegalodonModel *m, const MegalodonBatch *batch, 
 template <typename T> static const char *last_logits_of(Model<T> *m, float *out) {
     int64_t B = m->batch.B, D = m->config.model_dim, V = m->config.vocab_size;
     if (B == 0) return errorf("there are no logits before the first forward");
+    if (m->logits_sent) { // a step has them on their way already
+        CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+        memcpy(out, m->host_logits, (size_t)(B * V) * sizeof(float));
+        return nullptr;
+    }
     if (B <= FEW_ROWS)
         linear_few_rows<T, float>(&m->context, m->last_logits, m->last, m->top.output_weight, nullptr,
                                   nullptr, (int)B, (int)V, (int)D);

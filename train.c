@@ -6,8 +6,9 @@
  * evaluation, samples, the loop, main. Options, checkpoints and setting up are in lib/trainer.h. The model is behind
  * the table of functions in megalodon.h: nothing here knows which backend computes it.
  *
- * A run is exact: the rows of a step are a function of (seed, step, row), so a run that was saved and resumed computes
- * the same bits as one that was never stopped, with any number of threads.
+ * A run is exact: the rows of a step are a function of (seed, step, row), or with --carry-state of where the rows were
+ * before, so a run that was saved and resumed computes the same bits as one that was never stopped, with any number of
+ * threads.
  */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -48,24 +49,74 @@ static void catch_signals(void) {
 
 /* Fills row `row` of the batch with the window that starts at token `start` of the range. The targets are the
  * tokens one place further. */
-static void load_row(Run *run, const Range *range, int64_t start, int row) {
-    int T = run->values.seq_len;
+static void load_row(Run *run, const Range *range, int64_t start, int64_t row) {
+    int64_t T = run->values.seq_len;
     die_if(dataset_window(range->data, range->first + start, T + 1, run->window));
-    memcpy(run->tokens + (int64_t)row * T, run->window, (size_t)T * sizeof *run->tokens);
-    memcpy(run->targets + (int64_t)row * T, run->window + 1, (size_t)T * sizeof *run->targets);
+    memcpy(run->tokens + row * T, run->window, (size_t)T * sizeof *run->tokens);
+    memcpy(run->targets + row * T, run->window + 1, (size_t)T * sizeof *run->targets);
 }
 
-/* The rows of one forward pass of a step start at random places. The generator counts rows from the start of the
- * run, so no state has to be saved, and --batch 8 --accumulate 2 sees what --batch 16 sees. */
-static void load_training_rows(Run *run, int64_t step, int pass) {
-    const Values *v = &run->values;
-    uint64_t key = megalodon_random((uint64_t)v->seed, 0x64617461);          /* "data": apart from other uses */
-    uint64_t starts = (uint64_t)(run->training.count - v->seq_len);
-    for (int row = 0; row < v->batch; row++) {
-        uint64_t counter = ((uint64_t)step * (uint64_t)v->accumulate + (uint64_t)pass) * (uint64_t)v->batch
-                         + (uint64_t)row;
+/* The rows of a step start at random places. The generator counts rows from the start of the run, so no state has to
+ * be saved, and --batch 8 --accumulate 2 sees what --batch 16 sees. */
+static void load_random_rows(Run *run, int64_t rows) {
+    uint64_t key = megalodon_random((uint64_t)run->values.seed, 0x64617461); /* "data": apart from other uses */
+    uint64_t starts = (uint64_t)(run->training.count - run->values.seq_len);
+    for (int64_t row = 0; row < rows; row++) {
+        uint64_t counter = (uint64_t)run->step * (uint64_t)rows + (uint64_t)row;
         load_row(run, &run->training, (int64_t)(megalodon_random(key, counter) % starts), row);
     }
+}
+
+/* With --carry-state, row b of each pass is the next segment of stream b. */
+static void load_next_segments(Run *run, int64_t rows) {
+    int64_t T = run->values.seq_len;
+    for (int64_t row = 0; row < rows; row++)
+        die_if(streams_next(&run->streams, (int)(row % run->values.batch), run->tokens + row * T,
+                            run->targets + row * T, &run->fresh[row]));
+}
+
+/* Loads all rows of the next step, pass after pass; returns how many targets count. */
+static int64_t load_step(Run *run) {
+    int64_t rows = (int64_t)run->values.batch * run->values.accumulate;
+    int64_t places = tokens_per_step(run), counted = 0;
+    if (run->values.carry_state) load_next_segments(run, rows);
+    else load_random_rows(run, rows);
+    for (int64_t i = 0; i < places; i++) counted += run->targets[i] != MEGALODON_IGNORE;
+    run->places += places;
+    run->padding += places - counted;
+    return counted;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The rows' state, which --carry-state passes from one segment to the next. The gradient does not follow it.
+ */
+
+/* Empties the state of the rows that begin a document in this pass. Returns whether the forward pass goes on from a
+ * state: not where all rows begin one, as at the start of a run. */
+static bool carry_rows(Run *run, int pass) {
+    int B = run->values.batch, empty = 0;
+    const bool *fresh = run->fresh + (int64_t)pass * B;
+    if (!run->values.carry_state) return false;
+    for (int row = 0; row < B; row++) empty += fresh[row];
+    if (empty == 0 || empty == B) return empty == 0;
+    die_if(state_take(&run->held, run->backend, run->model, &run->config));
+    for (int row = 0; row < B; row++)
+        if (fresh[row]) state_clear_row(&run->held, row);
+    die_if(state_give(&run->held, run->backend, run->model));
+    return true;
+}
+
+/* Numbers that are not finite would stay in the state for ever: after a bad step all rows start from an empty one. */
+static void forget_rows(Run *run) {
+    for (int row = 0; run->values.carry_state && row < run->values.batch; row++) run->streams.fresh[row] = true;
+}
+
+/* An evaluation and a sample use the training model itself. In between, the program holds the rows' state. */
+static void hold_state(Run *run) {
+    if (run->values.carry_state) die_if(state_take(&run->held, run->backend, run->model, &run->config));
+}
+static void return_state(Run *run) {
+    if (run->values.carry_state) die_if(state_give(&run->held, run->backend, run->model));
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -89,14 +140,15 @@ static double learning_rate(const Values *v, int64_t step) {
  */
 static void train_step(Run *run, ReportRow *row) {
     const Values *v = &run->values;
-    double start = report_seconds(), nll_sum = 0, scale = 1 / (double)tokens_per_step(run);
+    double start = report_seconds(), nll_sum = 0, scale = 1 / (double)load_step(run);
+    int64_t size = (int64_t)v->batch * v->seq_len;
     run->backend->zero_gradients(run->model);
     for (int pass = 0; pass < v->accumulate; pass++) {
-        MegalodonBatch batch = {.tokens = run->tokens, .targets = run->targets, .B = v->batch, .T = v->seq_len,
-                                .dropout = true, .seed = (uint64_t)v->seed,
+        MegalodonBatch batch = {.tokens = run->tokens + pass * size, .targets = run->targets + pass * size,
+                                .B = v->batch, .T = v->seq_len, .carry = carry_rows(run, pass), .dropout = true,
+                                .seed = (uint64_t)v->seed,
                                 .step = (uint64_t)run->step * (uint64_t)v->accumulate + (uint64_t)pass};
         MegalodonLoss loss;
-        load_training_rows(run, run->step, pass);
         die_if(run->backend->forward(run->model, &batch, &loss));
         die_if(run->backend->backward(run->model, scale));
         nll_sum += loss.nll_sum;
@@ -111,6 +163,7 @@ static void train_step(Run *run, ReportRow *row) {
     run->updates += good;
     run->bad_steps += !good;
     run->bad_in_a_row = good ? 0 : run->bad_in_a_row + 1;
+    if (!good) forget_rows(run);
 
     double seconds = report_seconds() - start;
     *row = (ReportRow){.step = run->step, .steps = v->steps, .tokens = run->step * tokens_per_step(run),
@@ -143,6 +196,7 @@ static double evaluate(Run *run) {
     double nll_sum = 0;
     int64_t counted = 0;
     if (rows > fitting) rows = fitting;                                      /* no token counts twice */
+    hold_state(run);
     for (int64_t first = 0; first < rows; first += v->batch) {
         int B = (int)(rows - first < v->batch ? rows - first : v->batch);
         for (int row = 0; row < B; row++) {
@@ -155,6 +209,7 @@ static double evaluate(Run *run) {
         nll_sum += loss.nll_sum;
         counted += loss.counted;
     }
+    return_state(run);
     return nll_sum / (double)counted;
 }
 
@@ -171,6 +226,7 @@ static void print_sample(Run *run) {
     float *logits = malloc((size_t)V * sizeof *logits);
     if (!logits) die("no memory for a sample's logits");
     die_if(sampler_create(&sampler, V, 0.8, 0, 1, megalodon_random((uint64_t)v->seed, (uint64_t)run->step)));
+    hold_state(run);
     report_clear_bar(&run->report);
     printf("sample: %s", prompt);
     for (size_t at = 0, length = strlen(prompt); at < length;) {
@@ -186,6 +242,7 @@ static void print_sample(Run *run) {
         text_put(&writer, (uint8_t)token);
         die_if(text_feed(run->backend, run->model, &token, 1, true));
     }
+    return_state(run);
     text_end(&writer);
     printf("\n");
     fflush(stdout);
@@ -221,6 +278,7 @@ static void print_end(Run *run, const ReportRow *row, double seconds) {
     if (isfinite(row->val_loss)) printf("; held-out loss %.4f nats", row->val_loss);
     if (isfinite(row->val_bpb)) printf(" = %.4f bits/byte", row->val_bpb);
     if (run->bad_steps > 0) printf("; %lld steps skipped", (long long)run->bad_steps);
+    if (run->padding > 0) printf("; %.1f%% padding", 100. * (double)run->padding / (double)run->places);
     if (run->saved_step >= 0) printf("; saved in %s", run->values.checkpoint_dir);
     else printf("; nothing was saved");
     printf("\n");

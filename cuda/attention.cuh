@@ -89,15 +89,22 @@ __device__ inline uint64_t weight_index(const SoftmaxRows &s, int64_t row, int k
     return (uint64_t)(((row / s.steps * s.H + s.h) * s.steps + row % s.steps) * s.C + key);
 }
 
-/* The next scores of a row of which `seen` more count; the others are zero and are not read: behind a row's end
- * nothing was written. */
-__device__ inline void load_scores(float (&to)[SCORE_VEC], const float *from, int seen) {
+/* The next scores of a row of which `seen` more count. The others are not read, behind a row's end nothing
+ * was written; `otherwise` stands for them. */
+__device__ inline void load_scores(float (&to)[SCORE_VEC], const float *from, int seen, float otherwise) {
     if (seen >= SCORE_VEC) {
         load<SCORE_VEC>(to, from);
         return;
     }
 #pragma unroll
-    for (int i = 0; i < SCORE_VEC; i++) to[i] = i < seen ? from[i] : 0.0f;
+    for (int i = 0; i < SCORE_VEC; i++) to[i] = i < seen ? from[i] : otherwise;
+}
+
+/* The dropout factors of weights from key `key` on. */
+__device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows &s, int64_t row, int key) {
+#pragma unroll
+    for (int i = 0; i < SCORE_VEC; i++) keep[i] = 1.0f;
+    if (s.dropout.threshold) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
 /* computes: weights = keep softmax(scores) over the keys that a query may see, 0 for the others; lse
@@ -110,31 +117,27 @@ __global__ void softmax_forward_kernel(T *weights, float *lse, const float *scor
     __shared__ float shared[SOFTMAX_THREADS / WARP_SIZE];
     int query = (int)blockIdx.x, item = (int)blockIdx.y, seen = s.old + s.first_query + query + 1;
     int64_t at = ((int64_t)item * s.queries + query) * s.pitch, row = s.row + item * s.stride + query;
-    float largest = -INFINITY, sum = 0, value[SCORE_VEC];
+    float largest = -INFINITY, sum = 0, value[SCORE_VEC], keep[SCORE_VEC];
     for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j);
+        load_scores(value, scores + at + j, seen - j, -INFINITY);
         float here = value[0]; // j < seen
 #pragma unroll
-        for (int i = 1; i < SCORE_VEC; i++)
-            if (j + i < seen) here = fmaxf(here, value[i]);
+        for (int i = 1; i < SCORE_VEC; i++) here = fmaxf(here, value[i]);
         if (here > largest) {
-            sum *= expf(largest - here);
+            sum *= __expf(largest - here);
             largest = here;
         }
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++)
-            if (j + i < seen) sum += expf(value[i] - largest);
+        for (int i = 0; i < SCORE_VEC; i++) sum += __expf(value[i] - largest); // exp(-inf) is 0
     }
     float top = block_max(largest, shared);
-    float total = block_sum(largest == -INFINITY ? 0.0f : sum * expf(largest - top), shared),
+    float total = block_sum(largest == -INFINITY ? 0.0f : sum * __expf(largest - top), shared),
           scale = 1.0f / total;
     for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j);
+        load_scores(value, scores + at + j, seen - j, -INFINITY);
+        keep_weights(keep, s, row, j);
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++)
-            value[i] = j + i < seen ? expf(value[i] - top) * scale *
-                                          keep_scale(s.dropout, weight_index(s, row, j + i))
-                                    : 0.0f;
+        for (int i = 0; i < SCORE_VEC; i++) value[i] = __expf(value[i] - top) * scale * keep[i];
         store<SCORE_VEC>(weights + at + j, value);
     }
     if (threadIdx.x == 0) lse[row * s.H + s.h] = top + logf(total);
@@ -153,26 +156,24 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const float *sco
     int query = (int)blockIdx.x, item = (int)blockIdx.y, seen = s.old + s.first_query + query + 1;
     int64_t at = ((int64_t)item * s.queries + query) * s.pitch, row = s.row + item * s.stride + query;
     int64_t to = item * s.whole_batch + (int64_t)(s.first_query + query) * s.pitch;
-    float row_lse = lse[row * s.H + s.h], sum = 0, value[SCORE_VEC], grad[SCORE_VEC];
+    float row_lse = lse[row * s.H + s.h], sum = 0, value[SCORE_VEC], grad[SCORE_VEC], keep[SCORE_VEC];
     for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j);
-        load_scores(grad, dweights + at + j, seen - j);
+        load_scores(value, scores + at + j, seen - j, -INFINITY);
+        load_scores(grad, dweights + at + j, seen - j, 0.0f);
+        keep_weights(keep, s, row, j);
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++)
-            if (j + i < seen)
-                sum +=
-                    expf(value[i] - row_lse) * grad[i] * keep_scale(s.dropout, weight_index(s, row, j + i));
+        for (int i = 0; i < SCORE_VEC; i++) sum += __expf(value[i] - row_lse) * grad[i] * keep[i];
     }
     sum = block_sum(sum, shared);
     for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j);
-        load_scores(grad, dweights + at + j, seen - j);
+        load_scores(value, scores + at + j, seen - j, -INFINITY);
+        load_scores(grad, dweights + at + j, seen - j, 0.0f);
+        keep_weights(keep, s, row, j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) {
-            float keep = j + i < seen ? keep_scale(s.dropout, weight_index(s, row, j + i)) : 0.0f;
-            float w = j + i < seen ? expf(value[i] - row_lse) : 0.0f;
-            grad[i] = j + i < seen ? w * (keep * grad[i] - sum) : 0.0f;
-            value[i] = w * keep;
+            float w = __expf(value[i] - row_lse); // 0 for a key that is not seen
+            grad[i] = w * (keep[i] * grad[i] - sum);
+            value[i] = w * keep[i];
         }
         store<SCORE_VEC>(dscores + to + j, grad);
         store<SCORE_VEC>(weights + to + j, value);

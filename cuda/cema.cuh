@@ -1,15 +1,19 @@
 /* cema.cuh - the complex exponential moving average: N complex states a channel, each h_t = q h_{t-1} + p
  * u_t, and y_t = Re(sum_k c_k h_t[k]) + omega u_t with c = gamma / sqrt(N).
  *
- * Parallel over rows, channels and states; sequential in time, with the states in registers. A channel's N
- * states are split over LANES neighbouring lanes of R states each (N <= R LANES), more lanes where there are
- * few channels to share out. Tiles of 32 steps pass through shared memory: global memory is read and written
- * along channels while a lane walks along time; the next tile's loads are under way while one is computed.
- * For LANES steps at a time every lane has a part of each step's output; a butterfly that halves the steps
- * while it adds the lanes leaves lane i with the whole of step i.
+ * Eight lanes share a channel, R states each (N <= 8 R), and take eight steps at a time. With s the state
+ * before a group of steps, x_0 .. x_7 its inputs, and k_l = Re(sum p c q^l) (+ omega at l = 0)
+ *     s'  = q^8 s + sum_m q^(7-m) x_m         y_m = Re(q^(m+1) (p c s)) + sum_{i<=m} k_(m-i) x_i
+ * so that only one complex product in eight steps waits for another, and the sum over i is a channel's, not
+ * a state's. A butterfly that halves the steps while it adds the lanes leaves lane m with the whole of step
+ * m. The powers of q are made in double, once for each thread. The kernels keep h / p; p is at least 1e-18
+ * in that division, far below what a float sum could show.
  *
- * The kernels keep h / p: then a step costs four fused multiply-adds for the state and two for the output
- * (its factor is c p). p is at least 1e-18 in that division, far below what a float sum could show.
+ * Tiles of 64 steps and 32 channels pass through shared memory: global memory is read and written along
+ * channels while a lane walks along time; the next tile's loads are under way while one is computed. Where
+ * rows and channels do not fill the device, time is cut into segments: a first kernel finds the state that
+ * each segment would end with had it begun with zero, and the second begins each one with what all segments
+ * before it left, s = q^length s + end.
  *
  * Backward without any state of the forward. The output's dependence on the input is symmetric in time: with
  *     nu_t    = dy_t + q nu_{t+1}                 (backward in time, complex)
@@ -18,7 +22,11 @@
  *     du_t = p Re(c nu_t) + omega dy_t     dc = sum p u nu     dq = c sum p u kappa     dp = Re(c sum u nu)
  * and a state that came in acts like an input p u_{-1} = h_in. A real pair's gradient of Re(z w) by w is (Re
  * z, -Im z). The gradient of the outgoing state, G, adds rho_t = q rho_{t+1}, rho_{T-1} = conj G, and its
- * derivative sigma the same way.
+ * derivative sigma the same way. A group of eight steps, counted from its end (so m = 0 is the latest), has
+ *     sum u nu    += nu V            V  = sum u_m q^(m+1)
+ *     sum u kappa += kappa V + nu V' V' = dV/dq
+ * besides what meets inside the group: sum_l r_l q^l, where r_l = sum u_m dy_(m-l) is added up for a whole
+ * channel and multiplied by the powers of q once, at the end. r_0 is the gradient of omega.
  */
 #ifndef CUDA_CEMA_CUH
 #define CUDA_CEMA_CUH
@@ -26,9 +34,13 @@
 #include "common.cuh"
 
 enum {
-    CEMA_STEPS = 32,
-    CEMA_THREADS = 128,
-    CEMA_WARPS_PER_SM = 8,
+    CEMA_LANES = 8,     /* lanes of a channel, and steps of a group */
+    CEMA_CHANNELS = 32, /* of a block */
+    CEMA_THREADS = CEMA_LANES * CEMA_CHANNELS,
+    CEMA_STEPS = 64,             /* of a tile */
+    CEMA_PITCH = CEMA_STEPS + 4, /* 16-byte reads of a warp's four channels find different banks */
+    CEMA_WARPS_PER_SM = 16,
+    CEMA_MAX_STATES = 64,
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -74,11 +86,10 @@ static inline void cema_coefficients(Context *context, CemaCoefficients out, con
            (int)D, (int)N);
 }
 
-/* Adds part[i] over the LANES lanes of a channel, for LANES steps at once: lane i gets step i. LANES - 1
- * shuffles. */
-template <int LANES> __device__ inline float transpose_sum(float (&part)[LANES], int lane) {
+/* Adds part[i] over the lanes of a channel, for eight steps at once: lane i gets step i. Seven shuffles. */
+__device__ inline float transpose_sum(float (&part)[CEMA_LANES], int lane) {
 #pragma unroll
-    for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int width = CEMA_LANES / 2; width > 0; width /= 2) {
         bool upper = lane & width;
 #pragma unroll
         for (int i = 0; i < width; i++) {
@@ -89,31 +100,111 @@ template <int LANES> __device__ inline float transpose_sum(float (&part)[LANES],
     return part[0];
 }
 
-/* Where a thread stands. THREADS / LANES channels share a block. */
-template <int R, int LANES> struct CemaPlace {
-    static constexpr int CHANNELS = CEMA_THREADS / LANES, PER_THREAD = CEMA_STEPS / LANES;
-    int channel, lane, d, first_d, b; /* channel of the block, lane of the channel, channel of the model */
-    __device__ CemaPlace() {
-        channel = (int)threadIdx.x / LANES, lane = (int)threadIdx.x % LANES;
-        first_d = (int)blockIdx.x * CHANNELS, d = first_d + channel, b = (int)blockIdx.y;
+/* Time cut into segments of `length` steps, a multiple of a tile's. rows: the most segments of all rows of a
+ * batch together, for any batch and length, so that a dry run of the largest batch takes enough scratch. */
+struct CemaSegments { int64_t count, length, rows; };
+static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
+    int64_t row_warps = ceil_div(D, CEMA_CHANNELS) * (CEMA_THREADS / WARP_SIZE);
+    int64_t rows = (int64_t)context->num_sms * CEMA_WARPS_PER_SM / row_warps;
+    int64_t wanted = rows / B > 1 ? rows / B : 1;
+    int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_STEPS) * CEMA_STEPS;
+    return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
+}
+
+/* Where a thread stands, and the segment of its block. */
+struct CemaPlace {
+    int channel, lane, d; /* channel of the block, lane of the channel, channel of the model */
+    int b, segment, begin, end;
+    int64_t row; /* of (segment, b) */
+    __device__ CemaPlace(int segment_here, int length, int steps) {
+        channel = (int)threadIdx.x / CEMA_LANES, lane = (int)threadIdx.x % CEMA_LANES;
+        d = (int)blockIdx.x * CEMA_CHANNELS + channel, b = (int)blockIdx.z, segment = segment_here;
+        begin = segment * length, end = min(begin + length, steps);
+        row = (int64_t)segment * gridDim.z + b;
     }
 };
 
-/* This thread's share of a tile, on its way from global to shared memory. Outside the tensor: zero. */
-template <typename T, int R, int LANES>
-__device__ inline void cema_fetch(float (&held)[CEMA_STEPS / LANES], const T *x,
-                                  const CemaPlace<R, LANES> &place, int first, int steps, int D) {
-    constexpr int CHANNELS = CemaPlace<R, LANES>::CHANNELS;
+/* A thread moves two channels and four steps of a tile between global and shared memory. `paired`: the two
+ * channels may be read at once; otherwise, D is odd or an address is, they are read one by one. */
+template <typename T> struct CemaShare { Packed<T, 2> pair[4]; };
+struct CemaMover {
+    int column, step, d;
+    __device__ CemaMover() {
+        column = 2 * ((int)threadIdx.x % (CEMA_CHANNELS / 2));
+        step = 4 * ((int)threadIdx.x / (CEMA_CHANNELS / 2));
+        d = (int)blockIdx.x * CEMA_CHANNELS + column;
+    }
+};
+static_assert(CEMA_STEPS == 4 * CEMA_THREADS / (CEMA_CHANNELS / 2), "the threads cover a tile");
+
+/* Outside the tensor: zero. */
+template <typename T>
+__device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int b, int first,
+                                  int steps, int D, bool paired) {
+    int t = first + mover.step;
+    const T *from = x + ((int64_t)b * steps + t) * D + mover.d;
 #pragma unroll
-    for (int j = 0; j < CEMA_STEPS / LANES; j++) {
-        int i = (int)threadIdx.x + j * CEMA_THREADS, t = first + i / CHANNELS,
-            d = place.first_d + i % CHANNELS;
-        held[j] = t >= 0 && t < steps && d < D ? to_float(x[((int64_t)place.b * steps + t) * D + d]) : 0.0f;
+    for (int k = 0; k < 4; k++, from += D) {
+        held.pair[k].v[0] = held.pair[k].v[1] = from_float<T>(0.0f);
+        if (t + k >= steps || mover.d >= D) continue;
+        if (paired)
+            held.pair[k] = *reinterpret_cast<const Packed<T, 2> *>(from);
+        else {
+            held.pair[k].v[0] = from[0];
+            if (mover.d + 1 < D) held.pair[k].v[1] = from[1];
+        }
     }
 }
 
+template <typename T>
+__device__ inline void cema_put(float (*tile)[CEMA_PITCH], const CemaShare<T> &held,
+                                const CemaMover &mover) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float value[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) value[k] = to_float(held.pair[k].v[i]);
+        store<4>(&tile[mover.column + i][mover.step], value);
+    }
+}
+
+/* y (+)= the tile */
+template <typename T>
+__device__ inline void cema_write(T *y, bool accumulate, const float (*tile)[CEMA_PITCH],
+                                  const CemaMover &mover, int b, int first, int steps, int D, bool paired) {
+    float value[2][4], pair[2];
+    load<4>(value[0], &tile[mover.column][mover.step]);
+    load<4>(value[1], &tile[mover.column + 1][mover.step]);
+    CemaShare<T> before;
+    if (accumulate) cema_fetch(before, (const T *)y, mover, b, first, steps, D, paired);
+    int t = first + mover.step;
+    T *to = y + ((int64_t)b * steps + t) * D + mover.d;
+#pragma unroll
+    for (int k = 0; k < 4; k++, to += D) {
+        if (t + k >= steps || mover.d >= D) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            pair[i] = value[i][k] + (accumulate ? to_float(before.pair[k].v[i]) : 0.0f);
+        if (paired)
+            store<2>(to, pair);
+        else {
+            to[0] = from_float<T>(pair[0]);
+            if (mover.d + 1 < D) to[1] = from_float<T>(pair[1]);
+        }
+    }
+}
+
+/* Eight steps of a channel in the order in which a scan meets them. */
+template <bool BACKWARD> __device__ inline void cema_group(float (&x)[CEMA_LANES], const float *from) {
+    float low[4], high[4];
+    load<4>(low, from), load<4>(high, from + 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[BACKWARD ? 7 - i : i] = low[i], x[BACKWARD ? 3 - i : 4 + i] = high[i];
+}
+
 template <int R> struct CemaStates { float re[R], im[R]; };
-/* (D,N) or (B,D,N) coefficients of a lane's states; what lies beyond N or D is `otherwise`. */
+/* (D,N) coefficients of a lane's states; what lies beyond N or D is `otherwise`. */
 template <int R>
 __device__ inline void cema_load(float (&to)[R], const float *from, int d, int first, int D, int N,
                                  float otherwise) {
@@ -122,119 +213,105 @@ __device__ inline void cema_load(float (&to)[R], const float *from, int d, int f
         to[r] = d < D && first + r < N ? from[(int64_t)d * N + first + r] : otherwise;
 }
 
-/* One step of every state of a lane: h = q h + u; returns the lane's part of the output. */
-template <int R>
-__device__ inline float cema_step(CemaStates<R> &h, const CemaStates<R> &q, const CemaStates<R> &c,
-                                  float u) {
-    float from_re = 0, from_im = 0;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = fmaf(-q.im[r], h.im[r], fmaf(q.re[r], h.re[r], u)),
-              im = fmaf(q.im[r], h.re[r], q.re[r] * h.im[r]);
-        h.re[r] = re, h.im[r] = im;
-        from_re = fmaf(c.re[r], re, from_re);
-        from_im = fmaf(c.im[r], im, from_im);
-    }
-    return from_re - from_im;
+struct CemaComplex { double re, im; };
+__device__ inline CemaComplex operator*(CemaComplex a, CemaComplex b) {
+    return CemaComplex{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+__device__ inline CemaComplex cema_power(CemaComplex q, int n) {
+    CemaComplex power = {1, 0};
+    for (; n > 0; n /= 2, q = q * q)
+        if (n % 2) power = power * q;
+    return power;
 }
 
-/* computes: y_t = Re(sum c h_t) + omega u_t, h_t = q h_{t-1} + p u_t, and the last h
- * launch:   grid (ceil(D LANES / 128), B), block 128: LANES lanes own a channel of a row for all of time
- * traffic:  2 B T D sizeof(T) bytes; arithmetic bounds it: 6 N fused multiply-adds an element
- * needs:    N <= R LANES; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
- * numerics: float; the recurrence itself, no powers of q; fixed order: deterministic */
-template <typename T, int R, int LANES>
-__global__ void __launch_bounds__(CEMA_THREADS)
-    cema_forward_kernel(T *y, float *h_out, const T *u, const float *h_in, CemaCoefficients coef,
-                        const float *omega, int steps, int D, int N) {
-    using Place = CemaPlace<R, LANES>;
-    __shared__ float tile[2][CEMA_STEPS][Place::CHANNELS];
-    Place place;
-    int d = place.d, first_state = place.lane * R;
-    CemaStates<R> q, c, h;
-    float p[R], held[Place::PER_THREAD], omega_d = d < D ? omega[d] : 0.0f;
-    cema_load<R>(p, coef.p, d, first_state, D, N, 1.0f);
-    cema_load<R>(q.re, coef.q_re, d, first_state, D, N, 0.0f);
-    cema_load<R>(q.im, coef.q_im, d, first_state, D, N, 0.0f);
-    cema_load<R>(c.re, coef.c_re, d, first_state, D, N, 0.0f);
-    cema_load<R>(c.im, coef.c_im, d, first_state, D, N, 0.0f);
-    int64_t state = (((int64_t)place.b * D + d) * N + first_state) * 2;
+/* What a lane knows of its states: p, and q^(m+1) at power[m]. */
+template <int R> struct CemaLane {
+    float p[R];
+    CemaStates<R> power[CEMA_LANES];
+    __device__ CemaLane(const CemaCoefficients &coef, int d, int first_state, int D, int N) {
+        cema_load<R>(p, coef.p, d, first_state, D, N, 1.0f);
+        cema_load<R>(power[0].re, coef.q_re, d, first_state, D, N, 0.0f);
+        cema_load<R>(power[0].im, coef.q_im, d, first_state, D, N, 0.0f);
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        bool real = h_in && d < D && first_state + r < N;
-        p[r] = fmaxf(p[r], CEMA_SMALLEST_P);
-        h.re[r] = real ? h_in[state + 2 * r] / p[r] : 0.0f;
-        h.im[r] = real ? h_in[state + 2 * r + 1] / p[r] : 0.0f;
-        c.re[r] *= p[r], c.im[r] *= p[r];
-    }
-    cema_fetch<T>(held, u, place, 0, steps, D);
-    for (int first = 0, buffer = 0; first < steps; first += CEMA_STEPS, buffer ^= 1) {
-        float(*now)[Place::CHANNELS] = tile[buffer];
+        for (int r = 0; r < R; r++) {
+            CemaComplex q = {power[0].re[r], power[0].im[r]}, now = q;
 #pragma unroll
-        for (int j = 0; j < Place::PER_THREAD; j++) (&now[0][0])[threadIdx.x + j * CEMA_THREADS] = held[j];
-        __syncthreads(); // the tile is whole
-        cema_fetch<T>(held, u, place, first + CEMA_STEPS, steps, D);
-        int count = min((int)CEMA_STEPS, steps - first);
-        for (int s = 0; s < count; s += LANES) {
-            float part[LANES];
-#pragma unroll
-            for (int j = 0; j < LANES; j++) {
-                /* Past the end the state must stay as it is. */
-                part[j] = s + j < count ? cema_step<R>(h, q, c, now[s + j][place.channel]) : 0.0f;
+            for (int m = 1; m < CEMA_LANES; m++) {
+                now = now * q;
+                power[m].re[r] = (float)now.re, power[m].im[r] = (float)now.im;
             }
-            float total = transpose_sum<LANES>(part, place.lane);
-            __syncwarp(); // all lanes of the channel have read these steps: the outputs may take their place
-            float *own = &now[s + place.lane][place.channel];
-            *own = fmaf(omega_d, *own, total);
-        }
-        __syncthreads(); // the outputs are whole
-#pragma unroll
-        for (int j = 0; j < Place::PER_THREAD; j++) {
-            int i = (int)threadIdx.x + j * CEMA_THREADS, t = first + i / Place::CHANNELS;
-            int column = place.first_d + i % Place::CHANNELS;
-            if (t < steps && column < D)
-                y[((int64_t)place.b * steps + t) * D + column] = from_float<T>((&now[0][0])[i]);
         }
     }
-    if (!h_out || d >= D) return;
+};
+
+/* c p, with 0 beyond N and D */
+template <int R>
+__device__ inline CemaStates<R> cema_output_factor(const CemaCoefficients &coef, const float (&p)[R], int d,
+                                                   int first_state, int D, int N) {
+    CemaStates<R> pc;
+    cema_load<R>(pc.re, coef.c_re, d, first_state, D, N, 0.0f);
+    cema_load<R>(pc.im, coef.c_im, d, first_state, D, N, 0.0f);
 #pragma unroll
-    for (int r = 0; r < R; r++)
-        if (first_state + r < N)
-            h_out[state + 2 * r] = h.re[r] * p[r], h_out[state + 2 * r + 1] = h.im[r] * p[r];
+    for (int r = 0; r < R; r++) pc.re[r] *= p[r], pc.im[r] *= p[r];
+    return pc;
 }
 
-/* Picks R and LANES for N and for the number of channels: few lanes a channel need fewer instructions, but
- * all of the device's schedulers want several warps. Calls it as f(R, LANES). */
-#define WITH_CEMA_LANES(context, B, D, N, f)                                                                \
-    do {                                                                                                    \
-        int64_t lanes_wanted = (int64_t)(context)->num_sms * CEMA_WARPS_PER_SM * WARP_SIZE / ((B) * (D));   \
-        if ((N) > 32)                                                                                       \
-            f(4, 16);                                                                                       \
-        else if ((N) > 16)                                                                                  \
-            f(2, 16);                                                                                       \
-        else if (lanes_wanted <= 2)                                                                         \
-            f(8, 2);                                                                                        \
-        else if (lanes_wanted <= 4)                                                                         \
-            f(4, 4);                                                                                        \
-        else if (lanes_wanted <= 8)                                                                         \
-            f(2, 8);                                                                                        \
-        else                                                                                                \
-            f(1, 16);                                                                                       \
-    } while (0)
-
-/* y, u (B,T,D); h_out, h_in (B,D,N,2) float; omega (D). */
-template <typename T>
-static void cema_forward(Context *context, T *y, float *h_out, const T *u, const float *h_in,
-                         CemaCoefficients coef, const float *omega, int64_t B, int64_t steps, int64_t D,
-                         int64_t N) {
-#define CEMA_FORWARD(R, LANES)                                                                              \
-    LAUNCH((cema_forward_kernel<T, R, LANES>), dim3(blocks_for(D *LANES, CEMA_THREADS), (unsigned)B),       \
-           CEMA_THREADS, context, y, h_out, u, h_in, coef, omega, (int)steps, (int)D, (int)N)
-    WITH_CEMA_LANES(context, B, D, N, CEMA_FORWARD);
-#undef CEMA_FORWARD
+/* taps[i] = k_(lane - i), what input i of a group adds to the lane's own step; 0 for i > lane. */
+template <int R>
+__device__ inline void cema_taps(float (&taps)[CEMA_LANES], const CemaLane<R> &lane, const CemaStates<R> &pc,
+                                 float omega, int own) {
+#pragma unroll
+    for (int i = 0; i < CEMA_LANES; i++) taps[i] = 0;
+#pragma unroll
+    for (int lag = 0; lag < CEMA_LANES; lag++) {
+        float k = 0;
+#pragma unroll
+        for (int r = 0; r < R; r++)
+            k += lag == 0 ? pc.re[r]
+                          : pc.re[r] * lane.power[lag ? lag - 1 : 0].re[r] -
+                                pc.im[r] * lane.power[lag ? lag - 1 : 0].im[r];
+        k = lanes_sum(k, CEMA_LANES) + (lag == 0 ? omega : 0.0f);
+#pragma unroll
+        for (int i = 0; i < CEMA_LANES; i++)
+            if (own - i == lag) taps[i] = k;
+    }
 }
 
-/* z = q z + add, complex; add is the new term */
+/* s = q^8 s + sum_m q^(7-m) x_m */
+template <int R>
+__device__ inline void cema_advance(CemaStates<R> &s, const CemaLane<R> &lane,
+                                    const float (&x)[CEMA_LANES]) {
+    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        float re = x[7], im = power[0].im[r] * x[6];
+        re = fmaf(power[0].re[r], x[6], re);
+#pragma unroll
+        for (int m = 5; m >= 0; m--) {
+            re = fmaf(power[6 - m].re[r], x[m], re);
+            im = fmaf(power[6 - m].im[r], x[m], im);
+        }
+        re = fmaf(-power[7].im[r], s.im[r], fmaf(power[7].re[r], s.re[r], re));
+        s.im[r] = fmaf(power[7].im[r], s.re[r], fmaf(power[7].re[r], s.im[r], im));
+        s.re[r] = re;
+    }
+}
+
+/* part[m] = the lane's share of Re(q^(m+1) (pc s)) */
+template <int R>
+__device__ inline void cema_outputs(float (&part)[CEMA_LANES], const CemaLane<R> &lane,
+                                    const CemaStates<R> &pc, const CemaStates<R> &s) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        float re = pc.re[r] * s.re[r] - pc.im[r] * s.im[r], im = pc.re[r] * s.im[r] + pc.im[r] * s.re[r];
+#pragma unroll
+        for (int m = 0; m < CEMA_LANES; m++)
+            part[m] = fmaf(lane.power[m].re[r], re,
+                           fmaf(-lane.power[m].im[r], im, r == 0 ? 0.0f : part[m]));
+    }
+}
+
+/* z = q z + add */
 template <int R>
 __device__ inline void cema_turn(CemaStates<R> &z, const CemaStates<R> &q, const CemaStates<R> &add) {
 #pragma unroll
@@ -253,29 +330,220 @@ template <int R> __device__ inline void cema_turn(CemaStates<R> &z, const CemaSt
     }
 }
 
-/* A lane's running values of the backward: nu, kappa, and the sums of u nu and u kappa. */
-template <int R> struct CemaBackward { CemaStates<R> nu, kappa, u_nu, u_kappa; };
-
-/* One step back in time; returns the lane's part of p Re(sum c nu), with pc = p c. */
+/* kappa and nu over eight steps back:  kappa = q^8 kappa + 8 q^7 nu + sum_m (7-m) q^(6-m) dy_m */
 template <int R>
-__device__ inline float cema_step_back(CemaBackward<R> &s, const CemaStates<R> &q, const CemaStates<R> &pc,
-                                       float u, float dy) {
-    float from_re = 0, from_im = 0;
-    cema_turn<R>(s.kappa, q, s.nu);
-    cema_turn<R>(s.nu, q, dy);
+__device__ inline void cema_advance_back(CemaStates<R> &kappa, CemaStates<R> &nu, const CemaLane<R> &lane,
+                                         const float (&dy)[CEMA_LANES]) {
+    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
+    float weighted[CEMA_LANES - 1];
+#pragma unroll
+    for (int m = 0; m < CEMA_LANES - 1; m++) weighted[m] = (float)(7 - m) * dy[m];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        s.u_nu.re[r] = fmaf(u, s.nu.re[r], s.u_nu.re[r]);
-        s.u_nu.im[r] = fmaf(u, s.nu.im[r], s.u_nu.im[r]);
-        s.u_kappa.re[r] = fmaf(u, s.kappa.re[r], s.u_kappa.re[r]);
-        s.u_kappa.im[r] = fmaf(u, s.kappa.im[r], s.u_kappa.im[r]);
-        from_re = fmaf(pc.re[r], s.nu.re[r], from_re);
-        from_im = fmaf(pc.im[r], s.nu.im[r], from_im);
+        float re = weighted[6], im = power[0].im[r] * weighted[5], nu_re = 8 * nu.re[r],
+              nu_im = 8 * nu.im[r];
+        re = fmaf(power[0].re[r], weighted[5], re);
+#pragma unroll
+        for (int m = 4; m >= 0; m--) {
+            re = fmaf(power[5 - m].re[r], weighted[m], re);
+            im = fmaf(power[5 - m].im[r], weighted[m], im);
+        }
+        re = fmaf(-power[6].im[r], nu_im, fmaf(power[6].re[r], nu_re, re));
+        im = fmaf(power[6].im[r], nu_re, fmaf(power[6].re[r], nu_im, im));
+        re = fmaf(-power[7].im[r], kappa.im[r], fmaf(power[7].re[r], kappa.re[r], re));
+        kappa.im[r] = fmaf(power[7].im[r], kappa.re[r], fmaf(power[7].re[r], kappa.im[r], im));
+        kappa.re[r] = re;
     }
-    return from_re - from_im;
+    cema_advance<R>(nu, lane, dy);
 }
 
-/* The same for the gradient of the outgoing state: rho and sigma, and the sums of u Re rho and u sigma. */
+/* computes: ends[row, d, k] = the state that a segment ends with, from zero: h / p, or nu and kappa
+ * launch:   grid (ceil(D / 32), segments - 1, B), block 256: 8 lanes own a channel of a segment; the last
+ *           segment, backward the first, is left out
+ * traffic:  B T D sizeof(T) bytes; arithmetic bounds it: 2.5 N fused multiply-adds an element, backward 5 N
+ * needs:    N <= 8 R; `length` a multiple of 64
+ * numerics: float; fixed order: deterministic */
+template <typename T, int R, bool BACKWARD>
+__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 ? 2 : 1)
+    cema_ends_kernel(float *ends, const T *x, CemaCoefficients coef, int length, int steps, int D, int N,
+                     bool paired) {
+    alignas(16) __shared__ float tile[2][CEMA_CHANNELS][CEMA_PITCH];
+    CemaPlace place((int)blockIdx.y + (BACKWARD ? 1 : 0), length, steps);
+    CemaMover mover;
+    int first_state = place.lane * R, tiles = (place.end - place.begin + CEMA_STEPS - 1) / CEMA_STEPS;
+    CemaLane<R> lane(coef, place.d, first_state, D, N);
+    CemaStates<R> state = {}, slope = {};
+    CemaShare<T> held;
+    int first = place.begin + (BACKWARD ? (tiles - 1) * CEMA_STEPS : 0);
+    int stride = BACKWARD ? -CEMA_STEPS : CEMA_STEPS;
+    cema_fetch(held, x, mover, place.b, first, steps, D, paired);
+    for (int i = 0; i < tiles; i++, first += stride) {
+        cema_put(tile[i % 2], held, mover);
+        __syncthreads(); // the tile is whole; the other one has been read by all
+        if (i + 1 < tiles) cema_fetch(held, x, mover, place.b, first + stride, steps, D, paired);
+#pragma unroll 2
+        for (int s = 0; s < CEMA_STEPS; s += CEMA_LANES) {
+            float value[CEMA_LANES];
+            cema_group<BACKWARD>(value,
+                                 &tile[i % 2][place.channel][BACKWARD ? CEMA_STEPS - CEMA_LANES - s : s]);
+            if constexpr (BACKWARD)
+                cema_advance_back<R>(slope, state, lane, value);
+            else
+                cema_advance<R>(state, lane, value);
+        }
+    }
+    if (place.d >= D) return;
+    constexpr int WIDTH = BACKWARD ? 4 : 2;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (first_state + r >= N) continue;
+        float *end = ends + ((place.row * D + place.d) * N + first_state + r) * WIDTH;
+        end[0] = state.re[r], end[1] = state.im[r];
+        if constexpr (BACKWARD) end[2] = slope.re[r], end[3] = slope.im[r];
+    }
+}
+
+/* h after one more step of input u */
+template <int R>
+__device__ inline float cema_step(CemaStates<R> &h, const CemaStates<R> &q, const CemaStates<R> &pc,
+                                  float u) {
+    float sum = 0;
+    cema_turn<R>(h, q, u);
+#pragma unroll
+    for (int r = 0; r < R; r++) sum += pc.re[r] * h.re[r] - pc.im[r] * h.im[r];
+    return sum;
+}
+
+/* computes: y_t = Re(sum c h_t) + omega u_t, h_t = q h_{t-1} + p u_t, and the last h
+ * launch:   grid (ceil(D / 32), segments, B), block 256: 8 lanes own a channel of a segment
+ * traffic:  2 B T D sizeof(T) bytes; arithmetic bounds it: 4.8 N fused multiply-adds an element
+ * needs:    N <= 8 R; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory unless there
+ *           are several segments; ends from cema_ends_kernel, NULL if there is one segment
+ * numerics: float, powers of q in double; fixed order: deterministic */
+template <typename T, int R>
+__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 ? 2 : 1)
+    cema_forward_kernel(T *y, float *h_out, const T *u, const float *h_in, const float *ends,
+                        CemaCoefficients coef, const float *omega, int length, int steps, int D, int N,
+                        bool paired) {
+    alignas(16) __shared__ float tile[2][CEMA_CHANNELS][CEMA_PITCH];
+    CemaPlace place((int)blockIdx.y, length, steps);
+    CemaMover mover;
+    CemaShare<T> held;
+    cema_fetch(held, u, mover, place.b, place.begin, steps, D, paired);
+    int d = place.d, first_state = place.lane * R;
+    CemaLane<R> lane(coef, d, first_state, D, N);
+#pragma unroll
+    for (int r = 0; r < R; r++) lane.p[r] = fmaxf(lane.p[r], CEMA_SMALLEST_P);
+    CemaStates<R> pc = cema_output_factor<R>(coef, lane.p, d, first_state, D, N), h;
+    float taps[CEMA_LANES], omega_d = d < D ? omega[d] : 0.0f;
+    cema_taps<R>(taps, lane, pc, omega_d, place.lane);
+    int64_t state = (((int64_t)place.b * D + d) * N + first_state) * 2;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        bool real = d < D && first_state + r < N;
+        h.re[r] = real && h_in ? h_in[state + 2 * r] / lane.p[r] : 0.0f;
+        h.im[r] = real && h_in ? h_in[state + 2 * r + 1] / lane.p[r] : 0.0f;
+        if (!real || place.segment == 0) continue;
+        CemaComplex now = {h.re[r], h.im[r]}, q = {lane.power[0].re[r], lane.power[0].im[r]};
+        CemaComplex power = cema_power(q, length);
+        for (int i = 0; i < place.segment; i++) {
+            const float *end =
+                ends + ((((int64_t)i * gridDim.z + place.b) * D + d) * N + first_state + r) * 2;
+            now = power * now;
+            now.re += end[0], now.im += end[1];
+        }
+        h.re[r] = (float)now.re, h.im[r] = (float)now.im;
+    }
+    for (int first = place.begin, buffer = 0; first < place.end; first += CEMA_STEPS, buffer ^= 1) {
+        float(*now)[CEMA_PITCH] = tile[buffer];
+        cema_put(now, held, mover);
+        __syncthreads(); // the tile is whole
+        if (first + CEMA_STEPS < place.end)
+            cema_fetch(held, u, mover, place.b, first + CEMA_STEPS, steps, D, paired);
+        int count = min((int)CEMA_STEPS, place.end - first), s = 0;
+#pragma unroll 2
+        for (; s + CEMA_LANES <= count; s += CEMA_LANES) {
+            float value[CEMA_LANES], part[CEMA_LANES];
+            cema_group<false>(value, &now[place.channel][s]);
+            cema_outputs<R>(part, lane, pc, h);
+            cema_advance<R>(h, lane, value);
+            float total = transpose_sum(part, place.lane);
+#pragma unroll
+            for (int i = 0; i < CEMA_LANES; i++) total = fmaf(taps[i], value[i], total);
+            __syncwarp(); // all lanes of the channel have read these steps: the outputs may take their place
+            now[place.channel][s + place.lane] = total;
+        }
+        if (s < count) {
+            /* Past the end the state must stay as it is: the last steps one by one. */
+            float part[CEMA_LANES];
+#pragma unroll
+            for (int j = 0; j < CEMA_LANES; j++)
+                part[j] =
+                    s + j < count ? cema_step<R>(h, lane.power[0], pc, now[place.channel][s + j]) : 0.0f;
+            float total = transpose_sum(part, place.lane);
+            __syncwarp(); // as above
+            float *own = &now[place.channel][s + place.lane];
+            *own = fmaf(omega_d, *own, total);
+        }
+        __syncthreads(); // the outputs are whole
+        cema_write(y, false, now, mover, place.b, first, steps, D, paired);
+    }
+    if (!h_out || d >= D || place.end < steps) return;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (first_state + r >= N) continue;
+        h_out[state + 2 * r] = h.re[r] * lane.p[r];
+        h_out[state + 2 * r + 1] = h.im[r] * lane.p[r];
+    }
+}
+
+/* Picks R for N. Calls it as f(R). */
+#define WITH_CEMA_STATES(N, f)                                                                              \
+    do {                                                                                                    \
+        REQUIRE((N) <= CEMA_MAX_STATES);                                                                    \
+        if ((N) > 32)                                                                                       \
+            f(8);                                                                                           \
+        else if ((N) > 16)                                                                                  \
+            f(4);                                                                                           \
+        else if ((N) > 8)                                                                                   \
+            f(2);                                                                                           \
+        else                                                                                                \
+            f(1);                                                                                           \
+    } while (0)
+
+/* May the two channels of a mover be read at once? Absent (null) pointers do not object. */
+template <typename T, typename... P> static bool cema_pairs(int64_t D, const P *...pointers) {
+    return D % 2 == 0 && ((uintptr_t)pointers | ...) % (2 * sizeof(T)) == 0;
+}
+
+/* y, u (B,T,D); h_out, h_in (B,D,N,2) float; omega (D). */
+template <typename T>
+static void cema_forward(Context *context, T *y, float *h_out, const T *u, const float *h_in,
+                         CemaCoefficients coef, const float *omega, int64_t B, int64_t steps, int64_t D,
+                         int64_t N) {
+    ScratchScope scope(context);
+    CemaSegments segments = cema_segments(context, B, steps, D);
+    bool paired = cema_pairs<T>(D, y, u), several = segments.count > 1;
+    unsigned columns = blocks_for(D, CEMA_CHANNELS), rows = (unsigned)B, count = (unsigned)segments.count;
+    float *ends = take<float>(context, segments.rows * D * N * 2);
+    /* The first segment's blocks read h_in when the last one's may have written h_out already. */
+    float *other = take<float>(context, B * D * N * 2);
+    float *last = several && h_out && h_out == h_in ? other : h_out;
+#define CEMA_FORWARD(R)                                                                                     \
+    do {                                                                                                    \
+        if (several)                                                                                        \
+            LAUNCH((cema_ends_kernel<T, R, false>), dim3(columns, count - 1, rows), CEMA_THREADS, context,  \
+                   ends, u, coef, (int)segments.length, (int)steps, (int)D, (int)N, paired);                \
+        LAUNCH((cema_forward_kernel<T, R>), dim3(columns, count, rows), CEMA_THREADS, context, y, last, u,  \
+               h_in, several ? ends : nullptr, coef, omega, (int)segments.length, (int)steps, (int)D,       \
+               (int)N, paired);                                                                             \
+    } while (0)
+    WITH_CEMA_STATES(N, CEMA_FORWARD);
+#undef CEMA_FORWARD
+    if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
+}
+
+/* The gradient of the outgoing state: rho and sigma, and the sums of u Re rho and u sigma. */
 template <int R> struct CemaOutgoing {
     CemaStates<R> rho, sigma, u_sigma;
     float u_rho[R];
@@ -301,136 +569,230 @@ __device__ inline float cema_outgoing_step(CemaOutgoing<R> &s, const CemaStates<
     return sum;
 }
 
-/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (B,D,N), and of omega,
- * (B,D). */
+/* A lane's running values of the backward: nu, kappa, the sums of u nu and u kappa but for what meets inside
+ * groups; and pairs[i], the sum of u of the lane's own step times dy of step i. */
+template <int R> struct CemaBackward {
+    CemaStates<R> nu, kappa, u_nu, u_kappa;
+    float pairs[CEMA_LANES];
+};
+
+/* The sums of u nu and u kappa take what eight steps' u have to do with the nu and kappa before them. */
+template <int R>
+__device__ inline void cema_collect(CemaBackward<R> &s, const CemaLane<R> &lane,
+                                    const float (&u)[CEMA_LANES]) {
+    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
+    float weighted[CEMA_LANES];
+#pragma unroll
+    for (int m = 0; m < CEMA_LANES; m++) weighted[m] = (float)(m + 1) * u[m];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        float re = 0, im = 0, slope_re = weighted[0], slope_im = 0; // V and V'
+#pragma unroll
+        for (int m = 0; m < CEMA_LANES; m++) {
+            re = fmaf(power[m].re[r], u[m], re);
+            im = fmaf(power[m].im[r], u[m], im);
+            if (m == 0) continue;
+            slope_re = fmaf(power[m ? m - 1 : 0].re[r], weighted[m], slope_re);
+            slope_im = fmaf(power[m ? m - 1 : 0].im[r], weighted[m], slope_im);
+        }
+        float nu_re = s.nu.re[r], nu_im = s.nu.im[r], kappa_re = s.kappa.re[r], kappa_im = s.kappa.im[r];
+        s.u_nu.re[r] = fmaf(nu_re, re, fmaf(-nu_im, im, s.u_nu.re[r]));
+        s.u_nu.im[r] = fmaf(nu_re, im, fmaf(nu_im, re, s.u_nu.im[r]));
+        s.u_kappa.re[r] = fmaf(kappa_re, re, fmaf(-kappa_im, im, s.u_kappa.re[r]));
+        s.u_kappa.im[r] = fmaf(kappa_re, im, fmaf(kappa_im, re, s.u_kappa.im[r]));
+        s.u_kappa.re[r] = fmaf(nu_re, slope_re, fmaf(-nu_im, slope_im, s.u_kappa.re[r]));
+        s.u_kappa.im[r] = fmaf(nu_re, slope_im, fmaf(nu_im, slope_re, s.u_kappa.im[r]));
+    }
+}
+
+/* Adds what met inside groups, sum_l r_l q^l and its derivative; returns r_0. */
+template <int R>
+__device__ inline float cema_collect_pairs(CemaBackward<R> &s, const CemaLane<R> &lane, int own) {
+    float r_0 = 0;
+#pragma unroll
+    for (int lag = 0; lag < CEMA_LANES; lag++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < CEMA_LANES; i++)
+            if (own - i == lag) sum = s.pairs[i];
+        sum = lanes_sum(sum, CEMA_LANES);
+        if (lag == 0) r_0 = sum;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            /* q^lag, and lag q^(lag-1) */
+            float re = lag > 0 ? lane.power[lag > 0 ? lag - 1 : 0].re[r] : 1.0f,
+                  im = lag > 0 ? lane.power[lag > 0 ? lag - 1 : 0].im[r] : 0.0f,
+                  slope_re = lag > 1 ? lane.power[lag > 1 ? lag - 2 : 0].re[r] : (float)lag,
+                  slope_im = lag > 1 ? lane.power[lag > 1 ? lag - 2 : 0].im[r] : 0.0f;
+            float factor = lag > 1 ? (float)lag : 1.0f;
+            s.u_nu.re[r] = fmaf(sum, re, s.u_nu.re[r]);
+            s.u_nu.im[r] = fmaf(sum, im, s.u_nu.im[r]);
+            s.u_kappa.re[r] = fmaf(factor * sum, slope_re, s.u_kappa.re[r]);
+            s.u_kappa.im[r] = fmaf(factor * sum, slope_im, s.u_kappa.im[r]);
+        }
+    }
+    return r_0;
+}
+
+/* nu and kappa after all segments that come later in time:  kappa = q^n kappa + n q^(n-1) nu + end */
+template <int R>
+__device__ inline void cema_begin_back(CemaBackward<R> &s, const CemaLane<R> &lane, const float *ends,
+                                       const CemaPlace &place, int length, int first_state, int D, int N) {
+    int segments = (int)gridDim.y;
+    if (place.segment == segments - 1 || place.d >= D) return;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (first_state + r >= N) continue;
+        CemaComplex nu = {0, 0}, kappa = {0, 0}, q = {lane.power[0].re[r], lane.power[0].im[r]};
+        CemaComplex before = cema_power(q, length - 1), power = before * q;
+        for (int i = segments - 1; i > place.segment; i--) {
+            const float *end =
+                ends + ((((int64_t)i * gridDim.z + place.b) * D + place.d) * N + first_state + r) * 4;
+            CemaComplex turned = power * kappa, slope = before * nu;
+            kappa.re = turned.re + (double)length * slope.re + end[2];
+            kappa.im = turned.im + (double)length * slope.im + end[3];
+            nu = power * nu;
+            nu.re += end[0], nu.im += end[1];
+        }
+        s.nu.re[r] = (float)nu.re, s.nu.im[r] = (float)nu.im;
+        s.kappa.re[r] = (float)kappa.re, s.kappa.im[r] = (float)kappa.im;
+    }
+}
+
+/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (segments,B,D,N), and
+ * of omega, (segments,B,D). */
 struct CemaSums {
     float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega;
 };
 
-/* computes: du_t (+)= p Re(sum c nu_t + rho_t) + omega dy_t, dh_in, and each row's gradients of p, q, c and
- * omega
- * launch:   grid (ceil(D LANES / 128), B), block 128: LANES lanes own a channel of a row for all of time
- * traffic:  3 B T D sizeof(T) bytes, 4 if du is added to; arithmetic bounds it: 14 N fused multiply-adds an
- *           element
- * needs:    N <= R LANES; OUTGOING if and only if dh_out is there; du may be dy unless it is added to
- * numerics: float; fixed order: deterministic */
-template <typename T, int R, int LANES, bool OUTGOING>
-__global__ void __launch_bounds__(CEMA_THREADS)
+/* computes: du_t (+)= p Re(sum c nu_t + rho_t) + omega dy_t, dh_in, and each segment's gradients of p, q, c
+ *           and omega
+ * launch:   grid (ceil(D / 32), segments, B), block 256: 8 lanes own a channel of a segment
+ * traffic:  3 B T D sizeof(T) bytes, 4 if du is added to; arithmetic bounds it: 12.6 N fused multiply-adds
+ *           an element
+ * needs:    N <= 8 R; OUTGOING if and only if dh_out is there, and then one segment; du may be dy unless it
+ *           is added to; ends from cema_ends_kernel if there are several segments
+ * numerics: float, powers of q in double; fixed order: deterministic */
+template <typename T, int R, bool OUTGOING>
+__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 && !OUTGOING ? 2 : 1)
     cema_backward_kernel(T *du, bool accumulate, float *dh_in, CemaSums sums, const T *dy,
-                         const float *dh_out, const T *u, const float *h_in, CemaCoefficients coef,
-                         const float *omega, int steps, int D, int N) {
-    using Place = CemaPlace<R, LANES>;
-    __shared__ float tile_u[2][CEMA_STEPS][Place::CHANNELS], tile_dy[2][CEMA_STEPS][Place::CHANNELS];
-    Place place;
+                         const float *dh_out, const T *u, const float *h_in, const float *ends,
+                         CemaCoefficients coef, const float *omega, int length, int steps, int D, int N,
+                         bool paired) {
+    alignas(16) __shared__ float tile_u[CEMA_CHANNELS][CEMA_PITCH], tile_dy[CEMA_CHANNELS][CEMA_PITCH];
+    CemaPlace place((int)blockIdx.y, length, steps);
+    CemaMover mover;
+    CemaShare<T> held_u, held_dy;
+    int last = place.begin + (place.end - 1 - place.begin) / CEMA_STEPS * CEMA_STEPS;
+    cema_fetch(held_u, u, mover, place.b, last, steps, D, paired);
+    cema_fetch(held_dy, dy, mover, place.b, last, steps, D, paired);
     int d = place.d, first_state = place.lane * R;
-    CemaStates<R> q, pc;
+    CemaLane<R> lane(coef, d, first_state, D, N);
+    CemaStates<R> pc = cema_output_factor<R>(coef, lane.p, d, first_state, D, N);
     CemaBackward<R> s = {};
     CemaOutgoing<OUTGOING ? R : 1> out = {};
-    float p[R], held_u[Place::PER_THREAD], held_dy[Place::PER_THREAD], omega_d = d < D ? omega[d] : 0.0f,
-                                                                       domega = 0;
-    cema_load<R>(p, coef.p, d, first_state, D, N, 0.0f);
-    cema_load<R>(q.re, coef.q_re, d, first_state, D, N, 0.0f);
-    cema_load<R>(q.im, coef.q_im, d, first_state, D, N, 0.0f);
-    cema_load<R>(pc.re, coef.c_re, d, first_state, D, N, 0.0f);
-    cema_load<R>(pc.im, coef.c_im, d, first_state, D, N, 0.0f);
+    float taps[CEMA_LANES];
+    cema_taps<R>(taps, lane, pc, d < D ? omega[d] : 0.0f, place.lane);
+    cema_begin_back<R>(s, lane, ends, place, length, first_state, D, N);
     int64_t state = ((int64_t)place.b * D + d) * N + first_state; // (B,D,N); a complex number is two of them
+    if constexpr (OUTGOING) {
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        pc.re[r] *= p[r], pc.im[r] *= p[r];
-        if constexpr (OUTGOING) {
+        for (int r = 0; r < R; r++) {
             bool real = d < D && first_state + r < N;
             out.rho.re[r] = real ? dh_out[(state + r) * 2] : 0.0f;
             out.rho.im[r] = real ? -dh_out[(state + r) * 2 + 1] : 0.0f;
         }
     }
-    int last_tile = (steps - 1) / CEMA_STEPS * CEMA_STEPS;
-    cema_fetch<T>(held_u, u, place, last_tile, steps, D);
-    cema_fetch<T>(held_dy, dy, place, last_tile, steps, D);
-    for (int first = last_tile, buffer = 0; first >= 0; first -= CEMA_STEPS, buffer ^= 1) {
-        float(*now_u)[Place::CHANNELS] = tile_u[buffer], (*now_dy)[Place::CHANNELS] = tile_dy[buffer];
-#pragma unroll
-        for (int j = 0; j < Place::PER_THREAD; j++) {
-            (&now_u[0][0])[threadIdx.x + j * CEMA_THREADS] = held_u[j];
-            (&now_dy[0][0])[threadIdx.x + j * CEMA_THREADS] = held_dy[j];
-        }
+    for (int first = last; first >= place.begin; first -= CEMA_STEPS) {
+        cema_put(tile_u, held_u, mover);
+        cema_put(tile_dy, held_dy, mover);
         __syncthreads(); // the tiles are whole
-        cema_fetch<T>(held_u, u, place, first - CEMA_STEPS, steps, D);
-        cema_fetch<T>(held_dy, dy, place, first - CEMA_STEPS, steps, D);
+        if (first > place.begin) {
+            cema_fetch(held_u, u, mover, place.b, first - CEMA_STEPS, steps, D, paired);
+            cema_fetch(held_dy, dy, mover, place.b, first - CEMA_STEPS, steps, D, paired);
+        }
         /* Steps past the end have dy = 0 and come first, when nu and kappa are still zero: they change
          * nothing. */
-        for (int base = CEMA_STEPS - LANES; base >= 0; base -= LANES) {
-            float part[LANES];
+        for (int base = CEMA_STEPS - CEMA_LANES; base >= 0; base -= CEMA_LANES) {
+            float u_now[CEMA_LANES], dy_now[CEMA_LANES], part[CEMA_LANES];
+            int own = base + CEMA_LANES - 1 - place.lane; // step m of a group is its m-th from the end
+            cema_group<true>(u_now, &tile_u[place.channel][base]);
+            cema_group<true>(dy_now, &tile_dy[place.channel][base]);
+            cema_outputs<R>(part, lane, pc, s.nu);
+            cema_collect<R>(s, lane, u_now);
+            cema_advance_back<R>(s.kappa, s.nu, lane, dy_now);
+            if constexpr (OUTGOING) {
 #pragma unroll
-            for (int j = LANES - 1; j >= 0; j--) {
-                float u_t = now_u[base + j][place.channel], dy_t = now_dy[base + j][place.channel];
-                part[j] = cema_step_back<R>(s, q, pc, u_t, dy_t);
-                if constexpr (OUTGOING) {
-                    int t = first + base + j;
-                    if (t < steps) part[j] += cema_outgoing_step<R>(out, q, p, u_t, t < steps - 1);
+                for (int m = 0; m < CEMA_LANES; m++) {
+                    int t = first + base + CEMA_LANES - 1 - m;
+                    if (t < steps)
+                        part[m] += cema_outgoing_step<R>(out, lane.power[0], lane.p, u_now[m],
+                                                         t < steps - 1);
                 }
             }
-            float total = transpose_sum<LANES>(part, place.lane);
+            float total = transpose_sum(part, place.lane), u_own = tile_u[place.channel][own];
+#pragma unroll
+            for (int i = 0; i < CEMA_LANES; i++) {
+                total = fmaf(taps[i], dy_now[i], total);
+                s.pairs[i] = fmaf(u_own, dy_now[i], s.pairs[i]);
+            }
             __syncwarp(); // all lanes of the channel have read these steps: the outputs may take their place
-            float *own = &now_dy[base + place.lane][place.channel];
-            domega = fmaf(*own, now_u[base + place.lane][place.channel], domega);
-            *own = fmaf(omega_d, *own, total);
+            tile_dy[place.channel][own] = total;
         }
         __syncthreads(); // the outputs are whole
-#pragma unroll
-        for (int j = 0; j < Place::PER_THREAD; j++) {
-            int i = (int)threadIdx.x + j * CEMA_THREADS, t = first + i / Place::CHANNELS;
-            int column = place.first_d + i % Place::CHANNELS;
-            if (t >= steps || column >= D) continue;
-            int64_t at = ((int64_t)place.b * steps + t) * D + column;
-            du[at] = from_float<T>((&now_dy[0][0])[i] + (accumulate ? to_float(du[at]) : 0.0f));
-        }
+        cema_write(du, accumulate, tile_dy, mover, place.b, first, steps, D, paired);
+        __syncthreads(); // and written: the next tiles may take their place
     }
-    domega = lanes_sum(domega, LANES);
+    float domega = cema_collect_pairs<R>(s, lane, place.lane);
     /* One more step back, with no dy: what an input at time -1, the incoming state, would meet. */
-    cema_turn<R>(s.kappa, q, s.nu);
-    cema_turn<R>(s.nu, q, 0.0f);
+    cema_turn<R>(s.kappa, lane.power[0], s.nu);
+    cema_turn<R>(s.nu, lane.power[0], 0.0f);
     if constexpr (OUTGOING) {
-        cema_turn<R>(out.sigma, q, out.rho);
-        cema_turn<R>(out.rho, q, 0.0f);
+        cema_turn<R>(out.sigma, lane.power[0], out.rho);
+        cema_turn<R>(out.rho, lane.power[0], 0.0f);
     }
     if (d >= D) return; // no shuffle comes after this
-    if (place.lane == 0) sums.domega[(int64_t)place.b * D + d] = domega;
+    if (place.lane == 0) sums.domega[place.row * D + d] = domega;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (first_state + r >= N) continue;
         int64_t at = state + r, coefficient = (int64_t)d * N + first_state + r;
-        float c_re = coef.c_re[coefficient], c_im = coef.c_im[coefficient];
-        float h_re = h_in ? h_in[at * 2] : 0.0f, h_im = h_in ? h_in[at * 2 + 1] : 0.0f;
-        float dc_re = p[r] * s.u_nu.re[r] + h_re * s.nu.re[r] - h_im * s.nu.im[r];
-        float dc_im = p[r] * s.u_nu.im[r] + h_re * s.nu.im[r] + h_im * s.nu.re[r];
-        float k_re = p[r] * s.u_kappa.re[r] + h_re * s.kappa.re[r] - h_im * s.kappa.im[r];
-        float k_im = p[r] * s.u_kappa.im[r] + h_re * s.kappa.im[r] + h_im * s.kappa.re[r];
+        bool meets = h_in && place.segment == 0;
+        float p = lane.p[r], c_re = coef.c_re[coefficient], c_im = coef.c_im[coefficient];
+        float h_re = meets ? h_in[at * 2] : 0.0f, h_im = meets ? h_in[at * 2 + 1] : 0.0f;
+        float dc_re = p * s.u_nu.re[r] + h_re * s.nu.re[r] - h_im * s.nu.im[r];
+        float dc_im = p * s.u_nu.im[r] + h_re * s.nu.im[r] + h_im * s.nu.re[r];
+        float k_re = p * s.u_kappa.re[r] + h_re * s.kappa.re[r] - h_im * s.kappa.im[r];
+        float k_im = p * s.u_kappa.im[r] + h_re * s.kappa.im[r] + h_im * s.kappa.re[r];
         float dq_re = c_re * k_re - c_im * k_im, dq_im = c_re * k_im + c_im * k_re;
         float dp = c_re * s.u_nu.re[r] - c_im * s.u_nu.im[r];
         float dh_re = c_re * s.nu.re[r] - c_im * s.nu.im[r], dh_im = c_re * s.nu.im[r] + c_im * s.nu.re[r];
         if constexpr (OUTGOING) {
-            dq_re += p[r] * out.u_sigma.re[r] + h_re * out.sigma.re[r] - h_im * out.sigma.im[r];
-            dq_im += p[r] * out.u_sigma.im[r] + h_re * out.sigma.im[r] + h_im * out.sigma.re[r];
+            dq_re += p * out.u_sigma.re[r] + h_re * out.sigma.re[r] - h_im * out.sigma.im[r];
+            dq_im += p * out.u_sigma.im[r] + h_re * out.sigma.im[r] + h_im * out.sigma.re[r];
             dp += out.u_rho[r];
             dh_re += out.rho.re[r], dh_im += out.rho.im[r];
         }
-        sums.dp[at] = dp;
-        sums.dq_re[at] = dq_re, sums.dq_im[at] = -dq_im;
-        sums.dc_re[at] = dc_re, sums.dc_im[at] = -dc_im;
-        if (dh_in) dh_in[at * 2] = dh_re, dh_in[at * 2 + 1] = -dh_im;
+        int64_t sum = (place.row * D + d) * N + first_state + r;
+        sums.dp[sum] = dp;
+        sums.dq_re[sum] = dq_re, sums.dq_im[sum] = -dq_im;
+        sums.dc_re[sum] = dc_re, sums.dc_im[sum] = -dc_im;
+        if (dh_in && place.segment == 0) dh_in[at * 2] = dh_re, dh_in[at * 2 + 1] = -dh_im;
     }
 }
 
 /* With a = sigmoid(alpha), s = sigmoid(delta), phi = k sigmoid(theta) 2 pi / N, q = (1 - a s) exp(i phi):
  *     da = dp - s dr,  ds = -a dr,  dr = dq . (cos phi, sin phi),  dphi = dq . (-q_im, q_re)
- * computes: dalpha, ddelta, dtheta, dgamma, domega += from the sums, over rows and, for theta, over states
+ * computes: dalpha, ddelta, dtheta, dgamma, domega += from the sums, over rows (of all segments) and, for
+ *           theta, over states
  * launch:   grid ceil(D / channels), block 256: a thread owns a state of a channel, N of them make a channel
- * traffic:  20 B D N bytes read
+ * traffic:  20 rows D N bytes read
  * needs:    N <= 256
  * numerics: double, fixed order: deterministic */
 __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, float *dtheta, float *dgamma,
                                               float *domega, CemaSums sums, const float *alpha,
-                                              const float *delta, const float *theta, int B, int D, int N) {
+                                              const float *delta, const float *theta, int rows, int D,
+                                              int N) {
     __shared__ double dphase[256];
     int channels = 256 / N, channel = (int)threadIdx.x / N, k = (int)threadIdx.x % N;
     int d = (int)blockIdx.x * channels + channel;
@@ -439,8 +801,8 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     if (active) {
         int64_t i = (int64_t)d * N + k;
         double dp = 0, dq_re = 0, dq_im = 0, dc_re = 0, dc_im = 0;
-        for (int b = 0; b < B; b++) {
-            int64_t at = (int64_t)b * D * N + i;
+        for (int row = 0; row < rows; row++) {
+            int64_t at = (int64_t)row * D * N + i;
             dp += sums.dp[at], dq_re += sums.dq_re[at], dq_im += sums.dq_im[at];
             dc_re += sums.dc_re[at], dc_im += sums.dc_im[at];
         }
@@ -459,7 +821,7 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     if (!active || k != 0) return;
     double total = 0, skip = 0;
     for (int j = 0; j < N; j++) total += dphase[threadIdx.x + j];
-    for (int b = 0; b < B; b++) skip += sums.domega[(int64_t)b * D + d];
+    for (int row = 0; row < rows; row++) skip += sums.domega[(int64_t)row * D + d];
     dtheta[d] += (float)(total * 6.283185307179586 / (double)N * rate * (1 - rate));
     domega[d] += (float)skip;
 }
@@ -473,27 +835,36 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
                           const float *alpha, const float *delta, const float *theta, const float *omega,
                           int64_t B, int64_t steps, int64_t D, int64_t N) {
     ScratchScope scope(context);
-    int64_t size = B * D * N;
-    float *memory = take<float>(context, NUM_CEMA_SUMS * size + B * D);
+    CemaSegments segments = cema_segments(context, B, steps, D);
+    if (dh_out) segments.count = 1, segments.length = ceil_div(steps, CEMA_STEPS) * CEMA_STEPS;
+    bool paired = cema_pairs<T>(D, du, dy, u);
+    unsigned columns = blocks_for(D, CEMA_CHANNELS), rows = (unsigned)B, count = (unsigned)segments.count;
+    int64_t size = segments.rows * D * N;
+    float *memory = take<float>(context, NUM_CEMA_SUMS * size + segments.rows * D);
+    float *ends = take<float>(context, size * 4);
     CemaSums sums = {
         memory, memory + size, memory + 2 * size, memory + 3 * size, memory + 4 * size, memory + 5 * size};
-#define CEMA_BACKWARD(R, LANES, OUTGOING)                                                                   \
-    LAUNCH((cema_backward_kernel<T, R, LANES, OUTGOING>),                                                   \
-           dim3(blocks_for(D *LANES, CEMA_THREADS), (unsigned)B), CEMA_THREADS, context, du, accumulate,    \
-           dh_in, sums, dy, dh_out, u, h_in, coef, omega, (int)steps, (int)D, (int)N)
-#define CEMA_BACKWARD_PLAIN(R, LANES) CEMA_BACKWARD(R, LANES, false)
-    if (!dh_out)
-        WITH_CEMA_LANES(context, B, D, N, CEMA_BACKWARD_PLAIN);
-    else if (N > 32)
-        CEMA_BACKWARD(4, 16, true);
-    else if (N > 16)
-        CEMA_BACKWARD(2, 16, true);
+#define CEMA_BACKWARD(R, OUTGOING)                                                                          \
+    LAUNCH((cema_backward_kernel<T, R, OUTGOING>), dim3(columns, count, rows), CEMA_THREADS, context, du,   \
+           accumulate, dh_in, sums, dy, dh_out, u, h_in, ends, coef, omega, (int)segments.length,           \
+           (int)steps, (int)D, (int)N, paired)
+#define CEMA_BACKWARD_OUTGOING(R) CEMA_BACKWARD(R, true)
+#define CEMA_BACKWARD_PLAIN(R)                                                                              \
+    do {                                                                                                    \
+        if (count > 1)                                                                                      \
+            LAUNCH((cema_ends_kernel<T, R, true>), dim3(columns, count - 1, rows), CEMA_THREADS, context,   \
+                   ends, dy, coef, (int)segments.length, (int)steps, (int)D, (int)N, paired);               \
+        CEMA_BACKWARD(R, false);                                                                            \
+    } while (0)
+    if (dh_out)
+        WITH_CEMA_STATES(N, CEMA_BACKWARD_OUTGOING);
     else
-        CEMA_BACKWARD(1, 16, true);
+        WITH_CEMA_STATES(N, CEMA_BACKWARD_PLAIN);
 #undef CEMA_BACKWARD_PLAIN
+#undef CEMA_BACKWARD_OUTGOING
 #undef CEMA_BACKWARD
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
-           domega, sums, alpha, delta, theta, (int)B, (int)D, (int)N);
+           domega, sums, alpha, delta, theta, (int)(B * segments.count), (int)D, (int)N);
 }
 
 #endif

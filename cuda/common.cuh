@@ -140,6 +140,10 @@ template <> __host__ __device__ inline bf16 from_float<bf16>(float x) { return _
 
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Packed { T v[VEC]; };
 
+template <int VEC, typename T> __device__ inline Packed<T, VEC> packed(const T *from) {
+    return *reinterpret_cast<const Packed<T, VEC> *>(from);
+}
+
 template <int VEC, typename T> __device__ inline void load(float (&to)[VEC], const T *from) {
     Packed<T, VEC> packed = *reinterpret_cast<const Packed<T, VEC> *>(from);
 #pragma unroll
@@ -171,7 +175,30 @@ template <typename T, typename... P> static bool vectorises(int64_t columns, con
         }                                                                                                   \
     } while (0)
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+/* The widest vector of 16 bytes, 8 bytes or one element that rows of `columns` elements can be read in. */
+template <typename T, typename... P> static int vector_width(int64_t columns, const P *...pointers) {
+    uintptr_t bits = ((uintptr_t)pointers | ... | 0);
+    int64_t wide = 16 / (int64_t)sizeof(T), half = wide / 2;
+    if (columns % wide == 0 && bits % 16 == 0) return (int)wide;
+    return columns % half == 0 && bits % 8 == 0 ? (int)half : 1;
+}
+/* Runs a statement with the constant VEC, which is vector_width's answer. */
+#define WITH_WIDTH(T, width, ...)                                                                           \
+    do {                                                                                                    \
+        if ((width) == 16 / (int)sizeof(T)) {                                                               \
+            constexpr int VEC = 16 / (int)sizeof(T);                                                        \
+            __VA_ARGS__;                                                                                    \
+        } else if ((width) == 8 / (int)sizeof(T)) {                                                         \
+            constexpr int VEC = 8 / (int)sizeof(T);                                                         \
+            __VA_ARGS__;                                                                                    \
+        } else {                                                                                            \
+            constexpr int VEC = 1;                                                                          \
+            __VA_ARGS__;                                                                                    \
+        }                                                                                                   \
+    } while (0)
+
+/* The device's own exponential and quotient: some units in the last place, a fraction of the instructions. */
+__device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ inline float silu(float x) { return x * sigmoid(x); }
 /* d silu(x) / dx = s (1 + x (1 - s)) with s = sigmoid(x) */
 __device__ inline float silu_slope(float x) {
@@ -202,6 +229,16 @@ __device__ inline float keep_scale(const Dropout &dropout, uint64_t index) {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z ^= z >> 31;
     return (z >> 40) < dropout.threshold ? 0.0f : dropout.scale;
+}
+
+/* The same for VEC elements from `index` on: one branch where nothing is dropped. */
+template <int VEC>
+__device__ inline void keep_scales(float (&keep)[VEC], const Dropout &dropout, int64_t index) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) keep[i] = 1.0f;
+    if (dropout.threshold == 0) return;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) keep[i] = keep_scale(dropout, (uint64_t)(index + i));
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -274,32 +311,52 @@ static inline float *take_partials(Context *context, int64_t rows, int64_t colum
     return take<float>(context, (int64_t)sweep_blocks(rows) * sweep_groups(columns, 8) * columns);
 }
 
-enum { PARTIAL_LANES = 32, PARTIAL_GROUPS = 16 };
+/* Few columns leave most of the device idle, so many rows are summed in slices first. */
+enum { PARTIAL_LANES = 32, PARTIAL_GROUPS = 16, PARTIAL_SLICE = 64, PARTIAL_SLICES = 64 };
 
-/* computes: sum[j] += sum over r of partial[r, j], r < count
- * launch:   grid ceil(columns / 32), block 32 x 16: a thread walks every 16th row of one column
+/* computes: sum[j] += sum over r of partial[r, j], r < count; with several slices, sum[slice, j] = the
+ *           slice's part
+ * launch:   grid (ceil(columns / 32), slices), block 32 x 16: a thread walks every 16th row of one column
  * traffic:  4 count columns bytes read, 8 columns bytes read and written
  * needs:    nothing
  * numerics: float, one fixed order: deterministic */
 __global__ static void add_partials_kernel(float *sum, const float *partial, int64_t count, int columns) {
     __shared__ float shared[PARTIAL_GROUPS][PARTIAL_LANES];
     int column = (int)blockIdx.x * PARTIAL_LANES + (int)threadIdx.x;
+    int64_t share = (count + gridDim.y - 1) / gridDim.y, first = share * blockIdx.y,
+            last = min(first + share, count);
     float total = 0;
-    if (column < columns)
-        for (int64_t row = threadIdx.y; row < count; row += PARTIAL_GROUPS)
+    if (column < columns) {
+#pragma unroll 4
+        for (int64_t row = first + threadIdx.y; row < last; row += PARTIAL_GROUPS)
             total += partial[row * columns + column];
+    }
     shared[threadIdx.y][threadIdx.x] = total;
     __syncthreads(); // all groups' sums are there
     if (threadIdx.y == 0 && column < columns) {
         for (int i = 1; i < PARTIAL_GROUPS; i++) total += shared[i][threadIdx.x];
-        sum[column] += total;
+        if (gridDim.y > 1)
+            sum[(int64_t)blockIdx.y * columns + column] = total;
+        else
+            sum[column] += total;
     }
 }
 
 static inline void add_partials(Context *context, float *sum, const float *partial, int64_t count,
                                 int64_t columns) {
-    LAUNCH(add_partials_kernel, blocks_for(columns, PARTIAL_LANES), dim3(PARTIAL_LANES, PARTIAL_GROUPS),
-           context, sum, partial, count, (int)columns);
+    ScratchScope scope(context);
+    float *slice_sums = take<float>(context, PARTIAL_SLICES * columns);
+    dim3 block(PARTIAL_LANES, PARTIAL_GROUPS);
+    unsigned blocks = blocks_for(columns, PARTIAL_LANES), slices = blocks_for(count, PARTIAL_SLICE);
+    unsigned wanted = 2 * (unsigned)context->num_sms / blocks;
+    if (slices > wanted) slices = wanted;
+    if (slices > PARTIAL_SLICES) slices = PARTIAL_SLICES;
+    if (slices > 1) {
+        LAUNCH(add_partials_kernel, dim3(blocks, slices), block, context, slice_sums, partial, count,
+               (int)columns);
+        partial = slice_sums, count = slices;
+    }
+    LAUNCH(add_partials_kernel, blocks, block, context, sum, partial, count, (int)columns);
 }
 
 /* computes: partial[block and group, j] = sum over the block's rows of x[row, j]

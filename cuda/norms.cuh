@@ -24,7 +24,7 @@ __global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, cons
     int lane = (int)threadIdx.x % WARP_SIZE;
     if (row >= rows) return; // a whole warp leaves
     const T *x_row = x + row * columns;
-    float sum = 0, value[VEC], w[VEC] = {};
+    float sum = 0, value[VEC], w[VEC] = {}, keep[VEC];
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x_row + c);
 #pragma unroll
@@ -35,9 +35,10 @@ __global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, cons
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x_row + c);
         if (weight) load<VEC>(w, weight + c);
+        keep_scales<VEC>(keep, dropout, row * columns + c);
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-            value[i] *= rstd * (1.0f + w[i]) * keep_scale(dropout, (uint64_t)(row * columns + c + i));
+            value[i] *= rstd * (1.0f + w[i]) * keep[i];
         store<VEC>(y + row * columns + c, value);
     }
 }
@@ -61,12 +62,12 @@ static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, con
  *           may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd,
-                                        const T *x, const T *weight, int64_t rows, int columns,
-                                        Dropout dropout) {
+__global__ void __launch_bounds__(SWEEP_THREADS, 4)
+    rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd, const T *x,
+                            const T *weight, int64_t rows, int columns, Dropout dropout) {
     __shared__ float row_factor[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
-    float value[VEC], grad[VEC], w[VEC] = {};
+    float value[VEC], grad[VEC], keep[VEC], w[VEC] = {};
     int lane = (int)threadIdx.x % WARP_SIZE;
     for (int64_t row = first + threadIdx.x / WARP_SIZE; row < last; row += SWEEP_THREADS / WARP_SIZE) {
         float products = 0;
@@ -74,10 +75,9 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
             if (weight) load<VEC>(w, weight + c);
+            keep_scales<VEC>(keep, dropout, row * columns + c);
 #pragma unroll
-            for (int i = 0; i < VEC; i++)
-                products += keep_scale(dropout, (uint64_t)(row * columns + c + i)) * grad[i] *
-                            (1.0f + w[i]) * value[i];
+            for (int i = 0; i < VEC; i++) products += keep[i] * grad[i] * (1.0f + w[i]) * value[i];
         }
         products = warp_sum(products);
         if (lane == 0)
@@ -95,12 +95,13 @@ __global__ void rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy
             float rstd = saved_rstd[row], factor = row_factor[row - first];
             load<VEC>(value, x + row * columns + c);
             load<VEC>(grad, dy + row * columns + c);
+            keep_scales<VEC>(keep, dropout, row * columns + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                float keep = keep_scale(dropout, (uint64_t)(row * columns + c + i)), xhat = value[i] * rstd;
-                dw[i] += keep * grad[i] * xhat;
-                again[i] = keep * xhat * (1.0f + w[i]);
-                grad[i] = rstd * (keep * grad[i] * (1.0f + w[i]) - value[i] * factor);
+                float xhat = value[i] * rstd;
+                dw[i] += keep[i] * grad[i] * xhat;
+                again[i] = keep[i] * xhat * (1.0f + w[i]);
+                grad[i] = rstd * (keep[i] * grad[i] * (1.0f + w[i]) - value[i] * factor);
             }
             store<VEC>(dx + row * columns + c, grad);
             if (y) store<VEC>(y + row * columns + c, again);
@@ -194,9 +195,10 @@ static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, 
  *           may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy,
-                                          const T *x, const float *mean, const float *rstd, const T *weight,
-                                          const T *bias, int64_t rows, int columns) {
+__global__ void __launch_bounds__(SWEEP_THREADS, 4)
+    layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy, const T *x,
+                              const float *mean, const float *rstd, const T *weight, const T *bias,
+                              int64_t rows, int columns) {
     __shared__ float row_g[SWEEP_ROWS], row_gx[SWEEP_ROWS];
     int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
     float value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};

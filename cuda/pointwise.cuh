@@ -166,8 +166,9 @@ __global__ void silu_gate_kernel(T *y, T *r, const T *x, const T *a, int64_t cou
 #pragma unroll
         for (int i = 0; i < VEC; i++) value[i] *= other[i];
     }
+    keep_scales<VEC>(other, dropout, at);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) value[i] *= keep_scale(dropout, (uint64_t)(at + i));
+    for (int i = 0; i < VEC; i++) value[i] *= other[i];
     store<VEC>(y + at, value);
 }
 
@@ -202,32 +203,45 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
  *           NULL: as if 1, with da NULL; dx or da may be dy
  * numerics: float sums in a fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x,
-                                          const T *a, int64_t rows, int columns, Dropout dropout) {
+template <typename T, int VEC, bool DROPS>
+__global__ void __launch_bounds__(SWEEP_THREADS, 4)
+    silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
+                              int64_t rows, int columns, Dropout dropout) {
     Sweep sweep(columns, VEC);
     if (sweep.group >= sweep.groups) return;
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
+    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, stride = (int64_t)sweep.groups * columns;
+    int count = (int)min((int64_t)SWEEP_ROWS, rows - first);
     for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float sum[VEC] = {}, value[VEC], grad[VEC], other[VEC], again[VEC], dother[VEC];
+        float sum[VEC] = {};
+        int64_t at = (first + sweep.group) * columns + c;
+        /* The results may lie over the inputs, so the compiler may not move the next row's loads up: they
+         * are asked for here before this row's results are written. */
+        Packed<T, VEC> value, grad, other, next_value, next_grad, next_other;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) other[i] = 1;
-        for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            int64_t at = row * columns + c;
-            load<VEC>(value, x + at);
-            load<VEC>(grad, dy + at);
-            if (a) load<VEC>(other, a + at);
+        for (int i = 0; i < VEC; i++) next_other.v[i] = from_float<T>(1.0f);
+        if (sweep.group < count) {
+            next_value = packed<VEC>(x + at), next_grad = packed<VEC>(dy + at);
+            if (a) next_other = packed<VEC>(a + at);
+        }
+        for (int row = sweep.group; row < count; row += sweep.groups, at += stride) {
+            value = next_value, grad = next_grad, other = next_other;
+            if (row + sweep.groups < count) {
+                next_value = packed<VEC>(x + at + stride), next_grad = packed<VEC>(dy + at + stride);
+                if (a) next_other = packed<VEC>(a + at + stride);
+            }
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                float keep = keep_scale(dropout, (uint64_t)(at + i)), s = sigmoid(value[i]);
-                again[i] = keep * other[i] * value[i] * s;
-                dother[i] = keep * grad[i] * value[i] * s;
-                grad[i] *= keep * other[i] * s * (1.0f + value[i] * (1.0f - s));
-                sum[i] += grad[i];
+                float keep = DROPS ? keep_scale(dropout, (uint64_t)(at + i)) : 1.0f;
+                float v = to_float(value.v[i]), s = sigmoid(v), kept = keep * to_float(grad.v[i]),
+                      factor = to_float(other.v[i]), dv = kept * factor * s * (1.0f + v * (1.0f - s));
+                sum[i] += dv;
+                grad.v[i] = from_float<T>(dv);
+                value.v[i] = from_float<T>(kept * v * s);
+                other.v[i] = from_float<T>(keep * factor * v * s);
             }
-            store<VEC>(dx + at, grad);
-            if (da) store<VEC>(da + at, dother);
-            if (y) store<VEC>(y + at, again);
+            *reinterpret_cast<Packed<T, VEC> *>(dx + at) = grad;
+            if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at) = value;
+            if (y) *reinterpret_cast<Packed<T, VEC> *>(y + at) = other;
         }
         if (partial) {
             float *out = partial + ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns + c;
@@ -244,8 +258,12 @@ static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbia
     ScratchScope scope(context);
     float *partial = dbias ? take_partials(context, rows, columns) : nullptr;
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
-        LAUNCH((silu_gate_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, da, y,
-               partial, dy, x, a, rows, (int)columns, dropout);
+        if (dropout.threshold)
+            LAUNCH((silu_gate_backward_kernel<T, VEC, true>), sweep_blocks(rows), SWEEP_THREADS, context, dx,
+                   da, y, partial, dy, x, a, rows, (int)columns, dropout);
+        else
+            LAUNCH((silu_gate_backward_kernel<T, VEC, false>), sweep_blocks(rows), SWEEP_THREADS, context,
+                   dx, da, y, partial, dy, x, a, rows, (int)columns, dropout);
         if (dbias)
             add_partials(context, dbias, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
                          columns);
@@ -411,14 +429,14 @@ template <typename T, int VEC> __device__ inline float row_lse(const T *row, int
 #pragma unroll
         for (int i = 1; i < VEC; i++) here = fmaxf(here, value[i]);
         if (here > largest) {
-            sum *= expf(largest - here); // exp(-inf) is 0 the first time
+            sum *= __expf(largest - here); // exp(-inf) is 0 the first time
             largest = here;
         }
 #pragma unroll
-        for (int i = 0; i < VEC; i++) sum += expf(value[i] - largest);
+        for (int i = 0; i < VEC; i++) sum += __expf(value[i] - largest);
     }
     float top = block_max(largest, shared);
-    float total = block_sum(largest == -INFINITY ? 0.0f : sum * expf(largest - top), shared);
+    float total = block_sum(largest == -INFINITY ? 0.0f : sum * __expf(largest - top), shared);
     return top + logf(total);
 }
 
@@ -470,7 +488,7 @@ __global__ void cross_entropy_backward_kernel(T *dlogits, const float *dnll, flo
         load<VEC>(value, row + v);
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-            value[i] = ignored ? 0.0f : g * (expf(value[i] - shift) - (v + i == target ? 1.0f : 0.0f));
+            value[i] = ignored ? 0.0f : g * (__expf(value[i] - shift) - (v + i == target ? 1.0f : 0.0f));
         store<VEC>(drow + v, value);
     }
 }

@@ -66,12 +66,25 @@ template <typename T> static int lanes_per_group(int64_t size, int vec) {
     return lanes;
 }
 
+/* Unit by unit through a tile, `units` at a time, without a division each time. */
+struct TileWalk {
+    int step, group, groups, step_stride, group_stride;
+    __device__ TileWalk(int unit, int units, int groups_here) {
+        groups = groups_here, step = unit / groups, group = unit % groups;
+        step_stride = units / groups, group_stride = units % groups;
+    }
+    __device__ void next() {
+        step += step_stride, group += group_stride;
+        if (group >= groups) group -= groups, step++;
+    }
+};
+
 /* computes: for each group and step of a tile, mean and variance of the tile's steps up to it; and of the
  * whole tile
  * launch:   grid (tiles, ceil(G / 32), B), block 256: `lanes` lanes own a group of a step; then a warp scans
  *           a group
  * traffic:  B T D sizeof(T) bytes read, 2 B T G sizeof(Accum) written
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
  * numerics: two passes for a step's variance; Accum is double for float; fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *x, int steps,
@@ -82,11 +95,12 @@ __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *ti
     int first_group = (int)blockIdx.y * TILE_GROUPS, groups = min(TILE_GROUPS, G - first_group);
     int first_step = tile * TILE_STEPS, count = min((int)TILE_STEPS, steps - first_step);
     int lane = (int)threadIdx.x % lanes, units = TILE_THREADS / lanes;
+    A inverse_size = (A)1 / (A)size;
     /* All lanes of a warp make the same number of rounds, so that the shuffles below find them all. */
-    for (int round = 0; round * units < groups * count; round++) {
-        int unit = round * units + (int)threadIdx.x / lanes;
-        bool active = unit < groups * count;
-        int step = active ? unit / groups : 0, group = active ? unit % groups : 0;
+    TileWalk walk((int)threadIdx.x / lanes, units, groups);
+    for (int round = 0; round * units < groups * count; round++, walk.next()) {
+        bool active = walk.step < count;
+        int step = active ? walk.step : 0, group = active ? walk.group : 0;
         const T *values =
             x + ((int64_t)b * steps + first_step + step) * D + (int64_t)(first_group + group) * size;
         float value[VEC];
@@ -96,13 +110,13 @@ __global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *ti
 #pragma unroll
             for (int j = 0; j < VEC; j++) sum += value[j];
         }
-        A mean = lanes_sum(sum, lanes) / (A)size;
+        A mean = lanes_sum(sum, lanes) * inverse_size;
         for (int i = lane * VEC; i < size; i += lanes * VEC) {
             load<VEC>(value, values + i);
 #pragma unroll
             for (int j = 0; j < VEC; j++) squares += (value[j] - mean) * (value[j] - mean);
         }
-        A var = lanes_sum(squares, lanes) / (A)size;
+        A var = lanes_sum(squares, lanes) * inverse_size;
         if (active && lane == 0) step_moments[step][group] = Pair<A>{mean, var};
     }
     __syncthreads(); // the steps' own moments are all there for the scans
@@ -162,7 +176,7 @@ __global__ static void timestepnorm_scan_kernel(Pair<double> *tiles, double *mea
  * launch:   grid (ceil(T / 8), B), block 256: threads merge the moments of 8 steps, then walk over the rows
  *           in vectors
  * traffic:  2 B T D sizeof(T) + 2 B T G (sizeof(Accum) + 4) bytes
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
  * numerics: prefixes are merged in double */
 template <typename T, int VEC>
 __global__ void timestepnorm_apply_kernel(T *y, float *mean, float *var, const Pair<Accum<T>> *local,
@@ -221,7 +235,7 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
     int num_tiles = (int)ceil_div(steps, TILE_STEPS);
     Pair<Accum<T>> *local = take<Pair<Accum<T>>>(context, B * steps * G);
     Pair<double> *tiles = take<Pair<double>>(context, B * G * num_tiles);
-    WITH_VEC(T, vectorises<T>(D / G, y, x, weight, bias), {
+    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias), {
         LAUNCH((timestepnorm_tile_kernel<T, VEC>),
                dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,
                local, tiles, x, (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC));
@@ -236,7 +250,7 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
 /* computes: y = (x - mean) / sqrt(var + eps) (1 + w) + b from the saved moments
  * launch:   grid ceil(B T D / (256 VEC)), block 256: a thread owns VEC elements
  * traffic:  2 B T D sizeof(T) + 8 B T G bytes
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
  * numerics: float */
 template <typename T, int VEC>
 __global__ void timestepnorm_again_kernel(T *y, const float *mean, const float *var, const T *x,
@@ -244,8 +258,10 @@ __global__ void timestepnorm_again_kernel(T *y, const float *mean, const float *
                                           float eps) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
-    int d = (int)(at % D);
-    int64_t group = at / D * G + d / (D / G);
+    /* A division of 64 bits costs more than the rest of this kernel. */
+    int64_t row = (at >> 32) == 0 ? (int64_t)((uint32_t)at / (uint32_t)D) : at / D;
+    int d = (int)(at - row * D);
+    int64_t group = row * G + d / (D / G);
     float value[VEC], w[VEC], add[VEC], mean_here = mean[group], rstd = 1.0f / sqrtf(var[group] + eps);
     load<VEC>(value, x + at);
     load<VEC>(w, weight + d);
@@ -260,7 +276,7 @@ template <typename T>
 static void timestepnorm_again(Context *context, T *y, const float *mean, const float *var, const T *x,
                                const T *weight, const T *bias, int64_t rows, int64_t D, int64_t G,
                                float eps) {
-    WITH_VEC(T, vectorises<T>(D / G, y, x, weight, bias),
+    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias),
              LAUNCH((timestepnorm_again_kernel<T, VEC>), blocks_for(rows * D, 256 * VEC), 256, context, y,
                     mean, var, x, weight, bias, rows * D, (int)D, (int)G, eps));
 }
@@ -292,7 +308,7 @@ template <typename A> __device__ inline Suffix<A> warp_suffix_scan(Suffix<A> s, 
  * computes: for each group and step of a tile the suffix (P, U) within the tile; and the tile's whole
  * launch:   grid (tiles, ceil(G / 32), B), block 256: as timestepnorm_tile_kernel
  * traffic:  2 B T D sizeof(T) bytes read, 2 B T G sizeof(Accum) written
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
  * numerics: Accum is double for float; fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *dy,
@@ -307,10 +323,10 @@ __global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<do
     int first_step = tile * TILE_STEPS, tile_steps = min((int)TILE_STEPS, steps - first_step);
     int lane = (int)threadIdx.x % lanes, units = TILE_THREADS / lanes;
     A seen = has_state ? (A)count[b] : (A)0;
-    for (int round = 0; round * units < groups * tile_steps; round++) {
-        int unit = round * units + (int)threadIdx.x / lanes;
-        bool active = unit < groups * tile_steps;
-        int step = active ? unit / groups : 0, group = active ? unit % groups : 0, t = first_step + step;
+    TileWalk walk((int)threadIdx.x / lanes, units, groups);
+    for (int round = 0; round * units < groups * tile_steps; round++, walk.next()) {
+        bool active = walk.step < tile_steps;
+        int step = active ? walk.step : 0, group = active ? walk.group : 0, t = first_step + step;
         int64_t row = (int64_t)b * steps + t, column = (int64_t)(first_group + group) * size;
         float value[VEC], grad[VEC], w[VEC], mean_here = mean[row * G + first_group + group];
         A sum = 0, product = 0;
@@ -403,21 +419,22 @@ __global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, do
  * dy
  * launch:   grid (ceil(T / 32), B), block 256: threads own columns and walk down 32 rows (see Sweep)
  * traffic:  (3 + adds) B T D sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants D/G and pointers in multiples of 16 bytes; VEC 1 takes anything; dx may
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; dx may
  *           be dy, add1 or add2
  * numerics: float sums in a fixed order, suffixes merged in double: deterministic */
 template <typename T, int VEC>
-__global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, float *partial_b, const T *dy,
-                                                   const T *add1, const T *add2, const Pair<Accum<T>> *local,
-                                                   const Pair<double> *tiles, const float *mean,
-                                                   const float *var, const T *x, const T *weight, int steps,
-                                                   int D, int G, int num_tiles, float eps) {
+__global__ void __launch_bounds__(SWEEP_THREADS, sizeof(T) == 2 ? 4 : 2)
+    timestepnorm_backward_apply_kernel(T *dx, float *partial_w, float *partial_b, const T *dy, const T *add1,
+                                       const T *add2, const Pair<Accum<T>> *local, const Pair<double> *tiles,
+                                       const float *mean, const float *var, const T *x, const T *weight,
+                                       int steps, int D, int G, int num_tiles, float eps) {
     static_assert((int)SWEEP_ROWS == (int)TILE_STEPS, "a block walks down one tile");
     Sweep sweep(D, VEC);
     if (sweep.group >= sweep.groups) return;
     int tile = (int)blockIdx.x, b = (int)blockIdx.y, size = D / G, first = tile * TILE_STEPS;
     int last = min(first + (int)TILE_STEPS, steps);
     int64_t out = (((int64_t)b * gridDim.x + tile) * sweep.groups + sweep.group) * D;
+    float inverse_size = 1.0f / (float)size;
     for (int c = sweep.lane * VEC; c < D; c += sweep.lanes * VEC) {
         int g = c / size;
         float dw[VEC] = {}, db[VEC] = {}, w[VEC], value[VEC], grad[VEC], add[VEC];
@@ -429,9 +446,9 @@ __global__ void timestepnorm_backward_apply_kernel(T *dx, float *partial_w, floa
             float mean_here = mean[row * G + g], rstd = 1.0f / sqrtf(var[row * G + g] + eps);
             /* Nothing comes after the last tile: U is 0 there, and next_mean does not matter. */
             float p = (float)((double)local[row * G + g].x + after.x -
-                              2 * after.y * ((double)next_mean - (double)mean_here)) /
-                      (float)size;
-            float u = 2.0f * (float)((double)local[row * G + g].y + after.y) / (float)size;
+                              2 * after.y * ((double)next_mean - (double)mean_here)) *
+                      inverse_size;
+            float u = 2.0f * (float)((double)local[row * G + g].y + after.y) * inverse_size;
             load<VEC>(value, x + at);
             load<VEC>(grad, dy + at);
 #pragma unroll
@@ -477,7 +494,7 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
     Pair<double> *tiles = take<Pair<double>>(context, B * G * num_tiles);
     float *partial_w = dweight ? take<float>(context, partial_rows * D) : nullptr;
     float *partial_b = dbias ? take<float>(context, partial_rows * D) : nullptr;
-    WITH_VEC(T, vectorises<T>(D / G, dx, dy, add1, add2, x, weight), {
+    WITH_WIDTH(T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight), {
         int64_t partials = B * num_tiles * sweep_groups(D, VEC);
         LAUNCH((timestepnorm_backward_tile_kernel<T, VEC>),
                dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,

@@ -2,7 +2,7 @@
 # demo.sh - what `make demo` runs: trains a small model on TinyStories, tells its held-out loss, lets it write a story.
 #
 # About three minutes on two CPU cores, the build included. Everything that it writes is in build/demo; the model stays
-# there, and ./generate finds it without being told.
+# there for ./generate --checkpoint build/demo.
 set -e
 bin=${MEGALODON_BIN:-.}
 dir=build/demo
@@ -14,4 +14,4 @@ rm -rf "$dir"
 echo
 "$bin/generate" --checkpoint "$dir" --prompt "Once upon a time" --max-tokens 800 --temperature 0.7 --stop '<|endoftext|>' --seed 7
 echo
-echo "Try another one: ./generate --prompt 'The little dog' --seed 8"
+echo "Try another one: ./generate --checkpoint build/demo --prompt 'The little dog' --seed 8"

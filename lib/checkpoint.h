@@ -14,6 +14,9 @@
  * directory is renamed; then `latest` is replaced by a file that says the new name; then old steps go. A kill at any
  * moment leaves `latest` naming a whole directory, and at worst some *.tmp, which the next write removes.
  *
+ * A state is one safetensors file too: what the model remembers of the tokens so far. It can be written and read
+ * alone, so that a long text is read once and then continued many times; doc/state.md describes the file.
+ *
  * Everything goes through a backend's get and set, so each backend reads what another one wrote. Errors name the file,
  * the tensor, what was expected and what was found; a file is checked as a whole before the model is touched.
  */
@@ -30,7 +33,9 @@
 #define CHECKPOINT_TRAINER_FORMAT "megalodon-trainer-1"
 #define CHECKPOINT_STATE_FORMAT   "megalodon-state-1"
 
-enum { CHECKPOINT_MAX_NAME = 64 };   /* bytes of "step-00001000" and of its kin */
+enum { CHECKPOINT_MAX_NAME = 64,     /* bytes of "step-00001000" and of its kin */
+       CHECKPOINT_HASH = 17 };       /* bytes of a hash as text: 16 digits       */
+#define CHECKPOINT_MAX_COUNT ((int64_t)1 << 53)      /* tokens that a row of a state can have seen */
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. The configuration as JSON.
@@ -102,6 +107,33 @@ static inline const char *checkpoint_config_parse(const char *text, MegalodonCon
     return error;
 }
 
+static inline int checkpoint_print_int(char *out, size_t size, int value) {
+    return snprintf(out, size, "%d", value);
+}
+static inline int checkpoint_print_bool(char *out, size_t size, bool value) {
+    return snprintf(out, size, "%s", value ? "true" : "false");
+}
+static inline int checkpoint_print_double(char *out, size_t size, double value) {
+    return snprintf(out, size, "%.12g", value);
+}
+
+/* Says in which fields two configurations differ, "num_layers 2 and 4, chunk_size 16 and 32"; out is empty where they
+ * agree. Dropouts are left out: they change how a model is trained, not what it computes afterwards. */
+static inline void checkpoint_config_difference(const MegalodonConfig *a, const MegalodonConfig *b, char *out,
+                                                size_t size) {
+    size_t at = 0;
+    char first[32], second[32];
+    out[0] = '\0';
+#define X(type, field, default_value, meaning)                                                        \
+    if (a->field != b->field && !strstr(#field, "dropout") && at < size) {                            \
+        checkpoint_print_##type(first, sizeof first, a->field);                                       \
+        checkpoint_print_##type(second, sizeof second, b->field);                                     \
+        at += (size_t)snprintf(out + at, size - at, "%s%s %s and %s", at ? ", " : "", #field, first, second); \
+    }
+    MEGALODON_CONFIG_FIELDS(X)
+#undef X
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
  * 2. Lists of tensors between a model and a file.
  */
@@ -111,6 +143,8 @@ typedef struct CheckpointItem {
     MegalodonDType dtype;                            /* in the file, when we write it                   */
     MegalodonTensor tensor;                          /* its name in the model, its shape                */
     char name[MEGALODON_MAX_NAME + 32];              /* its name in the file                            */
+    bool outside;                                    /* it is no tensor of the model, but lies in ...   */
+    float *memory;                                   /* ... this memory; NULL: nobody wants to read it  */
 } CheckpointItem;
 
 typedef struct CheckpointList {
@@ -126,16 +160,23 @@ static inline MegalodonDType checkpoint_dtype(MegalodonKind kind, const char *na
     return strcmp(name, "count") == 0 ? MEGALODON_I64 : strstr(name, "norm.") ? MEGALODON_F64 : MEGALODON_F32;
 }
 
+/* Makes room for `more` items. */
+static inline const char *checkpoint_list_grow(CheckpointList *list, size_t more) {
+    CheckpointItem *items = realloc(list->items, (list->count + more) * sizeof *items);
+    if (!items) return errorf("out of memory for a list of %zu tensors", list->count + more);
+    list->items = items;
+    return NULL;
+}
+
 /* Appends all tensors of a kind, in the file called PREFIX + their name. B and n matter for the state only. */
 static inline const char *checkpoint_list(CheckpointList *list, const MegalodonConfig *config, MegalodonKind kind,
                                           int B, int n, const char *prefix) {
     int count = megalodon_tensors(config, kind, B, 1, n, NULL, 0);
     MegalodonTensor *tensors = malloc((size_t)count * sizeof *tensors);
-    CheckpointItem *items = realloc(list->items, (list->count + (size_t)count) * sizeof *items);
-    if (items) list->items = items;
-    if (!tensors || !items) {
+    const char *error = tensors ? checkpoint_list_grow(list, (size_t)count) : errorf("out of memory for a list");
+    if (error) {
         free(tensors);
-        return errorf("out of memory for a list of %d tensors", count);
+        return error;
     }
     megalodon_tensors(config, kind, B, 1, n, tensors, count);
     for (int i = 0; i < count; i++) {
@@ -144,6 +185,18 @@ static inline const char *checkpoint_list(CheckpointList *list, const MegalodonC
         snprintf(item->name, sizeof item->name, "%.31s%s", prefix, tensors[i].name);
     }
     free(tensors);
+    return NULL;
+}
+
+/* Appends a tensor (B,width) of floats that the model does not have. */
+static inline const char *checkpoint_list_outside(CheckpointList *list, const char *name, int B, int width,
+                                                  float *memory) {
+    const char *error = checkpoint_list_grow(list, 1);
+    if (error) return error;
+    CheckpointItem *item = &list->items[list->count++];
+    *item = (CheckpointItem){.dtype = MEGALODON_F32, .outside = true, .memory = memory,
+                             .tensor = {.ndim = 2, .dims = {B, width}, .size = (int64_t)B * width, .layer = -1}};
+    snprintf(item->name, sizeof item->name, "%s", name);
     return NULL;
 }
 
@@ -166,6 +219,7 @@ static inline const char *checkpoint_list_write(CheckpointList *list, const char
         tensors[i].ndim = item->tensor.ndim;
         tensors[i].size = item->tensor.size;
         memcpy(tensors[i].dims, item->tensor.dims, sizeof item->tensor.dims);
+        tensors[i].data = item->memory;
     }
     if (!error) error = safetensors_write(path, tensors, list->count, metadata, checkpoint_fill, list);
     free(tensors);
@@ -210,6 +264,10 @@ static inline const char *checkpoint_list_load(const CheckpointList *list, const
         const CheckpointItem *item = &list->items[i];
         if (item->dtype == MEGALODON_I64) continue;
         const SafetensorsTensor *found = safetensors_find(file, item->name);
+        if (item->outside) {
+            if (item->memory) safetensors_to_float(found, item->memory);
+            continue;
+        }
         bool wide = found->dtype == SAFETENSORS_F64;
         void *buffer = malloc((size_t)found->size * (wide ? sizeof(double) : sizeof(float)) + 1);
         if (!buffer) return errorf("%s: tensor %s: out of memory", file->path, item->name);
@@ -376,22 +434,66 @@ static inline const char *checkpoint_save(const char *path, const MegalodonBacke
  * 4. The model's state: what it remembers of the tokens so far.
  */
 
-/* Writes the state after the last forward. Error: there is none. */
-static inline const char *checkpoint_state_save(const char *path, const MegalodonBackend *backend,
-                                                MegalodonModel *model, const MegalodonConfig *config) {
+/* Takes `size` bytes into a hash: FNV-1a over words of 8 bytes, with a rotation that brings the upper bits down. */
+static inline uint64_t checkpoint_hash_bytes(uint64_t hash, const void *bytes, size_t size) {
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)bytes + i, size - i < 8 ? size - i : 8);
+        hash = (hash ^ word) * 0x100000001b3u;
+        hash = hash << 29 | hash >> 35;
+    }
+    return hash;
+}
+
+/* A number that tells one model's parameters from another's: over names, types, shapes and values, in the order of the
+ * names, so that a copy of the file, or the same model saved again, has the same. */
+static inline const char *checkpoint_hash(const char *path, char out[CHECKPOINT_HASH]) {
+    char model[SAFETENSORS_MAX_PATH];
+    Safetensors file;
+    uint64_t hash = 0xcbf29ce484222325u;
+    const char *error = checkpoint_model_path(path, model);
+    if (!error) error = checkpoint_open(&file, model, CHECKPOINT_MODEL_FORMAT);
+    if (error) return error;
+    for (size_t i = 0; i < file.count; i++) {
+        const SafetensorsTensor *tensor = &file.tensors[i];
+        const char *dtype = safetensors_dtype_name(tensor->dtype);
+        hash = checkpoint_hash_bytes(hash, tensor->name, strlen(tensor->name));
+        hash = checkpoint_hash_bytes(hash, dtype, strlen(dtype));
+        hash = checkpoint_hash_bytes(hash, tensor->dims, (size_t)tensor->ndim * sizeof *tensor->dims);
+        hash = checkpoint_hash_bytes(hash, tensor->data, tensor->bytes);
+    }
+    safetensors_close(&file);
+    snprintf(out, CHECKPOINT_HASH, "%016" PRIx64, hash);
+    return NULL;
+}
+
+/* Writes the state after the last forward, and with it, where they are not NULL, the checkpoint_hash of the model that
+ * it belongs to and the logits (B,V) of the last position, from which a text can go on without another token. PATH is
+ * the old file or the new one at every moment. Error: there is no state, or the file cannot be written. */
+static inline const char *checkpoint_state_write(const char *path, const MegalodonBackend *backend,
+                                                 MegalodonModel *model, const MegalodonConfig *config,
+                                                 const char *hash, float *logits) {
     CheckpointList list = {.backend = backend, .model = model};
     JsonWriter json = {0};
     int B, n;
     backend->state_shape(model, &B, &n);
     if (B == 0) return errorf("%s: the model has no state to save: it has not read a token", path);
     checkpoint_put_config(&json, config);
-    SafetensorsPair metadata[] = {{"format", CHECKPOINT_STATE_FORMAT}, {"config", json.text}, {NULL, NULL}};
+    SafetensorsPair metadata[] = {{"format", CHECKPOINT_STATE_FORMAT}, {"config", json.text},
+                                  {hash ? "model" : NULL, hash}, {NULL, NULL}};
     const char *error = json.error ? errorf("%s: config: %s", path, json.error)
                                    : checkpoint_list(&list, config, MEGALODON_STATE, B, n, "");
+    if (!error && logits) error = checkpoint_list_outside(&list, "last_logits", B, config->vocab_size, logits);
     if (error) free(list.items);
     else error = checkpoint_list_write(&list, path, metadata);
     free(json.text);
     return error;
+}
+
+/* Writes the state alone. */
+static inline const char *checkpoint_state_save(const char *path, const MegalodonBackend *backend,
+                                                MegalodonModel *model, const MegalodonConfig *config) {
+    return checkpoint_state_write(path, backend, model, config, NULL, NULL);
 }
 
 /* The rows' token counts: one a row, or a single one that holds for all rows. *count is malloc'ed. */
@@ -417,16 +519,17 @@ static inline const char *checkpoint_state_count(const Safetensors *file, const 
     if (error) return errorf("%s: %s", file->path, error);
     for (int b = (int)found->size; b < *B; b++) (*count)[b] = (*count)[0];
     for (int b = 0; b < *B; b++)
-        if ((*count)[b] < 0)
-            return errorf("%s: tensor %s: expected token counts from 0 on, found %" PRId64, file->path, name,
-                          (*count)[b]);
+        if ((*count)[b] < 0 || (*count)[b] > CHECKPOINT_MAX_COUNT)
+            return errorf("%s: tensor %s: expected token counts from 0 to %" PRId64 ", found %" PRId64, file->path,
+                          name, CHECKPOINT_MAX_COUNT, (*count)[b]);
     return NULL;
 }
 
-/* Loads the state from the tensors of an open file whose names start with `prefix` ("" in our own files). */
-static inline const char *checkpoint_state_read(const Safetensors *file, const char *prefix,
-                                                const MegalodonBackend *backend, MegalodonModel *model,
-                                                const MegalodonConfig *config) {
+/* Loads the state from the tensors of an open file whose names start with `prefix` ("" in our own files), and the
+ * logits (B,V) into `logits`, which may be NULL. The file is checked as a whole before the model's state changes. */
+static inline const char *checkpoint_state_read_with(const Safetensors *file, const char *prefix,
+                                                     const MegalodonBackend *backend, MegalodonModel *model,
+                                                     const MegalodonConfig *config, float *logits) {
     CheckpointList list = {.backend = backend, .model = model};
     int B = 0;
     int64_t *count = NULL;
@@ -435,6 +538,8 @@ static inline const char *checkpoint_state_read(const Safetensors *file, const c
         int n = (int)(count[0] % config->chunk_size);
         error = checkpoint_list(&list, config, MEGALODON_STATE, B, n, prefix);
     }
+    if (!error && (logits || safetensors_find(file, "last_logits")))
+        error = checkpoint_list_outside(&list, "last_logits", B, config->vocab_size, logits);
     if (!error) error = checkpoint_list_check(&list, file, prefix);
     if (!error && (error = backend->start_state(model, B, count))) error = errorf("%s: %s", file->path, error);
     if (!error) error = checkpoint_list_load(&list, file);
@@ -442,16 +547,57 @@ static inline const char *checkpoint_state_read(const Safetensors *file, const c
     free(count);
     return error;
 }
+static inline const char *checkpoint_state_read(const Safetensors *file, const char *prefix,
+                                                const MegalodonBackend *backend, MegalodonModel *model,
+                                                const MegalodonConfig *config) {
+    return checkpoint_state_read_with(file, prefix, backend, model, config, NULL);
+}
 
-/* Loads a state that checkpoint_state_save wrote: the next forward with `carry` goes on from it. */
-static inline const char *checkpoint_state_load(const char *path, const MegalodonBackend *backend,
-                                                MegalodonModel *model, const MegalodonConfig *config) {
+/* Is an open state file one of a model with this configuration and, if hash is not NULL, with these parameters? Error:
+ * every field that differs, with both values. */
+static inline const char *checkpoint_state_check(const Safetensors *file, const MegalodonConfig *config,
+                                                 const char *hash) {
+    const char *text = safetensors_metadata(file, "config"), *found = safetensors_metadata(file, "model");
+    char difference[800];
+    MegalodonConfig own;
+    if (text) {
+        const char *error = checkpoint_config_parse(text, &own);
+        if (error) return errorf("%s: %s", file->path, error);
+        checkpoint_config_difference(&own, config, difference, sizeof difference);
+        if (*difference)
+            return errorf("%s: is the state of a model of another configuration; the state's and this model's: %s",
+                          file->path, difference);
+    }
+    if (!hash) return NULL;
+    if (!text || !found)
+        return errorf("%s: expected \"config\" and \"model\" in __metadata__, which say whose state this is",
+                      file->path);
+    if (strcmp(found, hash) != 0)
+        return errorf("%s: is the state of another model of the same size: its parameters have the hash %.40s, those "
+                      "in use %s; a state means something only to the model that made it", file->path, found, hash);
+    return NULL;
+}
+
+/* Loads what checkpoint_state_write wrote: the next forward with `carry` goes on from it. hash: checkpoint_hash of the
+ * model in use, or NULL if any parameters will do; logits (B,V, with room for the model's largest B): NULL if they are
+ * not wanted. Error: what is wrong with the file, whose model it belongs to, or how many rows it has; the model's
+ * state is as it was before. */
+static inline const char *checkpoint_state_resume(const char *path, const MegalodonBackend *backend,
+                                                  MegalodonModel *model, const MegalodonConfig *config,
+                                                  const char *hash, float *logits) {
     Safetensors file;
     const char *error = checkpoint_open(&file, path, CHECKPOINT_STATE_FORMAT);
     if (error) return error;
-    error = checkpoint_state_read(&file, "", backend, model, config);
+    error = checkpoint_state_check(&file, config, hash);
+    if (!error) error = checkpoint_state_read_with(&file, "", backend, model, config, logits);
     safetensors_close(&file);
     return error;
+}
+
+/* Loads the state alone. */
+static inline const char *checkpoint_state_load(const char *path, const MegalodonBackend *backend,
+                                                MegalodonModel *model, const MegalodonConfig *config) {
+    return checkpoint_state_resume(path, backend, model, config, NULL, NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@
 #include "error.h"
 #include "options.h"
 #include "report.h"
+#include "state.h"
+#include "streams.h"
 
 /* ------------------------------------------------------------------------------------------------------------
  * Options. The values of all groups but "Files" and "Run" are kept in checkpoints and come back with --resume.
@@ -37,11 +39,17 @@
       "held-out data for the evaluation; without it the end of --data is held out") \
     X(REAL,   val_fraction,  "0.05",     0, 0.9, "X", "Data", \
       "share of --data to hold out where there is no --val; 0: no evaluation") \
+    X(TEXT,   document_separator, "<|endoftext|>", 0, 0, "TEXT", "Data", \
+      "with --carry-state: a document ends after this text and the line feed behind it; none: only at the end of " \
+      "its file") \
     X(INT,    batch,         "16",       1, 1 << 20, "ROWS", "Training", "sequences in one forward pass") \
     X(INT,    seq_len,       "512",      1, 1 << 30, "TOKENS", "Training", \
       "tokens in a sequence; any length, also beyond the model's chunk") \
     X(INT,    accumulate,    "1",        1, 1 << 20, "N", "Training", \
       "forward and backward passes in a step: a batch of N times --batch rows in the memory of --batch") \
+    X(FLAG,   carry_state,   NULL,       0, 0, "", "Training", \
+      "each row reads a text of its own from beginning to end, --seq-len tokens after the other, and keeps its " \
+      "state until a document ends; without it, rows start at random places with an empty state") \
     X(LONG,   steps,         "1000",     1, LARGE, "N", "Training", "optimiser steps of the whole run") \
     X(LONG,   tokens,        NULL,       1, LARGE, "N", "Training", \
       "tokens of the whole run, rounded up to whole steps; instead of --steps") \
@@ -130,8 +138,12 @@ typedef struct Run {
     Dataset data, val;           /* val stays empty where the end of data is held out */
     Range training, held_out;    /* held_out.count is 0: no evaluation                */
     uint64_t data_hash, val_hash;
-    int32_t *tokens, *targets;   /* batch * seq_len each                              */
+    int32_t *tokens, *targets;   /* accumulate * batch * seq_len each: a whole step   */
     int32_t *window;             /* seq_len + 1                                       */
+    Streams streams;             /* --carry-state: what each row reads                */
+    bool *fresh;                 /* accumulate * batch: a row starts from an empty state */
+    StateCopy held;              /* the rows' state while the model does something else */
+    int64_t places, padding;     /* tokens of this process's steps; those without a target */
     int64_t step;                /* steps done                                        */
     int64_t updates;             /* steps that changed the weights: AdamW's own count */
     int64_t bad_steps;           /* steps that did not, since the start               */
@@ -196,11 +208,25 @@ static inline bool is_kept(const OptionSet *set, int i) {
     return kept && strcmp(set->names[i], "tokens") != 0;
 }
 
+/* Where each row goes on: "12 345 678", and "010" for rows that begin a document. Free both. */
+static inline void streams_to_text(const Streams *streams, char **next, char **fresh) {
+    int at = 0;
+    *next = malloc((size_t)streams->B * 21 + 1);
+    *fresh = malloc((size_t)streams->B + 1);
+    if (!*next || !*fresh) die("no memory to write down where the rows of the batch are");
+    for (int row = 0; row < streams->B; row++) {
+        at += sprintf(*next + at, "%s%" PRId64, row ? " " : "", streams->next[row]);
+        (*fresh)[row] = streams->fresh[row] ? '1' : '0';
+    }
+    (*fresh)[streams->B] = '\0';
+}
+
 static inline const char *write_checkpoint(Run *run) {
     enum { NUMBERS = 5 };
     static char keys[OPTIONS_MAX][OPTION_NAME_MAX + 8], numbers[NUMBERS][32];
-    SafetensorsPair facts[OPTIONS_MAX + NUMBERS + 2];
-    int count = 0;
+    SafetensorsPair facts[OPTIONS_MAX + NUMBERS + 4];
+    char *next = NULL, *fresh = NULL;
+    int count = 0, rows, n;
     snprintf(numbers[0], 32, "%" PRId64, run->updates);
     snprintf(numbers[1], 32, "%" PRId64, run->bad_steps);
     snprintf(numbers[2], 32, "%d", run->bad_in_a_row);
@@ -214,9 +240,18 @@ static inline const char *write_checkpoint(Run *run) {
         snprintf(keys[i], sizeof keys[i], "option.%s", run->options.names[i]);
         facts[count++] = (SafetensorsPair){keys[i], run->options.texts[i]};
     }
+    if (run->values.carry_state) {
+        streams_to_text(&run->streams, &next, &fresh);
+        facts[count++] = (SafetensorsPair){"stream_next", next};
+        facts[count++] = (SafetensorsPair){"stream_fresh", fresh};
+    }
     facts[count] = (SafetensorsPair){NULL, NULL};
-    return checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend, run->model,
-                            &run->config, facts, false);
+    run->backend->state_shape(run->model, &rows, &n);        /* no rows: stopped before the first step */
+    const char *error = checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend,
+                                         run->model, &run->config, facts, run->values.carry_state && rows > 0);
+    free(next);
+    free(fresh);
+    return error;
 }
 
 static inline bool saves(const Run *run) {
@@ -234,6 +269,17 @@ static inline void save(Run *run, bool last) {
     else run->saved_step = run->step;
 }
 
+/* A run with --carry-state has a state for each row of the batch; one without has none to go on from. */
+static inline void check_carried(Run *run, const Safetensors *trainer) {
+    const char *carried = safetensors_metadata(trainer, "option.carry-state");
+    const char *batch = safetensors_metadata(trainer, "option.batch");
+    if (!carried && options_given(&run->options, "carry-state"))
+        die("--resume: this run was trained without --carry-state; start a run with it from these weights by --init");
+    if (carried && batch && options_given(&run->options, "batch") && atoi(batch) != run->values.batch)
+        die(errorf("--resume: the checkpoint has the states of %s rows, which --batch %d cannot go on from", batch,
+                   run->values.batch));
+}
+
 /* Takes over the options of the checkpoint in `directory`; those on the command line go first, with a warning where
  * the run will differ from the one that it continues. */
 static inline void restore_options(Run *run, const char *directory) {
@@ -242,6 +288,7 @@ static inline void restore_options(Run *run, const char *directory) {
     OptionSet *set = &run->options;
     die_if(checkpoint_join(path, directory, "trainer.safetensors"));
     die_if(checkpoint_open(&trainer, path, CHECKPOINT_TRAINER_FORMAT));
+    check_carried(run, &trainer);
     for (int i = 0; i < set->count; i++) {
         snprintf(key, sizeof key, "option.%s", set->names[i]);
         const char *text = safetensors_metadata(&trainer, key);
@@ -270,6 +317,33 @@ static inline void check_hash(Run *run, const Safetensors *trainer, const char *
                "with it all the same, give --%s", what, found, saved, what));
 }
 
+/* Lets each row of the batch go on where the checkpoint left it; its state was loaded before. */
+static inline void restore_streams(Run *run, const Safetensors *trainer) {
+    const char *next, *fresh, *data_hash;
+    char hash[32], *end;
+    int rows, n;
+    die_if(checkpoint_fact(trainer, "stream_next", &next));
+    die_if(checkpoint_fact(trainer, "stream_fresh", &fresh));
+    die_if(checkpoint_fact(trainer, "data_hash", &data_hash));
+    snprintf(hash, sizeof hash, "%016" PRIx64, run->data_hash);
+    if (strcmp(hash, data_hash) != 0) {
+        fprintf(stderr, "warning: --data is other data than before: every row starts it with an empty state\n");
+        return;
+    }
+    if (strlen(fresh) != (size_t)run->values.batch)
+        die(errorf("%s: expected \"stream_fresh\" to tell of %d rows, found %zu", trainer->path, run->values.batch,
+                   strlen(fresh)));
+    run->backend->state_shape(run->model, &rows, &n);
+    for (int row = 0; row < run->values.batch; row++, next = end) {
+        int64_t at = strtoll(next, &end, 10);
+        const char *error = end == next ? "the list of the rows' places ends early"
+                                        : streams_seek(&run->streams, row, at, fresh[row] == '1');
+        if (!error && fresh[row] != '1' && (rows != run->values.batch || n != 0))
+            error = "state.safetensors is missing, or its rows are not at the start of a chunk";
+        if (error) die(errorf("%s: --carry-state cannot go on: %s", trainer->path, error));
+    }
+}
+
 /* Loads weights, moments and progress. */
 static inline void restore_run(Run *run, const char *directory) {
     Safetensors trainer;
@@ -284,6 +358,7 @@ static inline void restore_run(Run *run, const char *directory) {
     run->saved_step = run->step;
     check_hash(run, &trainer, "data", "data_hash", run->data_hash);
     if (run->values.val) check_hash(run, &trainer, "val", "val_hash", run->val_hash);
+    if (run->values.carry_state) restore_streams(run, &trainer);
     die_if(checkpoint_fact(&trainer, "backend", &backend));
     if (strcmp(backend, run->backend->name) != 0)
         fprintf(stderr, "warning: the checkpoint was made by the backend %s, this is %s: the run goes on, but not bit "
@@ -314,6 +389,9 @@ static inline void check_options(Run *run) {
     for (size_t i = 0; i < 2; i++)
         if (options_given(set, idle[i][0]) && v->sample_every == 0)
             die(errorf("--%s does nothing without --%s", idle[i][0], idle[i][1]));
+    if (options_given(set, "document-separator") && !v->carry_state)
+        die("--document-separator does nothing without --carry-state");
+    if (!v->carry_state) run->options.texts[options_index(set, "document-separator")] = NULL;
     if (options_given(set, "min-lr-ratio") && strcmp(v->schedule, "constant") == 0)
         die("--min-lr-ratio does nothing with --schedule constant");
     if (!v->data) die("--data is missing: name a text file, for example --data data/tinystories_sample.txt");
@@ -381,6 +459,26 @@ static inline void open_data(Run *run) {
     run->report.text = run->data.text;
 }
 
+/* --carry-state: gives each row its part of the data to train on. */
+static inline void open_streams(Run *run) {
+    const Values *v = &run->values;
+    const char *separator = v->document_separator;
+    int T = v->seq_len, C = run->config.chunk_size;
+    if (!v->carry_state) return;
+    if (T % C != 0)
+        die(errorf("--carry-state: --seq-len %d is not a multiple of the model's --chunk-size %d; every segment has "
+                   "to end where a chunk does, so that a row can start a new document; use %d or %d", T, C,
+                   T < C ? C : T / C * C, (T / C + (T < C ? 2 : 1)) * C));
+    if (!run->data.text && options_given(&run->options, "document-separator") && strcmp(separator, "none") != 0)
+        die("--document-separator is a text and means nothing where --data holds token numbers: there, each file is "
+            "a document");
+    if (strlen(separator) > STREAMS_SEPARATOR_MAX)
+        die(errorf("--document-separator: expected at most %d bytes, found %zu", STREAMS_SEPARATOR_MAX,
+                   strlen(separator)));
+    if (!run->data.text || strcmp(separator, "none") == 0) separator = NULL;
+    die_if(streams_open(&run->streams, &run->data, run->training.first, run->training.count, v->batch, T, separator));
+}
+
 /* Refuses to mix two runs in one folder: only the run that is resumed may go on in its own. */
 static inline void check_folder(Run *run, const char *resumed) {
     OptionSet *set = &run->options;
@@ -401,9 +499,9 @@ static inline void check_folder(Run *run, const char *resumed) {
 
 static inline void create_model(Run *run, const char *resumed) {
     const Values *v = &run->values;
-    size_t tokens = (size_t)v->batch * (size_t)v->seq_len;
+    size_t rows = (size_t)v->batch * (size_t)v->accumulate, tokens = rows * (size_t)v->seq_len;
     MegalodonOptions options = {.max_batch = v->batch, .max_length = v->seq_len, .training = true,
-                                .carry = v->sample_every > 0, .precision = run->precision};
+                                .carry = v->sample_every > 0 || v->carry_state, .precision = run->precision};
     if (v->sample_every > 0 && run->config.vocab_size > 256)
         die(errorf("--sample-every: a sample is text, but this model has %d tokens and not the 256 bytes",
                    run->config.vocab_size));
@@ -415,7 +513,9 @@ static inline void create_model(Run *run, const char *resumed) {
     run->tokens = malloc(tokens * sizeof *run->tokens);
     run->targets = malloc(tokens * sizeof *run->targets);
     run->window = malloc(((size_t)v->seq_len + 1) * sizeof *run->window);
-    if (!run->tokens || !run->targets || !run->window) die(errorf("no memory for batches of %zu tokens", tokens));
+    run->fresh = calloc(rows, sizeof *run->fresh);
+    if (!run->tokens || !run->targets || !run->window || !run->fresh)
+        die(errorf("no memory for the %zu tokens of a step", tokens));
     if (resumed) restore_run(run, resumed);
     else if (v->init) die_if(checkpoint_load(v->init, run->backend, run->model, &run->config));
     else die_if(megalodon_initialise(run->backend, run->model, &run->config, (uint64_t)v->seed));
@@ -442,6 +542,9 @@ static inline void print_start(Run *run) {
     printf("run          %s tokens a step, %s in all: %.2f times the data\n", report_count(tokens_per_step(run), a),
            report_count(v->steps * tokens_per_step(run), c),
            (double)v->steps * (double)tokens_per_step(run) / (double)run->training.count);
+    if (v->carry_state)
+        printf("streams      %d rows of %s tokens; a row keeps its state until a document ends\n", v->batch,
+               report_count(run->training.count / v->batch, a));
     if (run->step > 0) printf("resumed      after step %" PRId64 "\n", run->step);
     fflush(stdout);
 }
@@ -483,6 +586,7 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     choose_model(run, resumed);
     check_folder(run, resumed);
     open_data(run);
+    open_streams(run);
     create_model(run, resumed);
     run->report.quiet = run->values.quiet;
     run->report.terminal = isatty(STDOUT_FILENO);
@@ -499,6 +603,9 @@ static inline void end_run(Run *run) {
     free(run->tokens);
     free(run->targets);
     free(run->window);
+    free(run->fresh);
+    streams_close(&run->streams);
+    state_free(&run->held);
 }
 
 #endif

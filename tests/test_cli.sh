@@ -50,6 +50,7 @@ holds() {
 # A model so small that a step takes milliseconds, and a text of 6,000 bytes.
 tiny="--num-layers 2 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 4 --chunk-size 16
       --norm-num-groups 4"
+other=$(echo "$tiny" | sed 's/--num-layers 2/--num-layers 3/; s/--chunk-size 16/--chunk-size 8/')
 i=0
 while [ $i -lt 200 ]; do
     echo "The cat no. $i sat on the mat."
@@ -118,6 +119,55 @@ npy="--data $dir/tokens.npy --batch 2 --seq-len 16 $tiny --checkpoint-dir none -
 good "token files" "$train" $npy --vocab-size 10
 if grep -q "bits/byte" "$dir/out"; then fail "tokens are not bytes"; else ok; fi
 
+# --carry-state: documents of many lengths, rows that start anew at different times, several segments a step, and
+# evaluations and samples in between that must not disturb the rows' states. 20 steps = 10 + save + load + 10.
+i=0
+while [ $i -lt 60 ]; do
+    head -c $((i * 37 % 211 + 5)) "$dir/text"
+    echo "<|endoftext|>"
+    i=$((i + 1))
+done > "$dir/stories"
+carry="--data $dir/stories --carry-state --batch 3 --seq-len 32 $tiny --steps 20 --lr 0.01 --dropout 0.1"
+good "carry-state" "$train" $carry --accumulate 2 --eval-every 4 --sample-every 10 --sample-tokens 9 --prompt The \
+    --checkpoint-dir "$dir/e" --save-every 10
+holds "carry-state" "3 rows of" "$dir/out"
+holds "carry-state" "% padding" "$dir/out"
+holds "carry-state" "--document-separator '<|endoftext|>'" "$dir/out"
+if [ -f "$dir/e/step-00000010/state.safetensors" ]; then ok; else fail "carry-state: no state in the checkpoint"; fi
+good "resume with a state" "$train" --resume "$dir/e/step-00000010" --checkpoint-dir "$dir/f" --threads 1
+for file in model trainer state; do
+    same "carry-state: 20 steps = 10 + 10, $file" "$dir/e/step-00000020/$file.safetensors" \
+        "$dir/f/step-00000020/$file.safetensors"
+done
+good "carry-state, undisturbed" "$train" $carry --accumulate 2 --eval-every 0 --checkpoint-dir "$dir/g"
+same "evaluations and samples change nothing" "$dir/e/step-00000020/model.safetensors" \
+    "$dir/g/step-00000020/model.safetensors"
+# Two segments of 32 in a step are one sequence of 64, as long as no document ends.
+for length in 32 64; do
+    good "segments of $length" "$train" --data "$dir/text" --carry-state --batch 1 --seq-len $length $tiny --steps 1 \
+        --accumulate $((64 / length)) --checkpoint-dir none --log "$dir/l$length.csv"
+done
+if paste -d, "$dir/l32.csv" "$dir/l64.csv" |
+    awk -F, 'NR == 2 { d = $3 - $12; exit !($3 > 1 && d * d < 1e-10) }'; then ok
+else fail "two carried segments are one sequence: $(cut -d, -f3 "$dir/l32.csv" "$dir/l64.csv")"; fi
+# A row that starts a document beside one that goes on: the losses are those of two runs with one row each. The second
+# row has documents of 32 and 64 bytes. At a rate of 0 all steps have the same weights.
+head -c 96 "$dir/text" > "$dir/row1"
+{ head -c 18 "$dir/text"; echo "<|endoftext|>"; tail -c 64 "$dir/text"; } > "$dir/row2"
+cat "$dir/row1" "$dir/row2" > "$dir/row12"
+for row in 1 2 12; do
+    good "rows $row" "$train" --data "$dir/row$row" --carry-state --batch $((row / 12 + 1)) --seq-len 32 $tiny --steps 3 \
+        --lr 0 --val-fraction 0 --checkpoint-dir none --log "$dir/r$row.csv"
+done
+if paste -d, "$dir/r1.csv" "$dir/r2.csv" "$dir/r12.csv" | awk -F, '
+    NR > 1 { a = NR < 4 ? 32 : 31; b = NR == 3 ? 32 : 31; d = (a * $3 + b * $12) / (a + b) - $21; sum += d * d }
+    END { exit !(NR == 4 && sum < 1e-10) }'; then ok
+else fail "a row that starts anew: $(cut -d, -f3 "$dir/r1.csv" "$dir/r2.csv" "$dir/r12.csv")"; fi
+mkdir "$dir/books" && cp "$dir/text" "$dir/books/1" && cp "$dir/stories" "$dir/books/2"
+good "carry-state, a folder" "$train" --data "$dir/books" --carry-state --batch 2 --seq-len 32 $tiny --steps 3 \
+    --document-separator none --checkpoint-dir none
+good "carry-state, token files" "$train" $npy --carry-state
+
 # Ctrl-C and SIGTERM: a checkpoint, one line, status 0; and the run goes on from there.
 for signal in INT TERM; do
     "$train" $fit --steps 1000000 --warmup 2 --checkpoint-dir "$dir/$signal" > "$dir/out" 2> "$dir/err" &
@@ -185,7 +235,29 @@ cp "$dir/out" "$dir/long"
 { head -c 700 "$dir/text"; sleep 0.2; tail -c +701 "$dir/text"; } |
     "$generate" --checkpoint "$dir/a" --prompt-file - --max-tokens 20 > "$dir/out" 2> "$dir/err"
 same "a long prompt through a pipe" "$dir/long" "$dir/out"
+good "pieces of another size" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/text" --max-tokens 20 \
+    --read-size 77
+same "pieces of another size" "$dir/long" "$dir/out"
 good "no tokens" $story --max-tokens 0
+
+# A state: read once, go on many times, as if the text had just been read; a state that goes on can be saved again.
+from="$generate --checkpoint $dir/a --max-tokens 20"
+good "--save-state" $from --prompt-file "$dir/text" --save-state "$dir/state"
+same "--save-state changes nothing" "$dir/long" "$dir/out"
+good "--load-state" $from --load-state "$dir/state" --threads 1
+same "--load-state goes on as if the text had just been read" "$dir/long" "$dir/out"
+holds "--load-state" "has read 6,290 tokens" "$dir/err"
+head -c 3000 "$dir/text" > "$dir/half"
+tail -c +3001 "$dir/text" > "$dir/rest"
+good "half a text" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/half" --save-state "$dir/state.half" \
+    --max-tokens 0
+good "the other half" $from --load-state "$dir/state.half" --prompt-file "$dir/rest" --save-state "$dir/state.half"
+same "two halves are one text" "$dir/long" "$dir/out"
+good "a state saved again" $from --load-state "$dir/state.half"
+same "a state saved again" "$dir/long" "$dir/out"
+good "a prompt after a state" $from --load-state "$dir/state" --prompt "The dog"
+holds "a prompt after a state" "The dog" "$dir/out"
+if ls "$dir"/state*.tmp* > /dev/null 2>&1; then fail "--save-state left a temporary file"; else ok; fi
 # A reader that goes away ends the program quietly.
 { $story --max-tokens 1000000 2> "$dir/err"; echo $? > "$dir/status"; } | head -c 20 > "$dir/out"
 if [ "$(cat "$dir/status")" -eq 0 ] && [ ! -s "$dir/err" ]; then ok; else fail "a closed pipe"; fi
@@ -232,6 +304,13 @@ bad "does nothing" "$train" $fit --schedule constant --min-lr-ratio 0.5
 bad "takes the model from the checkpoint" "$train" --resume "$dir/a" --model-dim 16
 bad "longer than the whole run" "$train" $fit --steps 5 --warmup 6
 bad "more tokens than can be counted" "$train" $fit --steps 9007199254740992 --accumulate 60000
+bad "--document-separator does nothing" "$train" $fit --document-separator x
+bad "--seq-len 24 is not a multiple of the model's --chunk-size 16" "$train" $fit --carry-state
+bad "at most 256 bytes" "$train" $carry --document-separator "$(head -c 300 "$dir/text")" --checkpoint-dir none
+bad "where --data holds token numbers" "$train" $npy --carry-state --document-separator x
+bad "cannot be divided into 4000 streams" "$train" --data "$dir/text" $tiny --carry-state --batch 4000 --seq-len 32
+bad "which --batch 2 cannot go on from" "$train" --resume "$dir/e/step-00000010" --batch 2 --checkpoint-dir none
+bad "was trained without --carry-state" "$train" --resume "$dir/a/step-00000010" --carry-state --checkpoint-dir none
 bad "exclude each other" "$generate" --prompt a --prompt-file b
 bad "does nothing" "$generate" --temperature 0 --top-p 0.5
 bad "bf16 needs a GPU" "$train" $fit --backend cpu --precision bf16
@@ -295,6 +374,30 @@ for bytes in 0 1 7 8 9 100 1000 2500 $((size / 2)) $((size - 1)); do
 done
 { cat "$model"; printf x; } > "$dir/cut.safetensors"
 bad "cut.safetensors" "$generate" --checkpoint "$dir/cut.safetensors" --max-tokens 1
+
+
+good "another size" "$train" --data "$dir/text" --batch 1 --seq-len 16 $other --steps 1 --checkpoint-dir "$dir/h"
+# States of other models, states that are cut or damaged, and files that are no states.
+bad "num_layers 2 and 3, chunk_size 16 and 8" "$generate" --checkpoint "$dir/h" --load-state "$dir/state"
+bad "state of another model of the same size" "$generate" --checkpoint "$dir/e" --load-state "$dir/state"
+bad "state of another model of the same size" "$generate" --checkpoint "$dir/a/step-00000010" --load-state "$dir/state"
+bad "which say whose state this is" "$generate" --checkpoint "$dir/e" \
+    --load-state "$dir/e/step-00000020/state.safetensors"
+bad "expected the format" "$generate" --checkpoint "$dir/a" --load-state "$model"
+bad "cannot open" "$generate" --checkpoint "$dir/a" --load-state "$dir/no-such-file"
+bad "is not a file" "$generate" --checkpoint "$dir/a" --save-state "$dir"
+bad "cannot create" "$generate" --checkpoint "$dir/a" --save-state "$dir/no/such/folder/state"
+size=$(wc -c < "$dir/state")
+for bytes in 0 1 7 8 9 100 1000 $((size / 2)) $((size - 1)); do
+    head -c "$bytes" "$dir/state" > "$dir/cut.state"
+    bad "cut.state" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+done
+{ cat "$dir/state"; printf x; } > "$dir/cut.state"
+bad "cut.state" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+sed 's/last_logits/lost_logits/' "$dir/state" > "$dir/cut.state"
+bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+rm "$dir/e/step-00000010/state.safetensors"
+bad "state.safetensors is missing" "$train" --resume "$dir/e/step-00000010" --checkpoint-dir none
 
 echo "test_cli: $passed passed, $failed failed"
 [ "$failed" -eq 0 ]
