@@ -365,6 +365,32 @@ const char *megalodon_initialise(const MegalodonBackend *backend, MegalodonModel
     return error;
 }
 
+const char *megalodon_check_batch(const MegalodonConfig *config, const MegalodonOptions *options,
+                                  const MegalodonBatch *batch, int state_rows) {
+    if (batch->B < 1 || batch->T < 1 || batch->B > options->max_batch || batch->T > options->max_length)
+        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T,
+                      options->max_batch, options->max_length);
+    int64_t rows = (int64_t)batch->B * batch->T, V = config->vocab_size;
+    for (int64_t i = 0; i < rows; i++) {
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
+            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->tokens[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
+        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE &&
+            (batch->targets[i] < 0 || batch->targets[i] >= V))
+            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld",
+                          batch->targets[i], (long long)(i / batch->T), (long long)(i % batch->T),
+                          (long long)V);
+    }
+    if (!batch->carry) return NULL;
+    if (options->training && !options->carry)
+        return errorf("this model was made without `carry`: it has no state to go on from");
+    if (state_rows != batch->B)
+        return errorf("the state has %d rows and the batch %d: they must agree to go on", state_rows,
+                      batch->B);
+    return NULL;
+}
+
 /* outputs, saved for the backward, inputs, parameters; shapes in the header's letters */
 const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS] = {
     [MEGALODON_EMBEDDING] = {"embedding", {
@@ -1113,14 +1139,14 @@ static inline void cema_block_backward(real *du, real *g_re, real *g_im, CemaSum
         real dy_t = dy[t * D], u_t = u[t * D], sum = 0;
         OMP(simd reduction(+:sum))
         for (int64_t k = 0; k < N; k++) {
-            real re = g_re[k] + c->c_re[k] * dy_t, im = g_im[k] - c->c_im[k] * dy_t;  /* y = Re(c h): dh += conj(c) dy */
-            dc_re[k] += dy_t * h[k];                                                  /*              dc += conj(h) dy */
-            dc_im[k] -= dy_t * h[N + k];
-            sum += c->p[k] * re;                                                      /* h = q h' + p u: du += p Re(dh) */
+            real re = g_re[k] + c->c_re[k] * dy_t, im = g_im[k] - c->c_im[k] * dy_t;
+            dc_re[k] += dy_t * h[k];                             /* y = Re(c h): dh += conj(c) dy (above) */
+            dc_im[k] -= dy_t * h[N + k];                         /*              dc += conj(h) dy         */
+            sum += c->p[k] * re;                                 /* h = q h' + p u: du += p Re(dh)        */
             dp[k] += u_t * re;
-            dq_re[k] += re * before[k] + im * before[N + k];                          /*              dq += dh conj(h') */
+            dq_re[k] += re * before[k] + im * before[N + k];     /*                 dq += dh conj(h')     */
             dq_im[k] += im * before[k] - re * before[N + k];
-            g_re[k] = c->q_re[k] * re + c->q_im[k] * im;                              /*             dh' = conj(q) dh   */
+            g_re[k] = c->q_re[k] * re + c->q_im[k] * im;         /*                 dh' = conj(q) dh      */
             g_im[k] = c->q_re[k] * im - c->q_im[k] * re;
         }
         du[t * D] = sum + omega * dy_t;
@@ -1135,7 +1161,8 @@ static inline void cema_block_backward(real *du, real *g_re, real *g_im, CemaSum
 }
 
 /* Turns one channel's sums into gradients of its parameters:
- *     p = a, radius = 1 - a d, q = radius exp(i phase), phase = k s 2 pi/N   with a, d, s = sigmoid(alpha, delta, theta)
+ *     p = a, radius = 1 - a d, q = radius exp(i phase), phase = k s 2 pi/N
+ *     with a, d, s = sigmoid(alpha), sigmoid(delta), sigmoid(theta)
  *     c = gamma / sqrt(N) */
 static void cema_parameter_backward(real *dalpha, real *ddelta, real *dtheta, real *dgamma, real *domega,
                                     const CemaSums *sums, const real *alpha, const real *delta, real theta,
@@ -2269,32 +2296,6 @@ static void head_backward(MegalodonModel *m, real *dfinal, double scale) {
     }
 }
 
-/* Error: what in the batch this model cannot take. */
-static const char *check_batch(const MegalodonModel *m, const MegalodonBatch *batch) {
-    const MegalodonOptions *o = &m->options;
-    if (batch->B < 1 || batch->T < 1 || batch->B > o->max_batch || batch->T > o->max_length)
-        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T,
-                      o->max_batch, o->max_length);
-    int64_t rows = (int64_t)batch->B * batch->T, V = m->config.vocab_size;
-    for (int64_t i = 0; i < rows; i++) {
-        if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
-            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld",
-                          batch->tokens[i], (long long)(i / batch->T), (long long)(i % batch->T),
-                          (long long)V);
-        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE &&
-            (batch->targets[i] < 0 || batch->targets[i] >= V))
-            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld",
-                          batch->targets[i], (long long)(i / batch->T), (long long)(i % batch->T),
-                          (long long)V);
-    }
-    if (!batch->carry) return NULL;
-    if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state to go on from");
-    if (m->state.B != batch->B)
-        return errorf("the state has %d rows and the batch %d: they must agree to go on", m->state.B,
-                      batch->B);
-    return NULL;
-}
-
 /* Makes the present state the incoming one, and counts the tokens that this batch adds to it. */
 static void begin_state(MegalodonModel *m) {
     int64_t B = m->batch.B, T = m->batch.T;
@@ -2319,7 +2320,7 @@ static void end_state(MegalodonModel *m) {
 
 static const char *cpu_forward(MegalodonModel *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
     const MegalodonConfig *c = &m->config;
-    const char *error = check_batch(m, batch);
+    const char *error = megalodon_check_batch(c, &m->options, batch, m->state.B);
     if (error) return error;
     int64_t B = batch->B, T = batch->T, rows = B * T, D = c->model_dim;
     m->batch = *batch;

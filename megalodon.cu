@@ -1105,32 +1105,6 @@ static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *co
 
 /* ---- the table's functions ---- */
 
-/* Error: what in the batch this model cannot take. */
-static const char *check_batch(const MegalodonModel *m, const MegalodonBatch *batch, int state_rows) {
-    const MegalodonOptions *o = &m->options;
-    if (batch->B < 1 || batch->T < 1 || batch->B > o->max_batch || batch->T > o->max_length)
-        return errorf("a batch of %d x %d tokens does not fit a model made for %d x %d", batch->B, batch->T,
-                      o->max_batch, o->max_length);
-    int64_t rows = (int64_t)batch->B * batch->T, V = m->config.vocab_size;
-    for (int64_t i = 0; i < rows; i++) {
-        if (batch->tokens[i] < 0 || batch->tokens[i] >= V)
-            return errorf("token %d at row %lld, position %lld is outside the vocabulary of %lld",
-                          batch->tokens[i], (long long)(i / batch->T), (long long)(i % batch->T),
-                          (long long)V);
-        if (batch->targets && batch->targets[i] != MEGALODON_IGNORE &&
-            (batch->targets[i] < 0 || batch->targets[i] >= V))
-            return errorf("target %d at row %lld, position %lld is outside the vocabulary of %lld",
-                          batch->targets[i], (long long)(i / batch->T), (long long)(i % batch->T),
-                          (long long)V);
-    }
-    if (!batch->carry) return nullptr;
-    if (!keeps_state(m)) return errorf("this model was made without `carry`: it has no state to go on from");
-    if (state_rows != batch->B)
-        return errorf("the state has %d rows and the batch %d: they must agree to go on", state_rows,
-                      batch->B);
-    return nullptr;
-}
-
 /* Everything of a state zero, its keys and values too. */
 template <typename T> static void clear_state(Model<T> *m, State<T> *s) {
     const MegalodonConfig *c = &m->config;
@@ -1226,7 +1200,7 @@ template <typename T> static void replay_step(Model<T> *m) {
 
 template <typename T>
 static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, MegalodonLoss *loss) {
-    const char *error = check_batch(m, batch, m->state.B);
+    const char *error = megalodon_check_batch(&m->config, &m->options, batch, m->state.B);
     if (error) return error;
     m->batch = *batch;
     begin_state(m);

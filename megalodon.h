@@ -311,6 +311,11 @@ typedef struct MegalodonBackend {
     const MegalodonComponentFunctions *components;
 } MegalodonBackend;
 
+/* What in a batch a model with a state of state_rows rows cannot take: sizes, tokens or targets outside the
+ * vocabulary, a state that is not there. For backends: the first thing that forward does. */
+const char *megalodon_check_batch(const MegalodonConfig *config, const MegalodonOptions *options,
+                                  const MegalodonBatch *batch, int state_rows);
+
 extern const MegalodonBackend megalodon_cpu;          /* megalodon.c, float                                    */
 extern const MegalodonBackend megalodon_cpu_double;   /* the same source compiled with -DMEGALODON_REAL=double */
 #ifdef MEGALODON_WITH_CUDA

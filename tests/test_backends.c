@@ -48,7 +48,8 @@ typedef struct Candidate {
     MegalodonPrecision precision;
     double forward, backward, loss;          /* tolerances; loss in nats */
     /* A tensor that cancels to nearly nothing is all rounding error: its error is taken relative to at least this
-     * share of the RMS over all tensors of its kind. (Seen: the mean of one token's 24 bf16 features, 4e-2 of itself.) */
+     * share of the RMS over all tensors of its kind. (Seen: the mean of one token's 24 bf16 features, 4e-2 of
+     * itself.) */
     double floor;
 } Candidate;
 
