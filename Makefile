@@ -103,7 +103,7 @@ golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="F
 test-python: $(BIN)/tokenize ## compare the tokenizer with the Python package, in a virtual environment of its own
 	@python3 -m venv $(BUILD)/venv
 	@$(BUILD)/venv/bin/pip install -q -r tests/python/requirements.txt
-	@$(BUILD)/venv/bin/python tests/python/test_tokenizer.py --bin $(BIN)
+	@$(BUILD)/venv/bin/python tests/python/test_tokenizer.py --bin $(abspath $(BIN))
 
 clean: ## remove everything that make built
 	rm -rf $(BUILD) $(PROGRAMS)
