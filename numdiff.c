@@ -30,6 +30,7 @@
 #include "lib/backends.h"
 #include "lib/dataset.h"
 #include "lib/error.h"
+#include "lib/model_options.h"
 #include "lib/options.h"
 
 /* ----------------------------------------------------------------------------------------------------
@@ -132,19 +133,6 @@ static const char *find_numeric(const char *option, const char *name, const Nume
 
 typedef struct Values { NUMDIFF_OPTIONS(OPTION_MEMBER) } Values;
 static const Option numdiff_table[] = { NUMDIFF_OPTIONS(OPTION_ROW) };
-
-/* Every field of the configuration is an option; megalodon_validate knows the relations between them. */
-#define OPTION_FOR_int    OPTION_INT,  0, 1 << 30, "N"
-#define OPTION_FOR_double OPTION_REAL, 0, 1e12,    "X"
-#define OPTION_FOR_bool   OPTION_BOOL, 0, 0,       "true|false"
-#define MODEL_ROW(field, meaning, type, low, high, unit) \
-    {#field, type, offsetof(MegalodonConfig, field), NULL, low, high, unit, "Model", meaning},
-#define MODEL_ROW_OF(...) MODEL_ROW(__VA_ARGS__)
-static const Option model_table[] = {
-#define X(type, field, fallback, meaning) MODEL_ROW_OF(field, meaning, OPTION_FOR_##type)
-    MEGALODON_CONFIG_FIELDS(X)
-#undef X
-};
 
 typedef struct Options {
     OptionSet set;

@@ -20,6 +20,7 @@
 #include "backends.h"
 #include "dataset.h"
 #include "error.h"
+#include "model_options.h"
 #include "options.h"
 #include "report.h"
 #include "state.h"
@@ -103,19 +104,6 @@ typedef struct Values {
 static const Option train_table[] = { TRAIN_OPTIONS(OPTION_ROW) };
 static const Option preset_table[] = {
     OPTION_ROW(TEXT, preset, NULL, 0, 0, "NAME", "Model", "a size by name; the options below change parts of it")
-};
-
-/* Every field of the configuration is an option; megalodon_validate knows the relations between them. */
-#define OPTION_FOR_int    OPTION_INT,  0, 1 << 30, "N"
-#define OPTION_FOR_double OPTION_REAL, 0, 1e12,    "X"
-#define OPTION_FOR_bool   OPTION_BOOL, 0, 0,       "true|false"
-#define MODEL_ROW(field, meaning, type, low, high, unit) \
-    {#field, type, offsetof(MegalodonConfig, field), NULL, low, high, unit, "Model", meaning},
-#define MODEL_ROW_OF(...) MODEL_ROW(__VA_ARGS__)
-static const Option model_table[] = {
-#define X(type, field, fallback, meaning) MODEL_ROW_OF(field, meaning, OPTION_FOR_##type)
-    MEGALODON_CONFIG_FIELDS(X)
-#undef X
 };
 
 /* ------------------------------------------------------------------------------------------------------------
