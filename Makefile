@@ -81,10 +81,10 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -156,6 +156,8 @@ $(BUILD)/test_gradcheck: $(BUILD)/test_gradcheck.o
 	$(CC) $(ALL_CFLAGS) $< $(LDLIBS) -o $@
 
 $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS)
+	$(LINK)
+$(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 	$(LINK)
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS)

@@ -2421,26 +2421,38 @@ static double gradient_norm(MegalodonModel *m) {
     return sqrt(total);
 }
 
-/* AdamW with decoupled decay on every parameter, g clipped by the global norm:
+/* The numbers [begin, end) of the arenas:
  *     m1 = b1 m1 + (1-b1) g    m2 = b2 m2 + (1-b2) g^2
  *     w  = w - lr ( (m1/(1-b1^t)) / (sqrt(m2/(1-b2^t)) + eps) + decay w ) */
+static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const MegalodonAdamW *adamw, real clip,
+                         double weight_decay) {
+    real b1 = (real)adamw->beta1, b2 = (real)adamw->beta2, lr = (real)adamw->lr, eps = (real)adamw->eps;
+    real correction1 = (real)(1 / (1 - pow(adamw->beta1, (double)adamw->step)));
+    real correction2 = (real)(1 / (1 - pow(adamw->beta2, (double)adamw->step)));
+    real decay = (real)(1 - adamw->lr * weight_decay);
+    real *w = m->weights, *g = m->grads, *m1 = m->moment1, *m2 = m->moment2;
+    OMP(parallel for simd schedule(static) if (end - begin >= FORK_WORTH))
+    for (int64_t i = begin; i < end; i++) {
+        real gradient = g[i] * clip;
+        m1[i] = b1 * m1[i] + (1 - b1) * gradient;
+        m2[i] = b2 * m2[i] + (1 - b2) * gradient * gradient;
+        w[i] = decay * w[i] - lr * (m1[i] * correction1) / (real_sqrt(m2[i] * correction2) + eps);
+    }
+}
+
+/* AdamW with decoupled decay on every parameter, or on all but CEMA's, g clipped by the global norm. */
 static const char *cpu_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
     if (!m->options.training) return errorf("a model made for inference cannot be updated");
     double norm = gradient_norm(m);
     if (grad_norm) *grad_norm = norm;
     if (!isfinite(norm)) return NULL;
     real clip = (real)(adamw->clip > 0 && norm > adamw->clip ? adamw->clip / norm : 1);
-    real b1 = (real)adamw->beta1, b2 = (real)adamw->beta2, lr = (real)adamw->lr, eps = (real)adamw->eps;
-    real correction1 = (real)(1 / (1 - pow(adamw->beta1, (double)adamw->step)));
-    real correction2 = (real)(1 / (1 - pow(adamw->beta2, (double)adamw->step)));
-    real decay = (real)(1 - adamw->lr * adamw->weight_decay);
-    real *w = m->weights, *g = m->grads, *m1 = m->moment1, *m2 = m->moment2;
-    OMP(parallel for simd schedule(static) if (m->arena_size >= FORK_WORTH))
-    for (int64_t i = 0; i < m->arena_size; i++) {
-        real gradient = g[i] * clip;
-        m1[i] = b1 * m1[i] + (1 - b1) * gradient;
-        m2[i] = b2 * m2[i] + (1 - b2) * gradient * gradient;
-        w[i] = decay * w[i] - lr * (m1[i] * correction1) / (real_sqrt(m2[i] * correction2) + eps);
+    for (int i = 0, next; i < m->num_params; i = next) {                     /* neighbours of one decay together */
+        double decay = megalodon_weight_decay(adamw, &m->params[i]);
+        for (next = i + 1; next < m->num_params; next++)
+            if (megalodon_weight_decay(adamw, &m->params[next]) != decay) break;
+        int64_t end = next < m->num_params ? m->offset[next] : m->arena_size;
+        update_range(m, m->offset[i], end, adamw, clip, decay);
     }
     m->coef_valid = false;
     return NULL;

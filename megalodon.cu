@@ -1268,24 +1268,37 @@ static void cuda_zero_gradients(MegalodonModel *m) {
     if (m->grads) clear(&m->context, m->grads, (size_t)m->arena_size * sizeof(float));
 }
 
-/* AdamW with decoupled decay on every parameter, gradients clipped by the global norm. */
-static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
-    if (!m->options.training) return errorf("a model made for inference cannot be updated");
-    int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
-    LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
-           m->arena_size);
-    LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
+/* The numbers [begin, end) of the arenas, and of the bf16 copy. */
+static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const MegalodonAdamW *adamw,
+                         double weight_decay) {
     AdamW a = {(float)adamw->beta1,
                (float)adamw->beta2,
                (float)adamw->lr,
                (float)adamw->eps,
                (float)(1 / (1 - pow(adamw->beta1, (double)adamw->step))),
                (float)(1 / (1 - pow(adamw->beta2, (double)adamw->step))),
-               (float)(1 - adamw->lr * adamw->weight_decay)};
+               (float)(1 - adamw->lr * weight_decay)};
     bool has_copy = m->options.precision == MEGALODON_BF16_MIXED;
-    bf16 *copy = has_copy ? static_cast<Model<bf16> *>(m)->copy : nullptr;
-    LAUNCH(adamw_kernel, blocks_for(m->arena_size, UPDATE_THREADS * UPDATE_VEC), UPDATE_THREADS, &m->context,
-           m->weights, copy, m->moment1, m->moment2, m->grads, m->scalars, m->arena_size, a);
+    bf16 *copy = has_copy ? static_cast<Model<bf16> *>(m)->copy + begin : nullptr;
+    LAUNCH(adamw_kernel, blocks_for(end - begin, UPDATE_THREADS * UPDATE_VEC), UPDATE_THREADS, &m->context,
+           m->weights + begin, copy, m->moment1 + begin, m->moment2 + begin, m->grads + begin, m->scalars,
+           end - begin, a);
+}
+
+/* AdamW with decoupled decay on every parameter, or on all but CEMA's, gradients clipped by the global norm. */
+static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
+    if (!m->options.training) return errorf("a model made for inference cannot be updated");
+    int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
+    LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
+           m->arena_size);
+    LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
+    for (size_t i = 0, next; i < m->params.size(); i = next) { // neighbours of one decay together
+        double decay = megalodon_weight_decay(adamw, &m->params[i]);
+        for (next = i + 1; next < m->params.size(); next++)
+            if (megalodon_weight_decay(adamw, &m->params[next]) != decay) break;
+        int64_t end = next < m->params.size() ? m->offset[next] : m->arena_size;
+        update_range(m, m->offset[i], end, adamw, decay);
+    }
     refresh_coefficients(m);
     if (!grad_norm) return nullptr;
     CHECK_CUDA(cudaMemcpyAsync(&m->host_scalars->norm, &m->scalars->norm, sizeof(double),

@@ -265,6 +265,7 @@ typedef struct MegalodonAdamW {
     double lr, beta1, beta2, eps, weight_decay;
     double clip;                     /* largest global gradient norm; 0: no clipping   */
     int64_t step;                    /* 1 for the first update (bias correction)       */
+    bool spare_cema;                 /* no weight decay on CEMA's parameters           */
 } MegalodonAdamW;
 
 typedef struct MegalodonMemory {     /* bytes, all allocated by create */
@@ -321,6 +322,12 @@ extern const MegalodonBackend megalodon_cpu_double;   /* the same source compile
 #ifdef MEGALODON_WITH_CUDA
 extern const MegalodonBackend megalodon_cuda;         /* megalodon.cu                                          */
 #endif
+
+/* The weight decay of one parameter. */
+static inline double megalodon_weight_decay(const MegalodonAdamW *adamw, const MegalodonTensor *parameter) {
+    bool cema = parameter->init >= MEGALODON_INIT_CEMA && parameter->init <= MEGALODON_INIT_CEMA_OMEGA;
+    return adamw->spare_cema && cema ? 0 : adamw->weight_decay;
+}
 
 /* Fills a new model with initial values. */
 const char *megalodon_initialise(const MegalodonBackend *backend, MegalodonModel *model,

@@ -155,7 +155,7 @@ static void train_step(Run *run, ReportRow *row) {
     }
     MegalodonAdamW adamw = {.lr = learning_rate(v, run->step), .beta1 = v->beta1, .beta2 = v->beta2,
                             .eps = v->adam_eps, .weight_decay = v->weight_decay, .clip = v->clip,
-                            .step = run->updates + 1};
+                            .step = run->updates + 1, .spare_cema = !v->cema_decay};
     double loss = nll_sum * scale, norm = NAN;
     if (isfinite(loss)) die_if(run->backend->update(run->model, &adamw, &norm));
     bool good = isfinite(loss) && isfinite(norm);

@@ -18,6 +18,7 @@
 
 #include "../megalodon.h"
 #include "backends.h"
+#include "cema_init.h"
 #include "dataset.h"
 #include "error.h"
 #include "model_options.h"
@@ -56,6 +57,9 @@
       "tokens of the whole run, rounded up to whole steps; instead of --steps") \
     X(LONG,   seed,          "1234",     0, LARGE, "N", "Training", \
       "fixes the initial weights, the order of the data and dropout") \
+    X(CHOICE, cema_init,     "released", 0, 0, "released|spread", "Training", \
+      "how long CEMA remembers at the start; released: a few tokens; spread: from 2 to --cema-memory tokens") \
+    X(REAL,   cema_memory,   "2048",     2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread") \
     X(CHOICE, precision,     "fp32",     0, 0, "fp32|bf16", "Training", \
       "number format of weights and activations; bf16 needs a GPU") \
     X(REAL,   lr,            "0.001",    0, 10, "X", "Optimiser", "highest learning rate of AdamW") \
@@ -69,6 +73,8 @@
     X(REAL,   beta2,         "0.95",     0, 0.999999, "X", "Optimiser", "decay of the mean of their squares") \
     X(REAL,   adam_eps,      "1e-8",     1e-30, 1, "X", "Optimiser", "added to the root of that mean") \
     X(REAL,   weight_decay,  "0.1",      0, 10, "X", "Optimiser", "decoupled decay, on every parameter") \
+    X(BOOL,   cema_decay,    "true",     0, 0, "true|false", "Optimiser", \
+      "weight decay on CEMA's parameters too, as in the released code") \
     X(REAL,   clip,          "1",        0, 1e9, "NORM", "Optimiser", \
       "largest norm of the gradient over all parameters; 0: no clipping") \
     X(INT,    max_bad_steps, "10",       1, 1 << 30, "N", "Optimiser", \
@@ -373,6 +379,12 @@ static inline void check_options(Run *run) {
     for (int i = 0; i < set->count && v->resume; i++)
         if (set->given[i] && strcmp(set->rows[i].group, "Model") == 0)
             die(errorf("--resume takes the model from the checkpoint; --%s cannot be given with it", set->names[i]));
+    if (options_given(set, "cema-init") && (v->init || v->resume))
+        die(errorf("--cema-init chooses the initial values of a new model; with --%s they come from a checkpoint",
+                   v->init ? "init" : "resume"));
+    if (options_given(set, "cema-memory") && strcmp(v->cema_init, "spread") != 0)
+        die("--cema-memory does nothing without --cema-init spread");
+    if (strcmp(v->cema_init, "spread") != 0) run->options.texts[options_index(set, "cema-memory")] = NULL;
     static const char *const idle[][2] = {{"sample-tokens", "sample-every"}, {"prompt", "sample-every"}};
     for (size_t i = 0; i < 2; i++)
         if (options_given(set, idle[i][0]) && v->sample_every == 0)
@@ -506,7 +518,11 @@ static inline void create_model(Run *run, const char *resumed) {
         die(errorf("no memory for the %zu tokens of a step", tokens));
     if (resumed) restore_run(run, resumed);
     else if (v->init) die_if(checkpoint_load(v->init, run->backend, run->model, &run->config));
-    else die_if(megalodon_initialise(run->backend, run->model, &run->config, (uint64_t)v->seed));
+    else {
+        die_if(megalodon_initialise(run->backend, run->model, &run->config, (uint64_t)v->seed));
+        if (strcmp(v->cema_init, "spread") == 0)
+            die_if(cema_spread(run->backend, run->model, &run->config, v->cema_memory));
+    }
 }
 
 static inline void print_start(Run *run) {

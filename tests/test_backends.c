@@ -334,7 +334,7 @@ static void check_accumulation(const Candidate *candidate, const MegalodonConfig
     check_kind(&pair, MEGALODON_GRAD, &batch, 0, "gradients", NULL);
     for (int step = 1; step <= 2; step++) {
         MegalodonAdamW adamw = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-2, .weight_decay = 5,
-                                .clip = step == 1 ? 0.5 : 0, .step = step};
+                                .clip = step == 1 ? 0.5 : 0, .step = step, .spare_cema = step == 2};
         double norm[2];
         for (int side = 0; side < 2; side++) must(pair.backend[side]->update(pair.model[side], &adamw, &norm[side]));
         check(fabs(norm[OURS] - norm[REFERENCE]) <= candidate->backward * norm[REFERENCE],

@@ -1,51 +1,10 @@
 #!/bin/sh
 # test_cli.sh - what a user meets: both programs with good input, with every kind of bad input, stopped, resumed, and
-# with a reader that goes away. Runs from the top folder; MEGALODON_BIN says where the programs are.
+# with a reader that goes away.
 
-bin=${MEGALODON_BIN:-.}
+. tests/cli.sh
 train=$bin/train
 generate=$bin/generate
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-# Threads that wait asleep: the models here are so small that waiting is most of the work.
-export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
-
-ok() {
-    passed=$((passed + 1))
-}
-fail() {
-    failed=$((failed + 1))
-    echo "FAIL: $*"
-    sed 's/^/    /' "$dir/out" "$dir/err" 2> /dev/null | tail -n 12
-}
-run() {                                     # run COMMAND...: sets $status; the output is in $dir/out and $dir/err
-    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
-}
-# good NAME COMMAND...: status 0 and nothing on stderr that looks like an error
-good() {
-    name=$1
-    shift
-    run "$@"
-    if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err"; then ok; else fail "$name: status $status"; fi
-}
-# bad TEXT COMMAND...: status 1 and exactly one line on stderr, an error with TEXT in it
-bad() {
-    text=$1
-    shift
-    run "$@"
-    if [ $status -eq 1 ] && [ "$(wc -l < "$dir/err")" -eq 1 ] && grep -q '^error: ' "$dir/err" &&
-        grep -qF -e "$text" "$dir/err"; then ok; else fail "expected an error with \"$text\": $*: status $status"; fi
-}
-# same NAME FILE FILE
-same() {
-    if cmp -s "$2" "$3"; then ok; else fail "$1: $2 and $3 differ"; fi
-}
-# holds NAME TEXT FILE
-holds() {
-    if grep -qF -e "$2" "$3"; then ok; else fail "$1: no \"$2\" in $3"; fi
-}
 
 # A model so small that a step takes milliseconds, and a text of 6,000 bytes.
 tiny="--num-layers 2 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 4 --chunk-size 16
@@ -399,5 +358,13 @@ bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state
 rm "$dir/e/step-00000010/state.safetensors"
 bad "state.safetensors is missing" "$train" --resume "$dir/e/step-00000010" --checkpoint-dir none
 
-echo "test_cli: $passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+# The other start of CEMA, and its decay.
+good "spread" "$train" $fit --steps 3 --cema-init spread --cema-memory 64 --cema-decay false --checkpoint-dir "$dir/spread"
+good "released" "$train" $fit --steps 3 --checkpoint-dir "$dir/released"
+if cmp -s "$dir/spread/step-00000003/model.safetensors" "$dir/released/step-00000003/model.safetensors"; then
+    fail "--cema-init spread changes nothing"; else ok; fi
+good "memories" "$bin/evaluate" --cema --checkpoint "$dir/spread"
+bad "does nothing without --cema-init spread" "$train" $fit --steps 3 --cema-memory 64 --checkpoint-dir none
+bad "they come from a checkpoint" "$train" $fit --steps 3 --init "$dir/spread" --cema-init spread --checkpoint-dir none
+
+finish test_cli

@@ -1,43 +1,10 @@
 #!/bin/sh
-# test_evaluate.sh - evaluate as a user meets it: its tables, its files, and every kind of bad input. Runs from the top
+# test_evaluate.sh - evaluate as a user meets it: its tables, its files, and every kind of bad input. 
 # folder; MEGALODON_BIN says where the programs are. What the numbers mean is the matter of test_evaluation.c.
 
-bin=${MEGALODON_BIN:-.}
+. tests/cli.sh
 evaluate=$bin/evaluate
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 
-ok() {
-    passed=$((passed + 1))
-}
-fail() {
-    failed=$((failed + 1))
-    echo "FAIL: $*"
-    sed 's/^/    /' "$dir/out" "$dir/err" 2> /dev/null | tail -n 12
-}
-# good NAME COMMAND...: status 0 and nothing on stderr that looks like an error; the output is in $dir/out
-good() {
-    name=$1
-    shift
-    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
-    if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err"; then ok; else fail "$name: status $status"; fi
-}
-# bad TEXT COMMAND...: status 1 and exactly one line on stderr, an error with TEXT in it
-bad() {
-    text=$1
-    shift
-    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
-    if [ $status -eq 1 ] && [ "$(wc -l < "$dir/err")" -eq 1 ] && grep -q '^error: ' "$dir/err" &&
-        grep -qF -e "$text" "$dir/err"; then ok; else fail "expected an error with \"$text\": $*: status $status"; fi
-}
-# holds NAME TEXT FILE
-holds() {
-    if grep -qF -e "$2" "$3"; then ok; else fail "$1: no \"$2\" in $3"; fi
-}
 # column MEASURE NAME NUMBER FILE: a field of the row of a measure with this name; "loss" is the sixth
 column() {
     awk -F, -v m="$1" -v n="\"$2\"" -v c="$3" '$1 == m && $2 == n { print $c }' "$4"
@@ -159,5 +126,4 @@ bad "cut.safetensors" "$evaluate" --checkpoint "$dir/cut.safetensors" --cema
 if [ -e /dev/full ]; then bad "cannot be written" "$evaluate" --checkpoint "$dir/model" --cema \
     --csv /dev/full; fi
 
-echo "test_evaluate: $passed passed, $failed failed"
-[ $failed -eq 0 ]
+finish test_evaluate

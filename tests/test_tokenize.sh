@@ -2,26 +2,15 @@
 # test_tokenize.sh - what a user of ./tokenize meets: documents, folders, the way back, and bad input. Runs from the
 # top folder; MEGALODON_BIN says where the programs are.
 
-tokenize=${MEGALODON_BIN:-.}/tokenize
+. tests/cli.sh
+tokenize=$bin/tokenize
 tokenizer=tests/tokenizer/tokenizer.json
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
 
-ok() {
-    passed=$((passed + 1))
-}
-fail() {
-    failed=$((failed + 1))
-    echo "FAIL: $*"
-    sed 's/^/    /' "$dir/err" 2> /dev/null | tail -n 5
-}
 # good TEXT ARGUMENTS...: status 0, and TEXT on stderr
 good() {
     text=$1
     shift
-    "$tokenize" "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
+    run "$tokenize" "$@"
     if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err" && { [ -z "$text" ] || grep -qF -e "$text" "$dir/err"; }
     then ok; else fail "expected \"$text\": tokenize $*: status $status"; fi
 }
@@ -29,8 +18,7 @@ good() {
 bad() {
     text=$1
     shift
-    "$tokenize" "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
+    run "$tokenize" "$@"
     if [ $status -eq 1 ] && [ "$(wc -l < "$dir/err")" -eq 1 ] && grep -q '^error: ' "$dir/err" &&
         grep -qF -e "$text" "$dir/err" && [ ! -e "$dir/new.npy" ] && [ ! -e "$dir/new.npy.tmp" ]
     then ok; else fail "expected an error with \"$text\": tokenize $*: status $status"; fi
@@ -89,5 +77,4 @@ bad "unknown option" --tokenizer $tokenizer --dada "$dir/a.txt" --out "$dir/new.
 # A token that this tokenizer does not have: the ids of a larger vocabulary.
 bad "token" --tokenizer $tokenizer --decode tests/tokenizer/hard_added.npy --out "$dir/new.npy"
 
-echo "test_tokenize: $passed passed, $failed failed"
-[ $failed -eq 0 ] && [ $passed -gt 0 ]
+finish test_tokenize

@@ -308,6 +308,39 @@ static void check_adamw(void) {
     backend->destroy(model);
 }
 
+/* With a gradient of zero an update is the decay alone; spare_cema keeps it from CEMA's parameters and from no other. */
+static void check_spared(void) {
+    MegalodonConfig config = small_config();
+    MegalodonOptions options = {.max_batch = 2, .max_length = 16, .training = true};
+    for (int spare = 0; spare < 2; spare++) {
+        MegalodonModel *model = model_create(backend, &config, &options, 1);
+        MegalodonAdamW adamw = ADAMW;
+        adamw.spare_cema = spare;
+        adamw.step = 1;
+        int count = megalodon_tensors(&config, MEGALODON_PARAM, 1, 1, 0, NULL, 0);
+        MegalodonTensor *list = must_allocate((size_t)count * sizeof *list);
+        megalodon_tensors(&config, MEGALODON_PARAM, 1, 1, 0, list, count);
+        for (int i = 0; i < count; i++) {
+            float *ones = must_allocate((size_t)list[i].size * sizeof *ones);
+            for (int64_t k = 0; k < list[i].size; k++) ones[k] = 1;
+            must(backend->set(model, MEGALODON_PARAM, list[i].name, ones, MEGALODON_F32));
+            free(ones);
+        }
+        must(backend->update(model, &adamw, NULL));
+        for (int i = 0; i < count; i++) {
+            bool kept = spare && strstr(list[i].name, ".cema.");
+            float *after = must_allocate((size_t)list[i].size * sizeof *after), worst = 0;
+            float want = kept ? 1 : (float)(1 - adamw.lr * adamw.weight_decay);
+            must(backend->get(model, MEGALODON_PARAM, list[i].name, after, MEGALODON_F32));
+            for (int64_t k = 0; k < list[i].size; k++) worst = fmaxf(worst, fabsf(after[k] - want));
+            check(worst < 1e-7f, "decay of %s, spare_cema %d: off by %g", list[i].name, spare, (double)worst);
+            free(after);
+        }
+        free(list);
+        backend->destroy(model);
+    }
+}
+
 /* A gradient that is not finite changes nothing, and the caller sees it. */
 static void check_nonfinite(void) {
     MegalodonConfig config = small_config();
@@ -475,6 +508,7 @@ int main(void) {
     check_accumulation();
     check_clipping();
     check_adamw();
+    check_spared();
     check_nonfinite();
     check_first_loss();
     check_overfit();

@@ -1,0 +1,43 @@
+#!/bin/sh
+# test_recall.sh - dev/recall.c on models that learn in a second, and its bad input. What the sequences are is the
+# matter of test_recall.c, what larger models remember that of doc/recall.md.
+
+. tests/cli.sh
+recall=$build/recall
+tiny="--num-layers 2 --model-dim 32 --z-dim 16 --value-dim 32 --ffn-hidden-dim 32 --cema-ndim 4 --chunk-size 32
+      --norm-num-groups 4 --backend cpu"
+model=$dir/model.safetensors
+
+good "show" "$recall" show $tiny --facts 1,2 --distances 0,1
+holds "show" "2 facts, 64 tokens, chunks of 32" "$dir/out"
+good "train" "$recall" train $tiny --facts 1,2 --distances 0,1 --letters 1 --steps 40 --batch 4 --out "$model"
+holds "train" "saved $model" "$dir/out"
+good "test" "$recall" test --backend cpu --checkpoint "$model" --facts 1,2 --distances 0,1,3 --letters 1 \
+    --sequences 10 --batch 4 --csv "$dir/csv"
+# Ten sequences of one fact and ten of two: thirty questions.
+asked=$(awk -F, 'NR > 1 { n += $5 } END { print n }' "$dir/csv")
+if [ "$asked" = 30 ]; then ok; else fail "$asked questions were counted, expected 30"; fi
+good "hops" "$recall" test --backend cpu --checkpoint "$model" --task hops --hops 2 --facts 1 --distances 0,1 \
+    --letters 1 --sequences 5 --batch 4
+holds "hops" "     2 hops" "$dir/out"
+good "init" "$recall" train --backend cpu --init "$model" --facts 1 --distances 0 --steps 2 --batch 2 --out "$dir/b"
+good "spread" "$recall" train $tiny --cema-init spread --cema-decay false --facts 1 --distances 0 --steps 2 \
+    --batch 2 --out "$dir/c"
+yes "It was the best of times, it was the worst of times." | head -n 200 > "$dir/hay"
+good "needle" "$recall" show $tiny --task needle --haystack "$dir/hay" --distances 0,2
+holds "needle" "best of times" "$dir/out"
+
+bad "found \"\"" "$recall"
+bad "found \"learn\"" "$recall" learn
+bad "use fewer facts or a longer --unit" "$recall" show $tiny --facts 20 --distances 0
+bad "ascending whole numbers" "$recall" show $tiny --distances 4,1
+bad "ascending whole numbers" "$recall" show $tiny --facts 1,,2
+bad "ascending whole numbers" "$recall" show $tiny --facts 0
+bad "does nothing without --task hops" "$recall" show $tiny --hops 2
+bad "too many" "$recall" show $tiny --letters 1 --facts 6
+bad "does nothing with --task needle" "$recall" show $tiny --task needle --facts 2
+bad "cannot be read" "$recall" show $tiny --haystack "$dir/none"
+bad "the model is that of" "$recall" test --checkpoint "$model" --num-layers 3
+bad "needs the bytes below 128" "$recall" show $tiny --facts 1 --vocab-size 100
+
+finish test_recall
