@@ -391,6 +391,14 @@ const char *megalodon_check_batch(const MegalodonConfig *config, const Megalodon
     return NULL;
 }
 
+const char *megalodon_check_reset(const MegalodonOptions *options, int state_rows, int n) {
+    if ((options->training && !options->carry) || state_rows == 0)
+        return errorf("there is no state whose rows could start anew");
+    if (n != 0)
+        return errorf("the state stands %d tokens inside a chunk: a row can start anew only at a chunk's start", n);
+    return NULL;
+}
+
 /* outputs, saved for the backward, inputs, parameters; shapes in the header's letters */
 const MegalodonComponent megalodon_components[MEGALODON_NUM_COMPONENTS] = {
     [MEGALODON_EMBEDDING] = {"embedding", {
@@ -2565,19 +2573,24 @@ static const char *cpu_get(MegalodonModel *m, MegalodonKind kind, const char *na
     return NULL;
 }
 
-static void clear_state(MegalodonModel *m, State *s) {
+/* Empties rows [first, first + rows) of a state. */
+static void clear_rows(MegalodonModel *m, State *s, int64_t first, int64_t rows) {
     const MegalodonConfig *c = &m->config;
-    size_t B = (size_t)m->options.max_batch, statistics = B * (size_t)c->norm_num_groups * sizeof(double);
+    int64_t G = c->norm_num_groups, cema = (int64_t)c->model_dim * c->cema_ndim * 2;
+    int64_t keys = (int64_t)c->chunk_size * c->z_dim, values = (int64_t)c->chunk_size * c->value_dim;
     for (int l = 0; l < c->num_layers; l++) {
-        memset(s->layers[l].norm_mean, 0, statistics);
-        memset(s->layers[l].norm_var, 0, statistics);
-        memset(s->layers[l].cema, 0, B * (size_t)(c->model_dim * c->cema_ndim * 2) * sizeof(real));
-        memset(s->layers[l].k, 0, B * (size_t)c->chunk_size * (size_t)c->z_dim * sizeof(real));
-        memset(s->layers[l].v, 0, B * (size_t)c->chunk_size * (size_t)c->value_dim * sizeof(real));
+        LayerState *layer = &s->layers[l];
+        memset(layer->norm_mean + first * G, 0, (size_t)(rows * G) * sizeof(double));
+        memset(layer->norm_var + first * G, 0, (size_t)(rows * G) * sizeof(double));
+        memset(layer->cema + first * cema, 0, (size_t)(rows * cema) * sizeof(real));
+        memset(layer->k + first * keys, 0, (size_t)(rows * keys) * sizeof(real));
+        memset(layer->v + first * values, 0, (size_t)(rows * values) * sizeof(real));
     }
-    memset(s->final_mean, 0, statistics);
-    memset(s->final_var, 0, statistics);
+    memset(s->final_mean + first * G, 0, (size_t)(rows * G) * sizeof(double));
+    memset(s->final_var + first * G, 0, (size_t)(rows * G) * sizeof(double));
+    memset(s->count + first, 0, (size_t)rows * sizeof(int64_t));
 }
+static void clear_state(MegalodonModel *m, State *s) { clear_rows(m, s, 0, m->options.max_batch); }
 
 static const char *cpu_set(MegalodonModel *m, MegalodonKind kind, const char *name, const void *in,
                            MegalodonDType dtype) {
@@ -2625,6 +2638,13 @@ static const char *cpu_start_state(MegalodonModel *m, int B, const int64_t *coun
     m->state.n = (int)(count[0] % C);
     memcpy(m->state.count, count, (size_t)B * sizeof *count);
     return NULL;
+}
+
+static const char *cpu_reset_rows(MegalodonModel *m, const bool *rows) {
+    const char *error = megalodon_check_reset(&m->options, m->state.B, m->state.n);
+    for (int b = 0; b < m->state.B && !error; b++)
+        if (rows[b]) clear_rows(m, &m->state, b, 1);
+    return error;
 }
 
 static void cpu_state_shape(const MegalodonModel *m, int *B, int *n) {
@@ -2788,6 +2808,7 @@ const MegalodonBackend BACKEND_OF(MEGALODON_REAL) = {
     .get = cpu_get,
     .set = cpu_set,
     .start_state = cpu_start_state,
+    .reset_rows = cpu_reset_rows,
     .state_shape = cpu_state_shape,
     .memory = cpu_memory,
     .components = cpu_components,

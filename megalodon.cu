@@ -1105,20 +1105,25 @@ static const char *cuda_create(MegalodonModel **model, const MegalodonConfig *co
 
 /* ---- the table's functions ---- */
 
-/* Everything of a state zero, its keys and values too. */
-template <typename T> static void clear_state(Model<T> *m, State<T> *s) {
+/* Empties rows [first, first + rows) of a state, their keys and values too. */
+template <typename T> static void clear_rows(Model<T> *m, State<T> *s, int64_t first, int64_t rows) {
     const MegalodonConfig *c = &m->config;
-    size_t B = (size_t)m->options.max_batch, statistics = B * (size_t)c->norm_num_groups * sizeof(double);
+    Context *x = &m->context;
+    int64_t G = c->norm_num_groups, cema = (int64_t)c->model_dim * c->cema_ndim * 2;
+    int64_t keys = (int64_t)c->chunk_size * c->z_dim, values = (int64_t)c->chunk_size * c->value_dim;
     for (LayerState<T> &layer : s->layers) {
-        clear(&m->context, layer.norm_mean, statistics);
-        clear(&m->context, layer.norm_var, statistics);
-        clear(&m->context, layer.cema, B * (size_t)(c->model_dim * c->cema_ndim * 2) * sizeof(float));
-        clear(&m->context, layer.k, B * (size_t)c->chunk_size * (size_t)c->z_dim * sizeof(T));
-        clear(&m->context, layer.v, B * (size_t)c->chunk_size * (size_t)c->value_dim * sizeof(T));
+        clear(x, layer.norm_mean + first * G, (size_t)(rows * G) * sizeof(double));
+        clear(x, layer.norm_var + first * G, (size_t)(rows * G) * sizeof(double));
+        clear(x, layer.cema + first * cema, (size_t)(rows * cema) * sizeof(float));
+        clear(x, layer.k + first * keys, (size_t)(rows * keys) * sizeof(T));
+        clear(x, layer.v + first * values, (size_t)(rows * values) * sizeof(T));
     }
-    clear(&m->context, s->final_mean, statistics);
-    clear(&m->context, s->final_var, statistics);
-    clear(&m->context, s->count, B * sizeof(int64_t));
+    clear(x, s->final_mean + first * G, (size_t)(rows * G) * sizeof(double));
+    clear(x, s->final_var + first * G, (size_t)(rows * G) * sizeof(double));
+    clear(x, s->count + first, (size_t)rows * sizeof(int64_t));
+}
+template <typename T> static void clear_state(Model<T> *m, State<T> *s) {
+    clear_rows(m, s, 0, m->options.max_batch);
 }
 
 /* Makes the present state the incoming one. Inference has one state: an empty start is a state of zeros. */
@@ -1519,6 +1524,16 @@ static const char *cuda_start_state(MegalodonModel *m, int B, const int64_t *cou
     return ON_MODEL(m, start_state_of, B, count);
 }
 
+template <typename T> static const char *reset_rows_of(Model<T> *m, const bool *rows) {
+    const char *error = megalodon_check_reset(&m->options, m->state.B, m->state.n);
+    for (int b = 0; b < m->state.B && !error; b++)
+        if (rows[b]) clear_rows(m, &m->state, b, 1);
+    return error;
+}
+static const char *cuda_reset_rows(MegalodonModel *m, const bool *rows) {
+    return ON_MODEL(m, reset_rows_of, rows);
+}
+
 template <typename T> static void state_shape_of(const Model<T> *m, int *B, int *n) {
     *B = m->state.B, *n = m->state.n;
 }
@@ -1864,6 +1879,7 @@ extern const MegalodonBackend megalodon_cuda;
 const MegalodonBackend megalodon_cuda = {
     "cuda",           cuda_unavailable, cuda_create,         cuda_destroy, cuda_forward,
     cuda_last_logits, cuda_backward,    cuda_zero_gradients, cuda_update,  cuda_get,
-    cuda_set,         cuda_start_state, cuda_state_shape,    cuda_memory,  cuda_components,
+    cuda_set,         cuda_start_state, cuda_reset_rows,     cuda_state_shape, cuda_memory,
+    cuda_components,
 };
 }

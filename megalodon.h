@@ -305,6 +305,9 @@ typedef struct MegalodonBackend {
      * loading a state, whose tensors are then set one by one. Error: the rows stand at different places in
      * their chunk. */
     const char *(*start_state)(MegalodonModel *model, int B, const int64_t *count);
+    /* Empties the rows b of the state with rows[b]: they start anew, the others go on. Error: there is no state, or
+     * it stands inside a chunk, where a row cannot start. */
+    const char *(*reset_rows)(MegalodonModel *model, const bool *rows);
     /* Number of rows of the state and its position in the chunk; B = 0 before the first forward. */
     void (*state_shape)(const MegalodonModel *model, int *B, int *n);
     void (*memory)(const MegalodonModel *model, MegalodonMemory *memory);
@@ -316,6 +319,10 @@ typedef struct MegalodonBackend {
  * vocabulary, a state that is not there. For backends: the first thing that forward does. */
 const char *megalodon_check_batch(const MegalodonConfig *config, const MegalodonOptions *options,
                                   const MegalodonBatch *batch, int state_rows);
+
+/* What keeps a state of state_rows rows, n tokens into a chunk, from giving up rows. For backends: the first thing
+ * that reset_rows does. */
+const char *megalodon_check_reset(const MegalodonOptions *options, int state_rows, int n);
 
 extern const MegalodonBackend megalodon_cpu;          /* megalodon.c, float                                    */
 extern const MegalodonBackend megalodon_cpu_double;   /* the same source compiled with -DMEGALODON_REAL=double */

@@ -99,10 +99,7 @@ static bool carry_rows(Run *run, int pass) {
     if (!run->values.carry_state) return false;
     for (int row = 0; row < B; row++) empty += fresh[row];
     if (empty == 0 || empty == B) return empty == 0;
-    die_if(state_take(&run->held, run->backend, run->model, &run->config));
-    for (int row = 0; row < B; row++)
-        if (fresh[row]) state_clear_row(&run->held, row);
-    die_if(state_give(&run->held, run->backend, run->model));
+    die_if(run->backend->reset_rows(run->model, fresh));
     return true;
 }
 

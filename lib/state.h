@@ -1,12 +1,12 @@
 /* state.h - a copy of a model's state in the program's own memory.
  *
  * The state is all that a model remembers of the tokens so far. A program that wants to use the model for something
- * else in between (an evaluation, a sample), or to let one row of the batch forget what it read, takes a copy, changes
- * it, and gives it back. Numbers are held as doubles, so that every backend gets back exactly what it gave.
+ * else in between (an evaluation, a sample) takes a copy and gives it back. Numbers are held as doubles, so that every
+ * backend gets back exactly what it gave.
  *
  *     StateCopy copy = {0};
  *     die_if(state_take(&copy, backend, model, &config));
- *     state_clear_row(&copy, 3);
+ *     ...
  *     die_if(state_give(&copy, backend, model));
  *     state_free(&copy);
  *
@@ -91,16 +91,6 @@ static inline const char *state_give(const StateCopy *copy, const MegalodonBacke
         if (!state_is_count(&copy->tensors[i]))
             error = backend->set(model, MEGALODON_STATE, copy->tensors[i].name, at, MEGALODON_F64);
     return error;
-}
-
-/* Makes row b empty, as before its first token. All rows stand at one place in their chunk, so this needs n = 0. */
-static inline void state_clear_row(StateCopy *copy, int b) {
-    double *at = copy->numbers;
-    copy->count[b] = 0;
-    for (int i = 0; i < copy->num_tensors; at += copy->tensors[i++].size) {
-        size_t row = (size_t)(copy->tensors[i].size / copy->B);
-        if (!state_is_count(&copy->tensors[i])) memset(at + (size_t)b * row, 0, row * sizeof *at);
-    }
 }
 
 #endif

@@ -514,6 +514,20 @@ static void check_state(const Candidate *candidate, const char *what, const Mega
     }
     printf("%-10s %-26s states cross after %d tokens: last logits differ by at most %.1e\n", candidate->name, what,
            cut, worst);
+    /* To the end of the chunk; then the last row starts anew. */
+    int position = cut, C = config->chunk_size;
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) position += pieces[i];
+    const bool last_row[MAX_B] = {[MAX_B - 1] = true};
+    for (int again = 0; again < 2; again++) {
+        batch = random_batch(config, MAX_B, again ? 3 : C - position % C, 50 + (uint64_t)again);
+        batch.targets = NULL;
+        batch.carry = true;
+        for (int side = 0; side < 2; side++) {
+            if (again) must(pair.backend[side]->reset_rows(pair.model[side], last_row));
+            must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
+        }
+        check_last_logits(&pair, pair.model, again ? "after a row started anew" : "at the end of a chunk");
+    }
     for (int side = 0; side < 2; side++) pair.backend[side]->destroy(crossed[side]);
     pair_destroy(&pair);
 }

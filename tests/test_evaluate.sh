@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_evaluate.sh - evaluate as a user meets it: its tables, its files, and every kind of bad input. 
-# folder; MEGALODON_BIN says where the programs are. What the numbers mean is the matter of test_evaluation.c.
+# test_evaluate.sh - evaluate as a user meets it: its tables, its files, and every kind of bad input. What the numbers
+# mean is the matter of test_evaluation.c.
 
 . tests/cli.sh
 evaluate=$bin/evaluate

@@ -261,6 +261,13 @@ static void check_uneven_rows(const MegalodonConfig *config) {
     must(s.backend->get(s.model, MEGALODON_STATE, "count", count, MEGALODON_I64));
     check(count[0] == 12 && count[1] == 12 + 2 * C, "counts after 9 tokens: %lld and %lld", (long long)count[0],
           (long long)count[1]);
+    const bool second[B] = {false, true};
+    check(s.backend->reset_rows(s.model, second) != NULL, "a row starts anew inside a chunk");
+    forward_part(&s, 12, 2 * C - 12);
+    must(s.backend->reset_rows(s.model, second));
+    must(s.backend->get(s.model, MEGALODON_STATE, "count", count, MEGALODON_I64));
+    check(count[0] == 2 * C && count[1] == 0, "counts after a row started anew: %lld and %lld", (long long)count[0],
+          (long long)count[1]);
     s.backend->destroy(s.model);
 }
 
