@@ -69,13 +69,13 @@ TESTS := $(sort $(patsubst %.c,$(BUILD)/%,$(notdir $(wildcard tests/test_*.c tes
 TEST_SCRIPTS := $(sort $(wildcard tests/test_*.sh))
 GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
 # What `make test` runs: the golden runner wants its files, everything else runs as it is.
-TEST_COMMANDS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
-TEST_COMMANDS += $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
+TEST_PROGRAMS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
+TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test build-tests test-python demo asan bench golden clean help
+.PHONY: all test test-cross test-programs build-tests test-python demo asan bench golden clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -93,6 +93,18 @@ demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes,
 asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
 	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+
+# Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
+# emulator needs no libraries of the other machine.
+CROSS ?= aarch64-linux-gnu
+EMULATOR ?= qemu-$(firstword $(subst -, ,$(CROSS)))
+CROSS_ARCH ?=
+test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
+
+test-programs: $(TESTS)
+	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
 
 bench: $(BUILD)/bench ## measure the matrix product, a training step and generation on this machine
 	@$(BUILD)/bench

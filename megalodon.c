@@ -567,7 +567,8 @@ enum {
     STRIP_VECTORS = 4                                    /* columns that a thread sums at once, in vectors  */
 };
 
-#if defined(__GNUC__)
+/* Where a float sum is computed in a wider type (x87), there are no vectors of floats either. */
+#if defined(__GNUC__) && __FLT_EVAL_METHOD__ == 0
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));

@@ -5,7 +5,8 @@
 #
 # Each COMMAND is one shell command whose output ends in "NAME: N passed, N failed" (and ", N skipped" if it skipped
 # any). One that crashes, says nothing of the kind, or fails without counting it counts as one failure: a test that
-# cannot speak must not pass. The exit status is 0 only if nothing failed.
+# cannot speak must not pass. The exit status is 0 only if nothing failed. MEGALODON_RUN is put before every command: an
+# emulator, for programs of another machine.
 
 logs=${MEGALODON_BUILD:-build}/logs
 mkdir -p "$logs" || exit 1
@@ -24,7 +25,7 @@ for command in "$@"; do
     set +f
     log=$logs/$name.log
     start=$(date +%s)
-    sh -c "$command" > "$log" 2>&1
+    sh -c "${MEGALODON_RUN:-} $command" > "$log" 2>&1
     status=$?
     seconds=$(($(date +%s) - start))
     line=$(grep -E '^[a-z_0-9]+: [0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
