@@ -163,4 +163,8 @@ $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS)
 	$(LINK) -ldl
 
+# Kernel ladders: versions of one kernel under one harness. They run on a GPU only and are not part of `all`.
+$(BUILD)/ladder_%: dev/ladder_%.cu $(BUILD)/flags
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $@.d $< -o $@
+
 -include $(wildcard $(BUILD)/*.d)
