@@ -220,6 +220,12 @@ static inline unsigned cema_blocks(const CemaStrips &strips) {
     return blocks_for((int64_t)strips.B * strips.count, CEMA_STRIPS);
 }
 
+/* How many steps, in whole tiles, every strip has. */
+__device__ inline int cema_even_steps(const CemaStrips &strips, int all_steps, int tile) {
+    int last = all_steps - (strips.count - 1) * strips.length;
+    return min(strips.length, last) / tile * tile;
+}
+
 /* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a unit.
  * The order of units makes the threads of a warp that write one channel's strips or read one channel as a
  * fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight channels
@@ -231,11 +237,11 @@ __device__ inline int cema_unit(int slot, int channel, int row, int pair) {
     return (slot * CEMA_CHANNELS + channel) * CEMA_UNITS + row * (CEMA_GROUP / 2) + half * 4 + pair % 4;
 }
 
-/* A thread moves two steps of eight channels. */
+/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits until
+ * they are put into shared memory. */
 template <typename T> struct CemaShare {
-    static constexpr int VEC = 16 / (int)sizeof(T);
-    Packed<T, VEC> part[2][8 / VEC];
-    __device__ T &at(int step, int i) { return part[step][i / VEC].v[i % VEC]; }
+    static constexpr int WORDS = 2 * (int)sizeof(T);
+    uint32_t word[2][WORDS];
 };
 struct CemaMover {
     int slot, row, pair, half, d; /* d: the first of its channels */
@@ -262,50 +268,91 @@ static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNEL
 template <typename T>
 __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int tile_first,
                                   int D, bool wide) {
-    constexpr int VEC = CemaShare<T>::VEC;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
         const T *from = x + mover.first + s * mover.stride;
-        bool here = s >= mover.skip && s < mover.steps;
+        bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+#pragma unroll
+        for (int i = 0; i < CemaShare<T>::WORDS; i++) held.word[k][i] = 0;
+        if (!here) continue;
         if (wide) {
 #pragma unroll
-            for (int i = 0; i < 8 / VEC; i++) {
-                if (here && mover.d < D)
-                    held.part[k][i] = packed<VEC>(from + i * VEC);
-                else
+            for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
+                Packed<uint32_t, 4> part = packed<4>(reinterpret_cast<const uint32_t *>(from) + i);
 #pragma unroll
-                    for (int j = 0; j < VEC; j++) held.part[k][i].v[j] = from_float<T>(0.0f);
+                for (int j = 0; j < 4; j++) held.word[k][i + j] = part.v[j];
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 8; i++) held.at(k, i) = here && mover.d + i < D ? from[i] : from_float<T>(0.0f);
+            for (int i = 0; i < 8; i++) {
+                if (mover.d + i >= D) continue;
+                if constexpr (sizeof(T) == 2)
+                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i] << i % 2 * 16;
+                else
+                    held.word[k][i] = reinterpret_cast<const uint32_t *>(from)[i];
+            }
         }
     }
 }
 
-template <typename T>
-__device__ inline void cema_put(CemaUnit<T> *tile, CemaShare<T> &held, const CemaMover &mover) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        tile[cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair)] =
-            CemaUnit<T>{{held.at(0, i), held.at(1, i)}};
-}
+/* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
+__device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-/* y (+)= the tile; before: what was in y, if it is added to */
 template <typename T>
-__device__ inline void cema_write(T *y, CemaShare<T> *before, const CemaUnit<T> *tile,
-                                  const CemaMover &mover, int tile_first, int D, bool wide) {
-    constexpr int VEC = CemaShare<T>::VEC;
-    CemaShare<T> out;
+__device__ inline void cema_put(CemaUnit<T> *tile, const CemaShare<T> &held, const CemaMover &mover) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        CemaUnit<T> unit = tile[cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair)];
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-            out.at(k, i) =
-                before ? from_float<T>(to_float(unit.v[k]) + to_float(before->at(k, i))) : unit.v[k];
+        CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
+        if constexpr (sizeof(T) == 2) {
+            uint32_t a = held.word[0][i / 2], b = held.word[1][i / 2];
+            *reinterpret_cast<uint32_t *>(to) = i % 2 ? cema_highs(a, b) : cema_lows(a, b);
+        } else {
+            *to = CemaUnit<T>{{__uint_as_float(held.word[0][i]), __uint_as_float(held.word[1][i])}};
+        }
     }
+}
+
+/* The tile's outputs as words of global memory */
+template <typename T>
+__device__ inline void cema_take(CemaShare<T> &out, const CemaUnit<T> *tile, const CemaMover &mover) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const CemaUnit<T> *a = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair),
+                          *b = tile + cema_unit(mover.slot, mover.half * 8 + i + 1, mover.row, mover.pair);
+        if constexpr (sizeof(T) == 2) {
+            uint32_t even = *reinterpret_cast<const uint32_t *>(a), odd = *reinterpret_cast<const uint32_t *>(b);
+            out.word[0][i / 2] = cema_lows(even, odd), out.word[1][i / 2] = cema_highs(even, odd);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                out.word[k][i] = __float_as_uint(a->v[k]), out.word[k][i + 1] = __float_as_uint(b->v[k]);
+        }
+    }
+}
+
+template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const CemaShare<T> &before) {
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int i = 0; i < CemaShare<T>::WORDS; i++) {
+            if constexpr (sizeof(T) == 2) {
+                uint32_t a = out.word[k][i], b = before.word[k][i];
+                __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(a << 16) + __uint_as_float(b << 16),
+                                                           __uint_as_float(a & 0xFFFF0000u) +
+                                                               __uint_as_float(b & 0xFFFF0000u));
+                out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
+            } else {
+                out.word[k][i] = __float_as_uint(__uint_as_float(out.word[k][i]) +
+                                                 __uint_as_float(before.word[k][i]));
+            }
+        }
+}
+
+template <typename T>
+__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first, int D,
+                                  bool wide) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
@@ -313,11 +360,21 @@ __device__ inline void cema_write(T *y, CemaShare<T> *before, const CemaUnit<T> 
         if (s < mover.skip || s >= mover.steps || mover.d >= D) continue;
         if (wide) {
 #pragma unroll
-            for (int i = 0; i < 8 / VEC; i++) *reinterpret_cast<Packed<T, VEC> *>(to + i * VEC) = out.part[k][i];
+            for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
+                Packed<uint32_t, 4> part;
+#pragma unroll
+                for (int j = 0; j < 4; j++) part.v[j] = out.word[k][i + j];
+                *reinterpret_cast<Packed<uint32_t, 4> *>(reinterpret_cast<uint32_t *>(to) + i) = part;
+            }
         } else {
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (mover.d + i < D) to[i] = out.at(k, i);
+            for (int i = 0; i < 8; i++) {
+                if (mover.d + i >= D) continue;
+                if constexpr (sizeof(T) == 2)
+                    reinterpret_cast<uint16_t *>(to)[i] = (uint16_t)(out.word[k][i / 2] >> i % 2 * 16);
+                else
+                    reinterpret_cast<uint32_t *>(to)[i] = out.word[k][i];
+            }
         }
     }
 }
@@ -327,16 +384,18 @@ __device__ inline void cema_write(T *y, CemaShare<T> *before, const CemaUnit<T> 
  * are the (re, im)[group % 2] of k = 4 j + group / 2. */
 struct CemaPlace {
     int channel, d, group, pair;
-    int row[2]; /* among the strips of the grid */
+    int row[2];     /* among the strips of the grid */
+    int low, upper; /* units of the lower and upper eight steps of its first row */
     __device__ CemaPlace() {
         int lane = (int)threadIdx.x % WARP_SIZE;
         channel = (int)threadIdx.x / WARP_SIZE, d = (int)blockIdx.x * CEMA_CHANNELS + channel;
         group = lane / 4, pair = lane % 4;
         row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
+        low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
     }
     /* A lane's i-th word of a fragment of rows. */
     __device__ int unit(int slot, int i) const {
-        return cema_unit(slot, channel, group + i % 2 * 8, pair + i / 2 * 4);
+        return (i / 2 ? upper : low) + i % 2 * (CEMA_UNITS / 2) + slot * CEMA_CHANNELS * CEMA_UNITS;
     }
 };
 
@@ -541,30 +600,32 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaCoeffici
     }
 }
 
-/* The last steps of a strip that are no whole group, one by one: h = q h + in x. */
+/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h + in x. */
 template <typename T, int J>
-__device__ inline void cema_tail(CemaPairs<J> &h, const CemaCoefficients &coef, const CemaUnit<T> *tile,
-                                 const CemaPlace &place, int slot, int i, int rest, bool reverse, int D,
+__device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoefficients &coef,
+                                 const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
                                  int N) {
+    CemaStrip strip(strips, place.row[i], steps);
+    if (place.d >= D) return;
+#pragma unroll
     for (int j = 0; j < J; j++) {
         CemaState s(coef, place.d, 4 * j + place.pair, D, N);
-        CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, reverse);
-        for (int m = 0; m < rest; m++) {
-            double x = to_float(
-                tile[cema_unit(slot, place.channel, place.group + 8 * i, m / 2)].v[m % 2]);
+        CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
+        for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
+            double value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
             now = s.q * now;
-            now.re += in.re * x, now.im += in.im * x;
+            now.re += in.re * value, now.im += in.im * value;
         }
         h.v[j][2 * i] = (float)now.re, h.v[j][2 * i + 1] = (float)now.im;
     }
 }
 
-/* A group of one slot: outputs take the place of inputs, and the states go on. left: steps of each row. */
-template <typename T, int J>
+/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group left go
+ * on; all rows have unless RAGGED. */
+template <bool RAGGED, typename T, int J>
 __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
-                                       const CemaTurn<J> &turn, const CemaCoefficients &coef,
-                                       const CemaPlace &place, int slot, int left0, int left1, bool reverse,
-                                       int D, int N) {
+                                       const CemaTurn<J> &turn, const CemaPlace &place, int slot,
+                                       const int (&left)[2]) {
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
     float y[2][4] = {};
@@ -579,19 +640,13 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
     }
 #pragma unroll
     for (int o = 0; o < 2; o++) cema_multiply(y[o], rows, scan.taps[o]);
-    bool whole[2] = {left0 >= CEMA_GROUP, left1 >= CEMA_GROUP};
-    if (__any_sync(FULL_MASK, (!whole[0] && left0 > 0) || (!whole[1] && left1 > 0))) {
-        if (!whole[0] && left0 > 0) cema_tail<T>(h, coef, tile, place, slot, 0, left0, reverse, D, N);
-        if (!whole[1] && left1 > 0) cema_tail<T>(h, coef, tile, place, slot, 1, left1, reverse, D, N);
-        __syncwarp(); // all have read the inputs
-    }
 #pragma unroll
     for (int j = 0; j < J; j++) {
         float add[4] = {};
         cema_multiply(add, rows, scan.in[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (whole[i]) cema_turn(h.v[j], i, turn, j, add);
+            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -604,7 +659,7 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
  * needs:    N <= 4 J; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory unless there
- *           are several segments; ends from cema_ends_kernel; y may be x unless it is added to
+ *           are several segments; ends from cema_ends_kernel; y is not x
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
@@ -624,11 +679,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     CemaTurn<J> turn(coef, place, D, N);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
-    int left[2];
+    int row_steps[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
-        left[i] = strip.steps;
+        row_steps[i] = strip.steps;
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
@@ -644,27 +699,41 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         }
     }
     if (moves) cema_put(tiles[0], held, mover);
-    int now = 0, longest = min(strips.length, steps);
-    for (int first = 0; first < longest; first += TILE, now ^= 1) {
+    int now = 0, first = 0, longest = min(strips.length, steps);
+    auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
         bool more = moves && first + TILE < longest, done = moves && first > 0;
         if (more) cema_fetch(held, x, mover, first + TILE, D, wide);
         if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; slot++)
-            cema_scan_group(tiles[now], h, scan, turn, coef, place, slot, left[0] - first - slot * CEMA_GROUP,
-                            left[1] - first - slot * CEMA_GROUP, strips.reverse, D, N);
-        if (done) cema_write(y, accumulate ? &before : nullptr, tiles[now ^ 1], mover, first - TILE, D, wide);
+        for (int slot = 0; slot < SLOTS; slot++) {
+            int begin = first + slot * CEMA_GROUP, left[2] = {row_steps[0] - begin, row_steps[1] - begin};
+            cema_scan_group<ragged.value>(tiles[now], h, scan, turn, place, slot, left);
+        }
+        if (done) {
+            CemaShare<T> out;
+            cema_take(out, tiles[now ^ 1], mover);
+            if (accumulate) cema_add(out, before);
+            cema_write(y, out, mover, first - TILE, D, wide);
+        }
         if (more) cema_put(tiles[now ^ 1], held, mover);
-    }
+        first += TILE, now ^= 1;
+    };
+    for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
+    while (first < longest) next(std::true_type());
     __syncthreads(); // the last outputs are whole
     int last = (longest - 1) / TILE * TILE;
-    if (moves && accumulate) cema_fetch(before, (const T *)y, mover, last, D, wide);
-    if (moves) cema_write(y, accumulate ? &before : nullptr, tiles[now ^ 1], mover, last, D, wide);
+    if (moves) {
+        CemaShare<T> out;
+        cema_take(out, tiles[now ^ 1], mover);
+        if (accumulate) cema_fetch(before, (const T *)y, mover, last, D, wide), cema_add(out, before);
+        cema_write(y, out, mover, last, D, wide);
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (!h_out || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
+        cema_tail(h, x, coef, place, strips, i, steps, D, N);
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = 4 * j + place.pair;
@@ -762,11 +831,12 @@ template <int J> struct CemaBackward {
 };
 
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
-template <typename T, int J>
+template <bool RAGGED, typename T, int J>
 __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
                                        const CemaTable<CemaParts<T>::GRADIENT> (&plain)[J],
                                        const CemaTable<CemaParts<T>::GRADIENT> (&hat)[J],
-                                       const CemaTurn<J> &turn, const CemaPlace &place, bool go0, bool go1) {
+                                       const CemaTurn<J> &turn, const CemaPlace &place,
+                                       const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
     CemaRows<INPUT> u, dy;
     cema_rows<T>(u, tile, place, 0);
@@ -776,14 +846,14 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
         float v[4] = {}, v_slope[4] = {}, add[4] = {}, add_slope[4] = {};
         cema_multiply(v, u, plain[j]);
         cema_multiply(v_slope, u, hat[j]);
-        cema_multiply(add, dy, plain[j]);
-        cema_multiply(add_slope, dy, hat[j]);
         cema_add_product(s.a.re[j], s.a.im[j], v, s.nu.v[j]);
         cema_add_product(s.k.re[j], s.k.im[j], v_slope, s.nu.v[j]);
         cema_add_product(s.k.re[j], s.k.im[j], v, s.zeta.v[j]);
+        cema_multiply(add, dy, plain[j]);
+        cema_multiply(add_slope, dy, hat[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (!(i ? go1 : go0)) continue;
+            if (RAGGED && left[i] < CEMA_GROUP) continue;
             cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add_slope);
             cema_turn(s.nu.v[j], i, turn, j, add);
         }
@@ -808,19 +878,21 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
     }
 }
 
-/* nu and zeta at the very first step of the sequence, where a strip ends within a group. */
+/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
 template <typename T, int J>
-__device__ inline void cema_sums_tail(CemaBackward<J> &s, const CemaCoefficients &coef,
-                                      const CemaUnit<T> *tile, const CemaPlace &place, int i, int rest, int D,
+__device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
+                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
                                       int N) {
+    CemaStrip strip(strips, place.row[i], steps);
+    if (place.d >= D) return;
+#pragma unroll
     for (int j = 0; j < J; j++) {
         CemaComplex q = CemaState(coef, place.d, 4 * j + place.pair, D, N).q;
         CemaComplex nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
                     zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
-        for (int m = 0; m < rest; m++) {
-            int at = CEMA_GROUP - 1 - m;
+        for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
             zeta = q * CemaComplex{zeta.re + nu.re, zeta.im + nu.im}, nu = q * nu;
-            nu.re += to_float(tile[cema_unit(1, place.channel, place.group + 8 * i, at / 2)].v[at % 2]);
+            nu.re += to_float(dy[(strip.first - m) * D + place.d]);
         }
         s.nu.v[j][2 * i] = (float)nu.re, s.nu.v[j][2 * i + 1] = (float)nu.im;
         s.zeta.v[j][2 * i] = (float)zeta.re, s.zeta.v[j][2 * i + 1] = (float)zeta.im;
@@ -829,8 +901,9 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const CemaCoefficients
 
 /* The end of a channel's sums, by its warp, through 64 J floats of shared memory of its own. An incoming state
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
-template <int J>
-__device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const float *h_in,
+template <typename T, int J>
+__device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
+                                        const float *h_in,
                                         const CemaCoefficients &coef, const CemaPlace &place,
                                         const CemaStrips &strips, int steps, int D, int N) {
     int lane = (int)threadIdx.x % WARP_SIZE;
@@ -854,6 +927,7 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (!h_in || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
+        cema_sums_tail(s, dy, coef, place, strips, i, steps, D, N);
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = 4 * j + place.pair;
@@ -933,11 +1007,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     }
     CemaTurn<J> turn(coef, place, D, N);
     CemaBackward<J> s = {};
-    int left[2];
+    int row_steps[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
-        left[i] = strip.steps;
+        row_steps[i] = strip.steps;
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
@@ -951,24 +1025,22 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         }
     }
     cema_put(tiles[0], held, mover);
-    int now = 0, longest = min(strips.length, steps);
-    for (int first = 0; first < longest; first += CEMA_GROUP, now = (now + 1) % BUFFERS) {
+    int now = 0, first = 0, longest = min(strips.length, steps);
+    auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = first + CEMA_GROUP < longest;
         if (more) cema_fetch(held, from, mover, first + CEMA_GROUP, D, wide);
-        int left0 = left[0] - first, left1 = left[1] - first;
-        cema_sums_group<T>(s, tiles[now], plain, hat, turn, place, left0 >= CEMA_GROUP,
-                           left1 >= CEMA_GROUP);
-        if (h_in && left0 > 0 && left0 < CEMA_GROUP)
-            cema_sums_tail<T>(s, coef, tiles[now], place, 0, left0, D, N);
-        if (h_in && left1 > 0 && left1 < CEMA_GROUP)
-            cema_sums_tail<T>(s, coef, tiles[now], place, 1, left1, D, N);
+        int left[2] = {row_steps[0] - first, row_steps[1] - first};
+        cema_sums_group<ragged.value, T>(s, tiles[now], plain, hat, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
-        if (more) cema_put(tiles[(now + 1) % BUFFERS], held, mover);
-    }
+        now = (now + 1) % BUFFERS, first += CEMA_GROUP;
+        if (more) cema_put(tiles[now], held, mover);
+    };
+    for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
+    while (first < longest) next(std::true_type());
     __syncthreads(); // the tiles are no longer needed
     float *own = reinterpret_cast<float *>(tiles) + place.channel * CEMA_MAX_STATES * 8;
-    cema_sums_finish<J>(s, sums, own, h_in, coef, place, strips, steps, D, N);
+    cema_sums_finish(s, sums, own, dy, h_in, coef, place, strips, steps, D, N);
 }
 
 /* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of inputs,
