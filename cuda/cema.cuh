@@ -8,7 +8,7 @@
  * complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment of a
  * row of the batch is a strip, and a warp owns sixteen strips of one channel:
  *
- *     rows of a product: 16 strips | columns: 16 steps, or the states as pairs (re, im) | matrices: registers
+ *     rows of a product: 16 strips | columns: 16 steps, or 16 states as pairs (re, im) | matrices: registers
  *
  * An accumulator of mma.m16n8k16 holds for a thread the pair (re, im) of one state of two strips, which is
  * also how the next product wants its operand: states never leave their thread. A bf16 input is exact; floats
@@ -48,7 +48,7 @@ enum {
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
     CEMA_TILE = 2 * CEMA_GROUP, /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
-    CEMA_MAX_STATES = 64,
+    CEMA_STATES = 16,                          /* of a launch; more take several */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -380,19 +380,22 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
 }
 
 /* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two rows
- * are strips of their own; its states are k = 4 j + pair, j < J, and its columns of tables that lead to states
- * are the (re, im)[group % 2] of k = 4 j + group / 2. */
+ * are strips of their own; J states are its own, and it holds J columns of tables that lead to states, the (re,
+ * im)[group % 2] of one state each. */
 struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
     int low, upper; /* units of the lower and upper eight steps of its first row */
-    __device__ CemaPlace() {
+    int states;     /* the first of the launch */
+    __device__ explicit CemaPlace(int first_state) : states(first_state) {
         int lane = (int)threadIdx.x % WARP_SIZE;
         channel = (int)threadIdx.x / WARP_SIZE, d = (int)blockIdx.x * CEMA_CHANNELS + channel;
         group = lane / 4, pair = lane % 4;
         row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
         low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
     }
+    __device__ int state(int j) const { return states + 4 * j + pair; }
+    __device__ int column(int j) const { return states + 4 * j + group / 2; }
     /* A lane's i-th word of a fragment of rows. */
     __device__ int unit(int slot, int i) const {
         return (i / 2 ? upper : low) + i % 2 * (CEMA_UNITS / 2) + slot * CEMA_CHANNELS * CEMA_UNITS;
@@ -431,7 +434,7 @@ template <int J> struct CemaTurn {
 #pragma unroll
         for (int j = 0; j < J; j++) {
             CemaComplex power =
-                cema_power(CemaState(coef, place.d, 4 * j + place.pair, D, N).q, CEMA_GROUP);
+                cema_power(CemaState(coef, place.d, place.state(j), D, N).q, CEMA_GROUP);
             re[j] = (float)power.re, im[j] = (float)power.im;
         }
     }
@@ -482,17 +485,18 @@ struct CemaStart {
  *           ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
- * needs:    N <= 4 J; strips as long as `length`, a multiple of 32, the first ones perhaps with steps before
- *           the first one, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of 16 bytes
+ * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
+ *           with steps before step 0, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of
+ *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
-                     int steps, int D, int N, bool wide) {
+                     int first_state, int steps, int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
     constexpr int STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
-    CemaPlace place;
+    CemaPlace place(first_state);
     CemaMover mover(strips, steps, D);
     CemaShare<T> held;
     bool moves = mover.slot < SLOTS;
@@ -503,7 +507,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int j = 0; j < J; j++) {
         CemaComplex powers[4];
         int im = place.group % 2, last = CEMA_GROUP - 1 - 2 * place.pair;
-        cema_powers(powers, CemaState(coef, place.d, 4 * j + place.group / 2, D, N).q, 3 - place.pair);
+        cema_powers(powers, CemaState(coef, place.d, place.column(j), D, N).q, 3 - place.pair);
         double v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = cema_part(powers[3 - i], im);
@@ -542,7 +546,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            int k = 4 * j + place.pair;
+            int k = place.state(j);
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
             ends[at] = e.v[j][2 * i], ends[at + 1] = e.v[j][2 * i + 1];
@@ -572,13 +576,13 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaCoeffici
     double k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaState column(coef, place.d, 4 * j + place.group / 2, D, N);
+        CemaState column(coef, place.d, place.column(j), D, N);
         CemaComplex powers[4], in = cema_way_in(column, reverse);
         int im = place.group % 2;
         cema_powers(powers, column.q, 3 - place.pair);
         cema_table(scan.in[j], cema_part(in * powers[3], im), cema_part(in * powers[2], im),
                    cema_part(in * powers[1], im), cema_part(in * powers[0], im));
-        CemaState own(coef, place.d, 4 * j + place.pair, D, N);
+        CemaState own(coef, place.d, place.state(j), D, N);
         CemaComplex low = cema_power(own.q, place.group), high = low * cema_power(own.q, 8), pc = own.p * own.c,
                     out = cema_way_out(own, reverse);
         k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
@@ -609,7 +613,7 @@ __device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoeffici
     if (place.d >= D) return;
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaState s(coef, place.d, 4 * j + place.pair, D, N);
+        CemaState s(coef, place.d, place.state(j), D, N);
         CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
             double value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
@@ -658,24 +662,24 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
  *           the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
- * needs:    N <= 4 J; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory unless there
- *           are several segments; ends from cema_ends_kernel; y is not x
+ * needs:    4 J states at first_state; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
+ *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
-                     CemaCoefficients coef, const float *omega, CemaStrips strips, int steps, int D, int N,
-                     bool wide) {
+                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state, int steps,
+                     int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
-    CemaPlace place;
+    CemaPlace place(first_state);
     CemaMover mover(strips, steps, D);
     CemaShare<T> held, before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
     if (moves) cema_fetch(held, x, mover, 0, D, wide);
     CemaScan<T, J> scan;
-    cema_scan_tables(scan, coef, place.d < D ? (double)omega[place.d] : 0.0, place, strips.reverse, D, N);
+    cema_scan_tables(scan, coef, omega && place.d < D ? (double)omega[place.d] : 0.0, place, strips.reverse, D, N);
     CemaTurn<J> turn(coef, place, D, N);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
@@ -687,7 +691,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            int k = 4 * j + place.pair;
+            int k = place.state(j);
             if (k >= N) continue;
             int64_t at = (int64_t)place.d * N + k;
             const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
@@ -736,7 +740,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         cema_tail(h, x, coef, place, strips, i, steps, D, N);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            int k = 4 * j + place.pair;
+            int k = place.state(j);
             if (k >= N) continue;
             float *out = h_out + (((int64_t)strip.b * D + place.d) * N + k) * 2;
             out[0] = h.v[j][2 * i], out[1] = sign * h.v[j][2 * i + 1];
@@ -744,19 +748,18 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     }
 }
 
-/* Picks J, a fourth of the states, for N. Calls it as f(J). */
-#define WITH_CEMA_STATES(N, f)                                                                              \
-    do {                                                                                                    \
-        REQUIRE((N) <= CEMA_MAX_STATES);                                                                    \
-        if ((N) > 32)                                                                                       \
-            f(16);                                                                                          \
-        else if ((N) > 16)                                                                                  \
-            f(8);                                                                                           \
-        else if ((N) > 8)                                                                                   \
-            f(4);                                                                                           \
-        else                                                                                                \
-            f(2);                                                                                           \
-    } while (0)
+/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with J a fourth of how many it
+ * has to take. */
+#define WITH_CEMA_STATES(N, ...)                                                                            \
+    for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
+        if ((N) - first_state > CEMA_STATES / 2) {                                                          \
+            constexpr int J = CEMA_STATES / 4;                                                              \
+            __VA_ARGS__;                                                                                    \
+        } else {                                                                                            \
+            constexpr int J = CEMA_STATES / 8;                                                              \
+            __VA_ARGS__;                                                                                    \
+        }                                                                                                   \
+    }
 
 /* May eight channels be read in units of 16 bytes? */
 template <typename T, typename... P> static bool cema_wide(int64_t D, const P *...pointers) {
@@ -768,11 +771,10 @@ template <typename T>
 static void cema_ends(Context *context, float *ends, float *slopes, const T *x, CemaCoefficients coef,
                       CemaStrips strips, int64_t steps, int64_t D, int64_t N) {
     bool wide = cema_wide<T>(D, x);
-#define CEMA_ENDS(J)                                                                                        \
-    LAUNCH((cema_ends_kernel<T, J>), dim3(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips)), CEMA_THREADS, \
-           context, ends, slopes, x, coef, strips, (int)steps, (int)D, (int)N, wide)
-    if (strips.count > 0) WITH_CEMA_STATES(N, CEMA_ENDS);
-#undef CEMA_ENDS
+    if (strips.count == 0) return;
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, LAUNCH((cema_ends_kernel<T, J>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                               strips, first_state, (int)steps, (int)D, (int)N, wide));
 }
 
 template <typename T>
@@ -780,12 +782,12 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
                       const float *ends, CemaCoefficients coef, const float *omega, CemaStrips strips,
                       int64_t steps, int64_t D, int64_t N) {
     bool wide = cema_wide<T>(D, x, y);
-#define CEMA_SCAN(J)                                                                                        \
-    LAUNCH((cema_scan_kernel<T, J>), dim3(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips)), CEMA_THREADS, \
-           context, y, accumulate, h_out, x, h_in, ends, coef, omega, strips, (int)steps, (int)D, (int)N,   \
-           wide)
-    WITH_CEMA_STATES(N, CEMA_SCAN);
-#undef CEMA_SCAN
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, {
+        bool first = first_state == 0;
+        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x, h_in,
+               ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N, wide);
+    });
 }
 
 /* y, u (B,T,D); h_out, h_in (B,D,N,2) float, perhaps the same; omega (D). */
@@ -887,7 +889,7 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
     if (place.d >= D) return;
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex q = CemaState(coef, place.d, 4 * j + place.pair, D, N).q;
+        CemaComplex q = CemaState(coef, place.d, place.state(j), D, N).q;
         CemaComplex nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
                     zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
@@ -899,7 +901,7 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
     }
 }
 
-/* The end of a channel's sums, by its warp, through 64 J floats of shared memory of its own. An incoming state
+/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An incoming state
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
 template <typename T, int J>
 __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
@@ -930,7 +932,7 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
         cema_sums_tail(s, dy, coef, place, strips, i, steps, D, N);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            int k = 4 * j + place.pair;
+            int k = place.state(j);
             if (k >= N) continue;
             const float *h = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
             const float *nu = s.nu.v[j] + 2 * i, *zeta = s.zeta.v[j] + 2 * i;
@@ -948,47 +950,44 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
             if (place.group == i) own[(4 * j + place.pair) * 8 + i] = sum;
         }
     __syncwarp(); // all states' totals are there
-    if (lane == 0 && place.d < D) sums.domega[(int64_t)blockIdx.y * D + place.d] = r;
-    for (int base = 0; base < N; base += WARP_SIZE) {
-        int k = base + lane;
-        CemaState state(coef, place.d, k, D, N);
-        CemaComplex power = {1, 0}, a = {0, 0}, slope = {0, 0}; /* slope: of a by q */
-        for (int lag = 0; lag < CEMA_GROUP; lag++) {
-            double r_lag = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % 16);
-            if (lag + 1 == CEMA_GROUP) next = 0;
-            a.re += r_lag * power.re, a.im += r_lag * power.im;
-            slope.re += (lag + 1) * next * power.re, slope.im += (lag + 1) * next * power.im;
-            power = power * state.q;
-        }
-        if (k >= N || place.d >= D) continue;
-        const float *t = own + k * 8;
-        CemaComplex turned = state.q * CemaComplex{t[0], t[1]}, h_turned = state.q * CemaComplex{t[4], t[5]};
-        a.re += turned.re, a.im += turned.im;
-        slope.re += t[0] + t[2], slope.im += t[1] + t[3];
-        CemaComplex dp = state.c * a, dc = {state.p * a.re + h_turned.re, state.p * a.im + h_turned.im};
-        CemaComplex dq = state.c * CemaComplex{state.p * slope.re + t[4] + t[6],
-                                               state.p * slope.im + t[5] + t[7]};
-        int64_t at = ((int64_t)blockIdx.y * D + place.d) * N + k;
-        sums.dp[at] = (float)dp.re;
-        sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
-        sums.dc_re[at] = (float)dc.re, sums.dc_im[at] = (float)-dc.im;
+    if (lane == 0 && place.d < D && place.states == 0) sums.domega[(int64_t)blockIdx.y * D + place.d] = r;
+    int k = place.states + lane;
+    CemaState state(coef, place.d, k, D, N);
+    CemaComplex power = {1, 0}, a = {0, 0}, slope = {0, 0}; /* slope: of a by q */
+    for (int lag = 0; lag < CEMA_GROUP; lag++) {
+        double r_lag = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        a.re += r_lag * power.re, a.im += r_lag * power.im;
+        slope.re += (lag + 1) * next * power.re, slope.im += (lag + 1) * next * power.im; // r_16 is 0
+        power = power * state.q;
     }
+    if (lane >= 4 * J || k >= N || place.d >= D) return;
+    const float *t = own + lane * 8;
+    CemaComplex turned = state.q * CemaComplex{t[0], t[1]}, h_turned = state.q * CemaComplex{t[4], t[5]};
+    a.re += turned.re, a.im += turned.im;
+    slope.re += t[0] + t[2], slope.im += t[1] + t[3];
+    CemaComplex dp = state.c * a, dc = {state.p * a.re + h_turned.re, state.p * a.im + h_turned.im};
+    CemaComplex dq =
+        state.c * CemaComplex{state.p * slope.re + t[4] + t[6], state.p * slope.im + t[5] + t[7]};
+    int64_t at = ((int64_t)blockIdx.y * D + place.d) * N + k;
+    sums.dp[at] = (float)dp.re;
+    sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
+    sums.dc_re[at] = (float)dc.re, sums.dc_im[at] = (float)-dc.im;
 }
 
 /* computes: the gradients of p, q, c and omega but for what dh_out adds, a row of them for 16 strips
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes
- * needs:    N <= 4 J; strips in reverse; ends and slopes of dy from cema_ends_kernel
+ * needs:    4 J states at first_state; strips in reverse; ends and slopes of dy from cema_ends_kernel
  * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
-                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int steps, int D, int N,
-                     bool wide) {
+                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state, int steps,
+                     int D, int N, bool wide) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
-    static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_MAX_STATES * 8 * sizeof(float), "room for the end");
-    CemaPlace place;
+    static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
+    CemaPlace place(first_state);
     CemaMover mover(strips, steps, D);
     CemaShare<T> held;
     const T *from = mover.slot == 0 ? u : dy;
@@ -999,7 +998,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int j = 0; j < J; j++) {
         CemaComplex v[4];
         int im = place.group % 2, m = 2 * place.pair;
-        cema_powers(v, CemaState(coef, place.d, 4 * j + place.group / 2, D, N).q, place.pair);
+        cema_powers(v, CemaState(coef, place.d, place.column(j), D, N).q, place.pair);
         cema_table(plain[j], cema_part(v[0], im), cema_part(v[1], im), cema_part(v[2], im),
                    cema_part(v[3], im));
         cema_table(hat[j], m * cema_part(v[0], im), (m + 1) * cema_part(v[1], im),
@@ -1015,7 +1014,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            int k = 4 * j + place.pair;
+            int k = place.state(j);
             if (k >= N) continue;
             CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0},
                             CemaState(coef, place.d, k, D, N).q, strips, strip.b, strip.segment,
@@ -1039,7 +1038,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
     __syncthreads(); // the tiles are no longer needed
-    float *own = reinterpret_cast<float *>(tiles) + place.channel * CEMA_MAX_STATES * 8;
+    float *own = reinterpret_cast<float *>(tiles) + place.channel * CEMA_STATES * 8;
     cema_sums_finish(s, sums, own, dy, h_in, coef, place, strips, steps, D, N);
 }
 
@@ -1149,11 +1148,9 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     }
     cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps, D,
                  N);
-#define CEMA_SUMS(J)                                                                                        \
-    LAUNCH((cema_sums_kernel<T, J>), dim3(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips)), CEMA_THREADS, \
-           context, sums, dy, u, h_in, ends, slopes, coef, strips, (int)steps, (int)D, (int)N, wide)
-    WITH_CEMA_STATES(N, CEMA_SUMS);
-#undef CEMA_SUMS
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in, ends,
+                               slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
