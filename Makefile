@@ -137,6 +137,8 @@ $(BUILD)/megalodon_double.o: megalodon.c $(BUILD)/flags
 
 $(BUILD)/megalodon_cuda.o: megalodon.cu $(BUILD)/flags
 	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/bench_cuda.o: dev/bench_cuda.cu $(BUILD)/flags
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
 
 $(BIN)/train: $(BUILD)/train.o $(MODEL_OBJECTS)
 	$(LINK)
@@ -160,7 +162,7 @@ $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS
 $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 	$(LINK)
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
-$(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS)
+$(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)
 	$(LINK) -ldl
 
 -include $(wildcard $(BUILD)/*.d)
