@@ -81,10 +81,10 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -94,7 +94,7 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
 	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
-bench: $(BUILD)/bench ## measure the matrix product, a training step and generation on this machine
+bench: $(BUILD)/bench ## measure training, generation and every component next to what this machine can do
 	@$(BUILD)/bench
 
 golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="FILE..."

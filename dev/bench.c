@@ -79,7 +79,7 @@ enum { NUM_BENCHMARKS = sizeof benchmarks / sizeof *benchmarks };
 /* Does an option do anything in this benchmark? */
 static bool matters(const char *option, const char *benchmark) {
     static const char *const always[] = {"backend", "precision", "threads", "repeats", "ceilings", "csv"};
-    bool is_all = strcmp(benchmark, "all") == 0 || strcmp(benchmark, "targets") == 0;
+    bool is_all = strcmp(benchmark, "all") == 0;
     for (size_t i = 0; i < sizeof always / sizeof *always; i++)
         if (strcmp(option, always[i]) == 0) return true;
     if (strcmp(option, "forward-backward") == 0) return is_all || strcmp(benchmark, "step") == 0;
@@ -104,10 +104,14 @@ static bool read_options(Bench *bench, int argc, char **argv) {
     options_add(set, model_table, OPTION_COUNT(model_table), &bench->given);
     die_if(options_parse(set, argc, argv, &help));
     if (help) options_print_help(stdout, set);
-    for (int i = 0; i < set->count && !help; i++)
+    if (help) return false;
+    for (int i = 0; i < set->count; i++)
         if (set->given[i] && !matters(set->names[i], bench->which))
             die(errorf("--%s does nothing in bench %s", set->names[i], bench->which));
-    return !help;
+    MegalodonComponentId any;
+    if (bench->values.only) die_if(find_component(bench->values.only, &any));
+    if (bench->values.ceilings) die_if(read_ceilings(bench->values.ceilings, &bench->ceilings));
+    return true;
 }
 
 /* The configuration: the preset, and the options that change it. */
@@ -135,6 +139,9 @@ static void choose_machine(Bench *bench) {
     die_if(backend_choose(v->backend, v->precision, &bench->backend, &bench->precision));
     die_if(backend_threads(v->threads, &bench->threads));
     bench->on_gpu = bench->backend != &megalodon_cpu;
+    /* what is wanted of a GPU is meant in bf16 */
+    if (bench->on_gpu && strcmp(bench->which, "targets") == 0 && !options_given(&bench->set, "precision"))
+        bench->values.precision = "bf16", bench->precision = MEGALODON_BF16_MIXED;
     bench->cache_bytes = largest_cache();
     printf("backend %s, %s, %d thread%s\n", bench->backend->name, v->precision, bench->threads,
            bench->threads == 1 ? "" : "s");
@@ -170,6 +177,7 @@ int main(int argc, char **argv) {
         fprintf(bench.csv, "benchmark,what,unit,value\n");
     }
     choose_machine(&bench);
+    if (strcmp(asked, "targets") == 0) refuse_targets(&bench);
     find_ceilings(&bench);
     if (strcmp(asked, "targets") == 0) failed = run_targets(&bench, matters);
     for (int i = 0; i < NUM_BENCHMARKS; i++) {

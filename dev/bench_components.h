@@ -328,7 +328,7 @@ static const char *find_component(const char *name, MegalodonComponentId *out) {
 static void bench_components(Bench *bench) {
     const Values *v = &bench->values;
     int B = v->batch ? v->batch : 8, T = v->seq_len ? v->seq_len : 512;
-    MegalodonComponentId only = MEGALODON_NUM_COMPONENTS;
+    MegalodonComponentId only;
     if (v->only) die_if(find_component(v->only, &only));
     printf("\ncomponents: %s on %s, B %d, T %d; medians of %d; bytes count every argument once\n", v->preset,
            bench->backend->name, B, T, v->repeats);

@@ -159,6 +159,20 @@ static void print_number(double x, int width) {
     else printf(" %*.*f", width, x < 1 ? 4 : x < 100 ? 2 : x < 1000 ? 1 : 0, x);
 }
 
+/* Did the user replace shapes or models? Then the rows are not what their names say. */
+static bool rows_are_changed(const Bench *bench) {
+    for (int i = 0; i < bench->set.count; i++)
+        if (bench->set.given[i] && strcmp(bench->set.rows[i].group, "Running") != 0) return true;
+    return false;
+}
+
+/* Ends the program where the rows as they are would take hours and all of the memory. */
+static void refuse_targets(const Bench *bench) {
+    if (!bench->on_gpu && !rows_are_changed(bench))
+        die("bench targets: its shapes are for a GPU; on the cpu backend give its rows others, for example "
+            "--preset demo --batch 1 --seq-len 64");
+}
+
 static void print_target(const Bench *bench, const Target *target, const Row *row) {
     bool is_rate = strcmp(target->unit, "tokens/s") == 0, is_memory = strcmp(target->unit, "GiB") == 0;
     double value = is_rate ? row->tokens : is_memory ? row->gib : row->ms;
@@ -171,21 +185,25 @@ static void print_target(const Bench *bench, const Target *target, const Row *ro
     printf(" %6s", target->command ? percent(row->share, share) : "-");
     print_number(row->gib, 7);
     snprintf(wanted, sizeof wanted, "%g, %g %s", target->must, target->goal, target->unit);
-    printf("  %-26s %s\n", wanted, isnan(value) ? "no number" : goal ? "goal" : must ? "must" : "not yet");
+    if (rows_are_changed(bench)) printf("\n");
+    else printf("  %-26s %s\n", wanted, isnan(value) ? "no number" : goal ? "goal" : must ? "must" : "not yet");
     record(bench, "targets", target->name + strspn(target->name, " "), target->unit, value);
 }
 
-static void print_heading(void) {
+static void print_heading(const Bench *bench) {
+    if (rows_are_changed(bench)) printf("note: the options given replace the rows' own; their names do not tell it\n");
     printf("%-27s %10s %10s %6s %7s  %-26s %s\n", "", "ms", "tokens/s", "share", "GiB", "must, goal (one H100)",
            "reached");
 }
 
 /* Starts the arguments of a run of `command`, whose first word is the benchmark. */
 static void begin_arguments(Arguments *a, const Bench *bench, const char *command, const char *path) {
+    char precision[32];
     a->count = 0, a->used = 0;
     add_argument(a, bench->program, strlen(bench->program));
     add_words(a, bench, command);
-    add_words(a, bench, bench->on_gpu ? "--precision bf16" : "");
+    snprintf(precision, sizeof precision, "--precision %s", bench->values.precision);
+    add_words(a, bench, precision);
     add_words(a, bench, "--repeats 5");
     add_argument(a, "--csv", 5);
     add_argument(a, path, strlen(path));
@@ -196,15 +214,16 @@ static int run_targets(Bench *bench, bool (*matters)(const char *option, const c
     char path[] = "/tmp/megalodon_bench_XXXXXX", why[MOST_CHARACTERS], ceilings[128];
     static Arguments arguments;
     Row row = {NAN, NAN, NAN, NAN};
-    int failed = 0, file = mkstemp(path);
+    int failed = 0;
     double start = report_seconds();
     bool ran = false;
+    int file = mkstemp(path);
     if (file < 0) die(errorf("bench targets: %s cannot be made: %s", path, strerror(errno)));
     close(file);
     const Ceilings *c = &bench->ceilings;
     snprintf(ceilings, sizeof ceilings, "--ceilings %.6g,%.6g,%.6g", isfinite(c->product) ? 1e-12 * c->product : 0,
-             isfinite(c->fp32) ? 1e-12 * c->fp32 : 0, 1e-9 * c->memory);
-    print_heading();
+             isfinite(c->fp32) ? 1e-12 * c->fp32 : 0, isfinite(c->memory) ? 1e-9 * c->memory : 0);
+    print_heading(bench);
     for (int i = 0; i < NUM_TARGETS; i++) {
         const Target *target = &targets[i];
         if (target->command) {
