@@ -159,8 +159,10 @@ static void choose_machine(Bench *bench) {
 
 int main(int argc, char **argv) {
     static Bench bench;
+    static char wrong[ERROR_MAX];
     int failed = 0;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    bench.wrong = wrong;
     bench.program = argv[0];
     bench.which = "all";
     if (argc > 1 && argv[1][0] != '-') {
@@ -186,5 +188,6 @@ int main(int argc, char **argv) {
         if (wanted && benchmarks[i].run) benchmarks[i].run(&bench);
     }
     if (bench.csv && fclose(bench.csv) != 0) die(errorf("--csv %s: cannot be written", csv));
+    die_if(*wrong ? wrong : NULL);
     return failed ? 1 : 0;
 }

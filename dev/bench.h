@@ -66,6 +66,7 @@ typedef struct Bench {
     int threads;
     int64_t cache_bytes;             /* of the largest cache                      */
     Ceilings ceilings;
+    char *wrong;                     /* ERROR_MAX bytes: the first result that was wrong, or "" */
     FILE *csv;
     Sgemm sgemm;                     /* NULL: no OpenBLAS here                    */
     void (*sgemm_threads)(int);
@@ -89,6 +90,13 @@ static double median(double *x, int n) {
 static void record(const Bench *bench, const char *benchmark, const char *what, const char *unit,
                    double value) {
     if (bench->csv && isfinite(value)) fprintf(bench->csv, "%s,%s,%s,%.6g\n", benchmark, what, unit, value);
+}
+
+/* Says that a result is wrong. The run goes on, since a time is worth knowing even then, and ends with this sentence
+ * as its error. */
+static void report_wrong(const Bench *bench, const char *sentence) {
+    printf("WRONG: %s\n", sentence);
+    if (!*bench->wrong) snprintf(bench->wrong, ERROR_MAX, "%s", sentence);
 }
 
 /* "63%", or "-" where the ceiling is not known; out has room for 16 bytes. Returns out. */

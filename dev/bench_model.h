@@ -81,7 +81,8 @@ static void step_seconds(Step *step, int threads, double medians[NUM_TIMES]) {
         step_run(step, update, apart);
         if (r < 0) loss = step->loss;
         if (!update && step->loss != loss)
-            die(errorf("bench step: the same batch and weights gave the losses %.17g and %.17g", loss, step->loss));
+            report_wrong(bench, errorf("bench step: the same batch and weights gave the losses %.17g and %.17g",
+                                       loss, step->loss));
         if (r < 0) continue;                     /* the first step warms up */
         if (r < repeats) seconds[WHOLE_TIME][r] = step->seconds[WHOLE_TIME];
         for (int i = 0; i < WHOLE_TIME && apart; i++) seconds[i][r % repeats] = step->seconds[i];
@@ -128,8 +129,8 @@ static void step_check_forward(Step *step) {
            other->name);
     record(bench, "step", bench->values.preset, "error of losses", error);
     if (!(error < allowed))
-        die(errorf("bench step: the losses of the first tokens differ from %s by %g of their spread; at most %g is "
-                   "expected", other->name, error, allowed));
+        report_wrong(bench, errorf("bench step: the losses of the first tokens differ from those of %s by %g of "
+                                   "their spread; at most %g is expected", other->name, error, allowed));
 }
 
 static void step_row(const Step *step, int threads, const double seconds[NUM_TIMES], double flops, int64_t before) {
@@ -204,7 +205,7 @@ static void bench_step(Bench *bench) {
     step.batch.dropout = false;
     step_run(&step, false, false);
     printf("loss at first: %.3f, after %lld updates: %.3f\n", first_loss, (long long)step.updates, step.loss);
-    if (!(step.loss < first_loss)) die(errorf("bench step: the loss did not fall"));
+    if (!(step.loss < first_loss)) report_wrong(bench, "bench step: the loss did not fall");
     free(ids);
     bench->backend->destroy(step.model);
 }
@@ -265,7 +266,8 @@ static void check_logits(const Bench *bench, const float *ours, const float *the
     }
     double error = sqrt(difference / total), allowed = bench->precision == MEGALODON_BF16_MIXED ? 0.1 : 1e-3;
     if (!(error < allowed))
-        die(errorf("bench %s: the logits differ by %g (relative), at most %g is expected", what, error, allowed));
+        report_wrong(bench, errorf("bench %s: the logits differ by %g (relative); at most %g is expected",
+                                   what, error, allowed));
     printf("%s: the logits differ by %.1e (relative)\n", what, error);
 }
 

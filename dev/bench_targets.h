@@ -173,7 +173,8 @@ static void refuse_targets(const Bench *bench) {
             "--preset demo --batch 1 --seq-len 64");
 }
 
-static void print_target(const Bench *bench, const Target *target, const Row *row) {
+/* A line of the table. failure: why the row failed, or NULL; some of its numbers may be there all the same. */
+static void print_target(const Bench *bench, const Target *target, const Row *row, const char *failure) {
     bool is_rate = strcmp(target->unit, "tokens/s") == 0, is_memory = strcmp(target->unit, "GiB") == 0;
     double value = is_rate ? row->tokens : is_memory ? row->gib : row->ms;
     char share[16], wanted[64];
@@ -185,7 +186,8 @@ static void print_target(const Bench *bench, const Target *target, const Row *ro
     printf(" %6s", target->command ? percent(row->share, share) : "-");
     print_number(row->gib, 7);
     snprintf(wanted, sizeof wanted, "%g, %g %s", target->must, target->goal, target->unit);
-    if (rows_are_changed(bench)) printf("\n");
+    if (failure) printf("  failed: %s\n", failure);
+    else if (rows_are_changed(bench)) printf("\n");
     else printf("  %-26s %s\n", wanted, isnan(value) ? "no number" : goal ? "goal" : must ? "must" : "not yet");
     record(bench, "targets", target->name + strspn(target->name, " "), target->unit, value);
 }
@@ -232,11 +234,11 @@ static int run_targets(Bench *bench, bool (*matters)(const char *option, const c
             begin_arguments(&arguments, bench, target->command, path);
             add_words(&arguments, bench, ceilings);
             add_given(&arguments, bench, matters, benchmark);
+            if (truncate(path, 0) != 0) die(errorf("bench targets: %s: %s", path, strerror(errno)));
             ran = run_row(bench, &arguments, why);
             row = read_row(bench, path);
         }
-        if (ran) print_target(bench, target, &row);
-        else printf("%-27s failed: %s\n", target->name, why);
+        print_target(bench, target, &row, ran ? NULL : why);
         failed += !ran;
     }
     unlink(path);
