@@ -10,10 +10,11 @@
  *     bench all          all of these, except matmul on a GPU and layers on a CPU (the default)
  *     bench targets      a fixed list of shapes, with what this project wants to reach on one H100
  *
- * Any preset, with any option of the model changed, any batch and length, any backend. Ceilings are measured first, and
- * every rate is told as a share of them. Everything that is compared is measured in the same run: a busy machine slows
- * both sides. Times are medians of --repeats samples, each long enough for the clock, after a warm-up. Inputs are
- * random numbers, and every result that is timed is also checked, so that a fast wrong answer is an error.
+ * Any preset, with any option of the model changed, any batch and length, any backend. Ceilings are measured
+ * first, and every rate is told as a share of them. Everything that is compared is measured in the same run:
+ * a busy machine slows both sides. Times are medians of --repeats samples, each long enough for the clock,
+ * after a warm-up. Inputs are random numbers, and every result that is timed is also checked, so that a fast
+ * wrong answer is an error.
  */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
@@ -96,7 +97,8 @@ static bool read_options(Bench *bench, int argc, char **argv) {
         known = known || strcmp(bench->which, benchmarks[i].name) == 0;
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s, ", benchmarks[i].name);
     }
-    if (!known) die(errorf("unknown benchmark \"%s\"; expected %sor all", option_quoted(bench->which), names));
+    if (!known)
+        die(errorf("unknown benchmark \"%s\"; expected %sor all", option_quoted(bench->which), names));
     options_init(set, "bench", "[ceilings|matmul|step|generate|read|components|layers|targets|all] [options]",
                  "Measures the model on this machine, next to what the machine can do.");
     options_add(set, bench_table, OPTION_COUNT(bench_table), &bench->values);
@@ -184,7 +186,8 @@ int main(int argc, char **argv) {
     if (strcmp(asked, "targets") == 0) failed = run_targets(&bench, matters);
     for (int i = 0; i < NUM_BENCHMARKS; i++) {
         bench.which = benchmarks[i].name;
-        bool wanted = is_all ? benchmarks[i].in_all & (bench.on_gpu ? ON_GPU : ON_CPU) : !strcmp(asked, bench.which);
+        bool wanted =
+            is_all ? benchmarks[i].in_all & (bench.on_gpu ? ON_GPU : ON_CPU) : !strcmp(asked, bench.which);
         if (wanted && benchmarks[i].run) benchmarks[i].run(&bench);
     }
     if (bench.csv && fclose(bench.csv) != 0) die(errorf("--csv %s: cannot be written", csv));

@@ -22,21 +22,21 @@
 #include "cuda/megalodon_cuda.h"
 #endif
 
-#define BENCH_OPTIONS(X)                                                                                              \
-    X(TEXT,   backend,    "auto", 0, 0,       "NAME",      "Running", "cpu, cuda or auto")                            \
-    X(CHOICE, precision,  "fp32", 0, 0,       "fp32|bf16", "Running", "type of activations (bf16: GPU only)")         \
-    X(INT,    threads,    "0",    0, 1024,    "COUNT",     "Running", "threads; 0: what OpenMP chooses")              \
-    X(INT,    repeats,    "9",    1, 1001,    "COUNT",     "Running", "samples of which the median is told")          \
-    X(FLAG,   no_check,   NULL,   0, 0,       "",          "Running", "do not verify what is timed: faster to start") \
-    X(TEXT,   ceilings,   NULL,   0, 0,       "P,F,M",     "Running",                                                 \
-      "ceilings from an earlier run, in place of measuring them: TFLOP/s of products, of fp32, GB/s; 0: unknown")     \
-    X(TEXT,   csv,        NULL,   0, 0,       "PATH",      "Running", "also write every number to this file")         \
-    X(INT,    batch,      NULL,   1, 65536,   "ROWS",      "Shape",   "sequences at once [8; read: 1]")               \
-    X(INT,    seq_len,    NULL,   1, 1048576, "TOKENS",    "Shape",                                                   \
-      "tokens of a sequence, a prompt or a call [512; read: 4096]")                                                   \
-    X(FLAG,   forward_backward, NULL, 0, 0,   "",          "Shape",   "step: time forward and backward, no update")   \
-    X(TEXT,   only,       NULL,   0, 0,       "NAME",      "Shape",   "components: this one alone")                   \
-    X(TEXT,   preset,     "bytes12M", 0, 0,   "NAME",      "Model",   "a size by name; the options below change it")
+#define BENCH_OPTIONS(X)                                                                                                \
+    X(TEXT,   backend,          "auto",     0, 0,       "NAME",      "Running", "cpu, cuda or auto")                    \
+    X(CHOICE, precision,        "fp32",     0, 0,       "fp32|bf16", "Running", "type of activations (bf16: GPU only)") \
+    X(INT,    threads,          "0",        0, 1024,    "COUNT",     "Running", "threads; 0: what OpenMP chooses")      \
+    X(INT,    repeats,          "9",        1, 1001,    "COUNT",     "Running", "samples of which the median is told")  \
+    X(FLAG,   no_check,         NULL,       0, 0,       "",          "Running", "do not verify what is timed")          \
+    X(TEXT,   ceilings,         NULL,       0, 0,       "P,F,M",     "Running",                                         \
+      "take these ceilings and measure none: TFLOP/s of products and of fp32, GB/s; 0: unknown")                        \
+    X(TEXT,   csv,              NULL,       0, 0,       "PATH",      "Running", "also write every number to this file") \
+    X(INT,    batch,            NULL,       1, 65536,   "ROWS",      "Shape", "sequences at once [8; read: 1]")         \
+    X(INT,    seq_len,          NULL,       1, 1048576, "TOKENS",    "Shape",                                           \
+      "tokens of a sequence, a prompt or a call [512; read: 4096]")                                                     \
+    X(FLAG,   forward_backward, NULL,       0, 0,       "",          "Shape", "step: leave the update out")             \
+    X(TEXT,   only,             NULL,       0, 0,       "NAME",      "Shape", "components: this one alone")             \
+    X(TEXT,   preset,           "bytes12M", 0, 0,       "NAME",      "Model", "a size by name; the rest changes it")
 
 typedef struct Values { BENCH_OPTIONS(OPTION_MEMBER) } Values;
 static const Option bench_table[] = { BENCH_OPTIONS(OPTION_ROW) };
@@ -86,14 +86,14 @@ static double median(double *x, int n) {
     return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
 }
 
-/* One number for --csv: which benchmark, what was measured, and the value in its unit. No name holds a comma. */
+/* One number for --csv: which benchmark, what was measured, the value in its unit. No name holds a comma. */
 static void record(const Bench *bench, const char *benchmark, const char *what, const char *unit,
                    double value) {
     if (bench->csv && isfinite(value)) fprintf(bench->csv, "%s,%s,%s,%.6g\n", benchmark, what, unit, value);
 }
 
-/* Says that a result is wrong. The run goes on, since a time is worth knowing even then, and ends with this sentence
- * as its error. */
+/* Says that a result is wrong. The run goes on, since a time is worth knowing even then, and ends with this
+ * sentence as its error. */
 static void report_wrong(const Bench *bench, const char *sentence) {
     printf("WRONG: %s\n", sentence);
     if (!*bench->wrong) snprintf(bench->wrong, ERROR_MAX, "%s", sentence);
@@ -166,7 +166,8 @@ typedef struct Work {
     int inner;                       /* calls in one sample                                      */
 } Work;
 
-/* Seconds of one call, the mean of a sample. *host: what the host took to ask for them all (only device_alone). */
+/* Seconds of one call, the mean of a sample. *host: what the host took to ask for them all, if
+ * device_alone. */
 static double sample_on(const Bench *bench, const Work *work, double *host) {
 #ifdef MEGALODON_WITH_CUDA
     if (bench->on_gpu && work->device_alone)
@@ -184,8 +185,8 @@ static double sample(const Bench *bench, const Work *work) {
     return sample_on(bench, work, &host);
 }
 
-/* Warms up and chooses `inner` so that a sample takes 20 ms at least. On a device's own clock 5 ms are enough, and 32
- * calls: more would not fit into its queue, and the host would be part of the time. */
+/* Warms up and chooses `inner` so that a sample takes 20 ms at least. On a device's own clock 5 ms are
+ * enough, and 32 calls: more would not fit into its queue, and the host would be part of the time. */
 static void prepare(const Bench *bench, Work *work, double *host) {
     bool device = bench->on_gpu && work->device_alone;
     double least = device ? 0.005 : 0.02;
@@ -226,8 +227,8 @@ static int64_t device_used(const Bench *bench) {
     return 0;
 }
 
-/* Bytes of a model that has been used: what it says it allocated, and on a device at least what its creation and its
- * first calls took away from the free memory. `before`: device_used() before it was created. */
+/* Bytes of a model that has been used: what it says it allocated, and on a device at least what its creation
+ * and its first calls took away from the free memory. `before`: device_used() before it was created. */
 static double model_bytes(const Bench *bench, const MegalodonModel *model, int64_t before) {
     MegalodonMemory m;
     bench->backend->memory(model, &m);

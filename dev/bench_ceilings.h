@@ -1,7 +1,7 @@
 /* bench_ceilings.h - what the machine can do, measured before anything is told as a share of it.
  *
- *   GPU  a copy of 1 GiB within the device, bytes read and written; cuBLAS on 8192 x 8192 matrices, in the run's
- *        precision and in fp32
+ *   GPU  a copy of 1 GiB within the device, bytes read and written; cuBLAS on 8192 x 8192 matrices, in the
+ *        run's precision and in fp32
  *   CPU  the sum of 512 MiB, bytes read; OpenBLAS, if it is installed, on 4096 x 1024 x 1024
  */
 #ifndef DEV_BENCH_CEILINGS_H
@@ -104,7 +104,8 @@ static double square_rate(const Bench *bench, bool is_bf16) {
     enum { ELEMENTS = 200 };
     MegalodonDType type = is_bf16 ? MEGALODON_BF16 : MEGALODON_F32;
     size_t row = SQUARE * dtype_bytes(type);
-    SquareProduct p = {square_create(type, 11), square_create(type, 12), megalodon_cuda_alloc(SQUARE * row), is_bf16};
+    SquareProduct p = {square_create(type, 11), square_create(type, 12), megalodon_cuda_alloc(SQUARE * row),
+                       is_bf16};
     unsigned char *found = host_allocate(row);
     double seconds = seconds_of(bench, (Work){square_run, &p, true, 1});
     for (int i = 0; i < ELEMENTS; i++) {
@@ -164,7 +165,8 @@ static const char *read_ceilings(const char *text, Ceilings *out) {
     for (int i = 0; i < 3; i++) {
         char *comma = strchr(part, ',');
         if ((comma != NULL) != (i < 2))
-            return errorf("--ceilings: expected three numbers with commas between, found \"%s\"", option_quoted(text));
+            return errorf("--ceilings: expected three numbers with commas between, found \"%s\"",
+                          option_quoted(text));
         if (comma) *comma = 0;
         if (!option_number_is_real(part, &values[i]) || values[i] < 0)
             return errorf("--ceilings: expected a number from 0 on, found \"%s\"", option_quoted(part));

@@ -1,8 +1,8 @@
 /* bench_components.h - each component of the model alone, forward and backward.
  *
- * A call's inputs are rotated among as many copies as it takes to leave the caches, so that every call reads memory. On
- * a GPU the device's own clock is read and its queue is never empty: the host's part is not in the time, except in the
- * backward of the embedding, which plans on the host.
+ * A call's inputs are rotated among as many copies as it takes to leave the caches, so that every call reads
+ * memory. On a GPU the device's own clock is read and its queue is never empty: the host's part is not in the
+ * time, except in the backward of the embedding, which plans on the host.
  *
  * Bytes: every argument of a call once, read or written. FLOP: see component_flops.
  */
@@ -15,7 +15,8 @@
 
 enum { MOST_COPIES = 64 };
 
-/* One component on buffers that stay where they are. The Call says which arguments there are; its values are unused. */
+/* One component on buffers that stay where they are. The Call says which arguments there are; its values are
+ * unused. */
 typedef struct Piece {
     Call call;
     const MegalodonComponentFunctions *functions;
@@ -45,19 +46,20 @@ static Port bench_port(const Bench *bench) {
 
 /* ---- what a call has to do ---- */
 
-/* FLOP of the forward ([0]) and backward ([1]) of a call: additions, multiplications, quotients, exponentials and roots
- * count 1 each, those that occur once for each element of the component's tensors; what occurs once a row or channel
- * is left out. The counts are those of megalodon.c's loops, with these exceptions. Attention counts the products of
- * visible pairs, 2 (z + e) forward and twice that backward, and not its softmax. CEMA's backward counts the states that
- * it computes again once. Cross-entropy counts every row, ignored or not. */
+/* FLOP of the forward ([0]) and backward ([1]) of a call: additions, multiplications, quotients, exponentials
+ * and roots count 1 each, those that occur once for each element of the component's tensors; what occurs once
+ * a row or channel is left out. The counts are those of megalodon.c's loops, with these exceptions. Attention
+ * counts the products of visible pairs, 2 (z + e) forward and twice that backward, and not its softmax.
+ * CEMA's backward counts the states that it computes again once. Cross-entropy counts every row, ignored or
+ * not. */
 static void component_flops(MegalodonComponentId id, const MegalodonShape *s, double flops[2]) {
     const MegalodonConfig *c = &s->config;
     double rows = (double)s->B * s->T, D = c->model_dim, E = c->value_dim, Z = c->z_dim, N = c->cema_ndim;
     double F = c->ffn_hidden_dim, V = c->vocab_size, pairs = (double)s->B * attention_pairs(c, s->T);
     const struct { double elements, forward, backward; } counts[MEGALODON_NUM_COMPONENTS] = {
         [MEGALODON_EMBEDDING] = {rows * D, 1, 2},
-        [MEGALODON_TIMESTEPNORM] = {rows * D, 9, 24},        /* moments 4, y 5; moments, sums 7, dx 8, weights 5 */
-        [MEGALODON_CEMA] = {rows * D, 12 * N + 2, 34 * N + 4},       /* states 8 N, y 4 N; states, adjoint 26 N  */
+        [MEGALODON_TIMESTEPNORM] = {rows * D, 9, 24}, /* moments 4, y 5; moments, sums 7, dx 8, weights 5 */
+        [MEGALODON_CEMA] = {rows * D, 12 * N + 2, 34 * N + 4}, /* states 8 N, y 4 N; states, adjoint 26 N  */
         [MEGALODON_RMSNORM] = {rows * D, 5, 12},
         [MEGALODON_LINEAR] = {rows * E, 2 * D + 1, 4 * D + 1},
         [MEGALODON_ZNORM] = {rows * Z, 3, 7},
@@ -76,14 +78,15 @@ static void component_flops(MegalodonComponentId id, const MegalodonShape *s, do
     flops[1] = counts[id].elements * counts[id].backward;
 }
 
-/* Bytes of all arguments that a call touches, each counted once: what the forward must move, or the backward. Of the
- * embedding's table, at most as many rows as there are tokens. */
+/* Bytes of all arguments that a call touches, each counted once: what the forward must move, or the backward.
+ * Of the embedding's table, at most as many rows as there are tokens. */
 static double piece_bytes(const Call *call, const Port *port, bool backward) {
     double bytes = 0, rows = (double)call->shape.B * call->shape.T;
     for (int i = 0; i < call->num_args; i++) {
         const MegalodonArg *arg = &call->component->args[i];
         double count = (double)call->size[i], touched = rows * call->shape.config.model_dim;
-        if (call->id == MEGALODON_EMBEDDING && arg->role == MEGALODON_WEIGHT && count > touched) count = touched;
+        if (call->id == MEGALODON_EMBEDDING && arg->role == MEGALODON_WEIGHT && count > touched)
+            count = touched;
         double size = count * (double)dtype_bytes(port_dtype(port, arg->type));
         bool read = !backward || arg->role != MEGALODON_OUT;
         if (call->present[i] && read) bytes += size;
@@ -92,8 +95,8 @@ static double piece_bytes(const Call *call, const Port *port, bool backward) {
     return bytes;
 }
 
-/* Share of the ceilings in a call of so many seconds: the time that its FLOP or its bytes need at the least, whichever
- * is longer, over the time that it took. */
+/* Share of the ceilings in a call of so many seconds: the time that its FLOP or its bytes need at the least,
+ * whichever is longer, over the time that it took. */
 static double piece_floor(const Bench *bench, MegalodonComponentId id, double flops, double bytes) {
     const Ceilings *c = &bench->ceilings;
     bool products = id == MEGALODON_LINEAR || id == MEGALODON_ATTENTION;
@@ -104,12 +107,14 @@ static double piece_floor(const Bench *bench, MegalodonComponentId id, double fl
 /* ---- data ---- */
 
 /* Sizes and presence of the arguments of a call without a state. */
-static void piece_layout(Piece *piece, const Port *port, MegalodonComponentId id, const MegalodonShape *shape) {
+static void piece_layout(Piece *piece, const Port *port, MegalodonComponentId id,
+                         const MegalodonShape *shape) {
     Call *call = &piece->call;
     memset(piece, 0, sizeof *piece);
     *call = (Call){.id = id, .component = &megalodon_components[id], .shape = *shape};
     piece->functions = &port->functions[id];
-    for (; call->num_args < MEGALODON_MAX_ARGS && call->component->args[call->num_args].name; call->num_args++) {
+    for (; call->num_args < MEGALODON_MAX_ARGS && call->component->args[call->num_args].name;
+         call->num_args++) {
         int i = call->num_args;
         const MegalodonArg *arg = &call->component->args[i];
         int64_t dims[MEGALODON_MAX_DIMS];
@@ -117,12 +122,13 @@ static void piece_layout(Piece *piece, const Port *port, MegalodonComponentId id
         call->size[i] = 1;
         for (int d = 0; d < ndim; d++) call->size[i] *= dims[d];
         call->present[i] = arg->role != MEGALODON_STATE_IN;
-        call->grad_present[i] = call->present[i] && (call_has_cotangent(arg->role) || call_has_gradient(arg->role));
+        call->grad_present[i] =
+            call->present[i] && (call_has_cotangent(arg->role) || call_has_gradient(arg->role));
     }
 }
 
-/* Argument i or its gradient on the host, as the port holds it: what the call reads is random, what it adds to is zero,
- * what it writes is NaN. Every element is drawn by its own place, so that all threads draw. */
+/* Argument i or its gradient on the host, as the port holds it: what the call reads is random, what it adds
+ * to is zero, what it writes is NaN. Every element is drawn by its own place, so that all threads draw. */
 static void *piece_draw(const Piece *piece, const Port *port, int i, bool gradient, int copy) {
     const Call *call = &piece->call;
     const MegalodonArg *arg = &call->component->args[i];
@@ -140,14 +146,16 @@ static void *piece_draw(const Piece *piece, const Port *port, int i, bool gradie
     #endif
     for (int64_t j = 0; j < call->size[i]; j++) {
         Random random = {(uint64_t)(copy * 2 * MEGALODON_MAX_ARGS + 2 * i + gradient), (uint64_t)j * 4};
-        dtype_store(type, data, j, gradient ? draw_normal(&random) : call_random_value(call, arg, j, &random));
+        dtype_store(type, data, j,
+                    gradient ? draw_normal(&random) : call_random_value(call, arg, j, &random));
     }
     return data;
 }
 
 static void *piece_upload(const Piece *piece, const Port *port, int i, bool gradient, int copy) {
     void *host = piece_draw(piece, port, i, gradient, copy);
-    size_t bytes = (size_t)piece->call.size[i] * dtype_bytes(port_dtype(port, piece->call.component->args[i].type));
+    size_t bytes =
+        (size_t)piece->call.size[i] * dtype_bytes(port_dtype(port, piece->call.component->args[i].type));
     void *device = port->allocate(bytes ? bytes : 1);
     port->upload(device, host, bytes);
     free(host);
@@ -185,7 +193,8 @@ static void piece_backward(void *context) {
 
 /* ---- verification ---- */
 
-/* Argument i of copy 0 as megalodon_cpu_double wants it: the port's rounded values in double, integers as they are. */
+/* Argument i of copy 0 as megalodon_cpu_double wants it: the port's rounded values in double, integers as
+ * they are. */
 static void *exact_argument(const Piece *piece, const Port *port, int i, bool gradient) {
     MegalodonDType type = port_dtype(port, piece->call.component->args[i].type);
     void *drawn = piece_draw(piece, port, i, gradient, 0);
@@ -200,8 +209,10 @@ static void *exact_argument(const Piece *piece, const Port *port, int i, bool gr
     return values;
 }
 
-/* RMS of the difference between what lies on the device and `exact`, over the RMS of exact; NAN if there is one. */
-static double piece_difference(const Piece *piece, const Port *port, int i, const void *device, const double *exact) {
+/* RMS of the difference between what lies on the device and `exact`, over the RMS of exact; NAN if there is
+ * one. */
+static double piece_difference(const Piece *piece, const Port *port, int i, const void *device,
+                               const double *exact) {
     MegalodonDType type = port_dtype(port, piece->call.component->args[i].type);
     int64_t size = piece->call.size[i];
     size_t bytes = (size_t)size * dtype_bytes(type);
@@ -220,8 +231,8 @@ static double piece_difference(const Piece *piece, const Port *port, int i, cons
     return sqrt(difference / (total > 0 ? total : 1));
 }
 
-/* Runs copy 0 once, forward and backward, and the same call in double on the CPU. Returns the largest relative error of
- * all outputs and gradients; NAN if one of them has a NaN. */
+/* Runs copy 0 once, forward and backward, and the same call in double on the CPU. Returns the largest
+ * relative error of all outputs and gradients; NAN if one of them has a NaN. */
 static double piece_check(Piece *piece, const Port *port) {
     Call *call = &piece->call;
     const MegalodonComponentFunctions *exact = &megalodon_cpu_double.components[call->id];
@@ -255,8 +266,8 @@ static double piece_check(Piece *piece, const Port *port) {
 /* ---- time ---- */
 
 /* Times one component on B rows of T tokens, and compares it with double, unless --no-check. */
-static PieceTimes time_component(const Bench *bench, MegalodonComponentId id, const MegalodonConfig *config, int B,
-                                 int T) {
+static PieceTimes time_component(const Bench *bench, MegalodonComponentId id, const MegalodonConfig *config,
+                                 int B, int T) {
     static Piece piece;
     Port port = bench_port(bench);
     MegalodonShape shape = {.config = *config, .B = B, .T = T, .key = 8, .precision = bench->precision};
@@ -278,11 +289,12 @@ static PieceTimes time_component(const Bench *bench, MegalodonComponentId id, co
 }
 
 static void component_heading(const Bench *bench, const char *first) {
-    printf("%-22s %9s %9s %9s %8s %8s %9s %9s %7s%s\n", first, "fwd ms", "bwd ms", "both ms", "fwd GB/s", "bwd GB/s",
-           "fwd TF/s", "bwd TF/s", "share", bench->values.no_check ? "" : "  error");
+    printf("%-22s %9s %9s %9s %8s %8s %9s %9s %7s%s\n", first, "fwd ms", "bwd ms", "both ms", "fwd GB/s",
+           "bwd GB/s", "fwd TF/s", "bwd TF/s", "share", bench->values.no_check ? "" : "  error");
 }
 
-static void component_row(const Bench *bench, MegalodonComponentId id, const char *name, const PieceTimes *times) {
+static void component_row(const Bench *bench, MegalodonComponentId id, const char *name,
+                          const PieceTimes *times) {
     const char *parts[2] = {"forward", "backward"};
     double both = times->seconds[0] + times->seconds[1], least = 0;
     char share[16], unit[64];

@@ -1,4 +1,4 @@
-/* bench_cuda.cu - the benchmark's part that runs on a CUDA device; bench_cuda.h says what each function does. */
+/* bench_cuda.cu - the benchmark's part for a CUDA device; bench_cuda.h says what each function does. */
 #include "bench_cuda.h"
 
 #include <cublas_v2.h>
@@ -54,16 +54,17 @@ void bench_cuda_matmul(void *c, const void *a, const void *b, int n, bool is_bf1
         CHECK_CUBLAS(cublasSetWorkspace(handle, workspace, workspace_bytes));
     }
     /* cuBLAS is column-major: c^T = b^T a^T is the same memory */
-    CHECK_CUBLAS(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, b, type, n, a, type, n, &zero, c, type,
-                              n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, b, type, n, a, type, n, &zero,
+                              c, type, n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-/* Copies that take the device about this long, at most 20 ms: at 3 TB/s, 128 MiB are read and written in 0.09 ms; a
- * slower device is busy for longer. They also leave nothing of the inputs in the caches. */
+/* Copies that take the device about this long, at most 20 ms: at 3 TB/s, 128 MiB are read and written in 0.09
+ * ms; a slower device is busy for longer. They also leave nothing of the inputs in the caches. */
 static void keep_busy(double seconds) {
     static char *memory;
     const size_t bytes = (size_t)128 << 20;
-    const double longest = 0.02; // a call that waits for the device would else be answered with ever longer waits
+    // a call that waits for the device would else be answered with ever longer waits
+    const double longest = 0.02;
     if (!memory) {
         CHECK_CUDA(cudaMalloc((void **)&memory, 2 * bytes));
         CHECK_CUDA(cudaMemset(memory, 0x3c, 2 * bytes));

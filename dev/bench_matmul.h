@@ -1,5 +1,5 @@
-/* bench_matmul.h - matrix products on the CPU, through the component "linear": y = x W^T, dx = dy W, dW += dy^T x,
- * next to OpenBLAS, which is looked for when the program runs.
+/* bench_matmul.h - matrix products on the CPU, through the component "linear", next to OpenBLAS, which is
+ * looked for when the program runs: y = x W^T, dx = dy W, dW += dy^T x.
  */
 #ifndef DEV_BENCH_MATMUL_H
 #define DEV_BENCH_MATMUL_H

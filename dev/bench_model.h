@@ -1,8 +1,8 @@
 /* bench_model.h - whole models: a training step, generation token by token, reading a stream.
  *
- * FLOP of a model are those of its matrix products, a multiplication and an addition each: every linear layer, the
- * output layer, and in attention only the keys that a query sees. The backward counts twice the forward; what a
- * backend computes again is not counted.
+ * FLOP of a model are those of its matrix products, a multiplication and an addition each: every linear
+ * layer, the output layer, and in attention only the keys that a query sees. The backward counts twice the
+ * forward; what a backend computes again is not counted.
  */
 #ifndef DEV_BENCH_MODEL_H
 #define DEV_BENCH_MODEL_H
@@ -39,8 +39,8 @@ typedef struct Step {
     double seconds[NUM_TIMES];       /* of the last step */
 } Step;
 
-/* One step, with or without the update. apart: wait for a GPU between the parts, so that their times mean something;
- * else only the whole time does. */
+/* One step, with or without the update. apart: wait for a GPU between the parts, so that their times mean
+ * something; else only the whole time does. */
 static void step_run(Step *step, bool update, bool apart) {
     const MegalodonBackend *backend = step->bench->backend;
     MegalodonLoss loss;
@@ -53,8 +53,8 @@ static void step_run(Step *step, bool update, bool apart) {
     if (apart) wait_for(step->bench);
     times[2] = report_seconds();
     /* wide models diverge in their first steps at the rate of narrow ones */
-    MegalodonAdamW adamw = {.lr = 0.4 / step->bench->config.model_dim, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
-                            .weight_decay = 0.1, .clip = 1, .step = step->updates + update};
+    MegalodonAdamW adamw = {.lr = 0.4 / step->bench->config.model_dim, .beta1 = 0.9, .beta2 = 0.95,
+                            .eps = 1e-8, .weight_decay = 0.1, .clip = 1, .step = step->updates + update};
     if (update) die_if(backend->update(step->model, &adamw, &norm));
     wait_for(step->bench);
     times[3] = report_seconds();
@@ -67,8 +67,8 @@ static void step_run(Step *step, bool update, bool apart) {
                    (long long)step->updates, step->loss, norm));
 }
 
-/* Medians over some steps with so many threads. On a GPU the parts are timed in steps of their own: to wait between
- * them costs time. Without updates every step must find the very same loss. */
+/* Medians over some steps with so many threads. On a GPU the parts are timed in steps of their own: to wait
+ * between them costs time. Without updates every step must find the very same loss. */
 static void step_seconds(Step *step, int threads, double medians[NUM_TIMES]) {
     const Bench *bench = step->bench;
     int repeats = bench->values.repeats, extra = bench->on_gpu ? (repeats + 1) / 2 : 0;
@@ -81,9 +81,10 @@ static void step_seconds(Step *step, int threads, double medians[NUM_TIMES]) {
         step_run(step, update, apart);
         if (r < 0) loss = step->loss;
         if (!update && step->loss != loss)
-            report_wrong(bench, errorf("bench step: the same batch and weights gave the losses %.17g and %.17g",
-                                       loss, step->loss));
-        if (r < 0) continue;                     /* the first step warms up */
+            report_wrong(bench,
+                         errorf("bench step: the same batch and weights gave the losses %.17g and %.17g",
+                                loss, step->loss));
+        if (r < 0) continue; /* the first step warms up */
         if (r < repeats) seconds[WHOLE_TIME][r] = step->seconds[WHOLE_TIME];
         for (int i = 0; i < WHOLE_TIME && apart; i++) seconds[i][r % repeats] = step->seconds[i];
     }
@@ -93,8 +94,8 @@ static void step_seconds(Step *step, int threads, double medians[NUM_TIMES]) {
     }
 }
 
-/* Compares the loss of each of the first tokens with that of the CPU, or on the CPU with that in double: enough to see
- * a wrong weight or kernel, and cheap for a model of any length. */
+/* Compares the loss of each of the first tokens with that of the CPU, or on the CPU with that in double:
+ * enough to see a wrong weight or kernel, and cheap for a model of any length. */
 static void step_check_forward(Step *step) {
     enum { MOST_TOKENS = 64 };
     const Bench *bench = step->bench;
@@ -129,11 +130,12 @@ static void step_check_forward(Step *step) {
            other->name);
     record(bench, "step", bench->values.preset, "error of losses", error);
     if (!(error < allowed))
-        report_wrong(bench, errorf("bench step: the losses of the first tokens differ from those of %s by %g of "
-                                   "their spread; at most %g is expected", other->name, error, allowed));
+        report_wrong(bench, errorf("bench step: the losses of the first tokens differ from those of %s by %g "
+                                   "of their spread; at most %g is expected", other->name, error, allowed));
 }
 
-static void step_row(const Step *step, int threads, const double seconds[NUM_TIMES], double flops, int64_t before) {
+static void step_row(const Step *step, int threads, const double seconds[NUM_TIMES], double flops,
+                     int64_t before) {
     const Bench *bench = step->bench;
     const Values *v = &bench->values;
     double rate = flops / seconds[WHOLE_TIME], bytes = model_bytes(bench, step->model, before);
@@ -147,8 +149,8 @@ static void step_row(const Step *step, int threads, const double seconds[NUM_TIM
            1e3 * seconds[BACKWARD_TIME]);
     if (v->forward_backward) printf("%9s", "-");
     else printf("%9.2f", 1e3 * seconds[UPDATE_TIME]);
-    printf(" %11.0f %9.3f %7s %8.2f\n", tokens / seconds[WHOLE_TIME], 1e-12 * rate, percent(rate / ceiling, share),
-           bytes / GIB);
+    printf(" %11.0f %9.3f %7s %8.2f\n", tokens / seconds[WHOLE_TIME], 1e-12 * rate,
+           percent(rate / ceiling, share), bytes / GIB);
     snprintf(what, sizeof what, "%s %dx%d%s", v->preset, step->batch.B, step->batch.T,
              v->forward_backward ? " forward+backward" : "");
     if (!bench->on_gpu) snprintf(what + strlen(what), sizeof what - strlen(what), " threads %d", threads);
@@ -167,7 +169,8 @@ static void bench_step(Bench *bench) {
     const MegalodonConfig *c = &bench->config;
     Step step = {.bench = bench};
     int B = v->batch ? v->batch : 8, T = v->seq_len ? v->seq_len : 512;
-    MegalodonOptions options = {.max_batch = B, .max_length = T, .training = true, .precision = bench->precision};
+    MegalodonOptions options = {
+        .max_batch = B, .max_length = T, .training = true, .precision = bench->precision};
     int64_t tokens = (int64_t)B * T, before = device_used(bench);
     double flops = 3 * forward_flops(c, B, T, tokens);
     bool has_dropout = c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0;
@@ -180,10 +183,10 @@ static void bench_step(Bench *bench) {
     int32_t *ids = random_tokens(tokens + 1, c->vocab_size, 5);
     step.batch = (MegalodonBatch){.tokens = ids, .targets = ids + 1, .B = B, .T = T, .dropout = has_dropout};
     if (!v->no_check) step_check_forward(&step);
-    printf("%7s %9s %9s %9s %9s %11s %9s %7s %8s\n", "threads", "ms", "forward", "backward", "update", "tokens/s",
-           "TFLOP/s", "share", "GiB");
-    /* the batch is the same every time, so gradients that are right let a model learn it; its losses before the first
-     * update and after the last are taken without dropout */
+    printf("%7s %9s %9s %9s %9s %11s %9s %7s %8s\n", "threads", "ms", "forward", "backward", "update",
+           "tokens/s", "TFLOP/s", "share", "GiB");
+    /* the batch is the same every time, so gradients that are right let a model learn it; its losses before
+     * the first update and after the last are taken without dropout */
     step.batch.dropout = false;
     step_run(&step, false, false);
     double first_loss = step.loss, all_threads = 0;
@@ -258,7 +261,8 @@ static void generation_step(void *context) {
 }
 
 /* Relative RMS of what differs between two sets of logits of the last token, each reached another way. */
-static void check_logits(const Bench *bench, const float *ours, const float *theirs, int64_t size, const char *what) {
+static void check_logits(const Bench *bench, const float *ours, const float *theirs, int64_t size,
+                         const char *what) {
     double difference = 0, total = 0;
     for (int64_t i = 0; i < size; i++) {
         difference += ((double)ours[i] - theirs[i]) * ((double)ours[i] - theirs[i]);
@@ -271,7 +275,8 @@ static void check_logits(const Bench *bench, const float *ours, const float *the
     printf("%s: the logits differ by %.1e (relative)\n", what, error);
 }
 
-/* A token after a text, fed by itself, must give the logits that it gives at the end of the text. text: rows of T+1. */
+/* A token after a text, fed by itself, must give the logits that it gives at the end of the text. text: rows
+ * of T+1. */
 static void generation_check(Generation *g, const int32_t *text, int T) {
     const MegalodonBackend *backend = g->bench->backend;
     int64_t size = (int64_t)g->rows * g->bench->config.vocab_size;
@@ -300,8 +305,8 @@ static void bench_generate(Bench *bench) {
     Generation g = {.bench = bench};
     int64_t before = device_used(bench);
     double bytes = weight_bytes(bench), ceiling = bench->ceilings.memory;
-    printf("\ngenerate: %s after %d tokens; a token reads %.1f MB of weights, memory gives %.1f GB/s\n", v->preset, T,
-           1e-6 * bytes, 1e-9 * ceiling);
+    printf("\ngenerate: %s after %d tokens; a token reads %.1f MB of weights, memory gives %.1f GB/s\n",
+           v->preset, T, 1e-6 * bytes, 1e-9 * ceiling);
     die_if(bench->backend->create(&g.model, c, &options));
     die_if(megalodon_initialise(bench->backend, g.model, c, 1));
     int32_t *text = random_tokens((int64_t)B * (T + 1), c->vocab_size, 6);
@@ -360,7 +365,8 @@ static void read_in_pieces(const Reading *r, int length, float *logits) {
     for (int t = 0; t < r->T; t += length) {
         int count = r->T - t < length ? r->T - t : length;
         for (int row = 0; row < r->B; row++)
-            memcpy(piece + (int64_t)row * count, r->text + (int64_t)row * r->T + t, (size_t)count * sizeof *piece);
+            memcpy(piece + (int64_t)row * count, r->text + (int64_t)row * r->T + t,
+                   (size_t)count * sizeof *piece);
         MegalodonBatch batch = {.tokens = piece, .B = r->B, .T = count, .carry = t > 0};
         die_if(backend->forward(r->model, &batch, NULL));
     }
@@ -371,7 +377,8 @@ static void read_in_pieces(const Reading *r, int length, float *logits) {
 /* A text read in three calls leads to the logits that it leads to in one. */
 static void reading_check(Reading *r) {
     int64_t size = (int64_t)r->B * r->bench->config.vocab_size;
-    float *whole = host_allocate((size_t)size * sizeof *whole), *pieces = host_allocate((size_t)size * sizeof *pieces);
+    float *whole = host_allocate((size_t)size * sizeof *whole),
+          *pieces = host_allocate((size_t)size * sizeof *pieces);
     read_in_pieces(r, r->T, whole);
     read_in_pieces(r, (r->T + 2) / 3, pieces);
     check_logits(r->bench, pieces, whole, size, "read");
@@ -385,13 +392,16 @@ static void bench_read(Bench *bench) {
     MegalodonOptions options = {.max_batch = r.B, .max_length = r.T, .precision = bench->precision};
     int64_t tokens = (int64_t)r.B * r.T, before = device_used(bench);
     char what[96], share[16];
-    printf("\nread: %s, calls of %d x %d tokens, the state carried; medians of %d\n", v->preset, r.B, r.T, v->repeats);
+    printf("\nread: %s, calls of %d x %d tokens, the state carried; medians of %d\n", v->preset, r.B, r.T,
+           v->repeats);
     die_if(bench->backend->create(&r.model, c, &options));
     die_if(megalodon_initialise(bench->backend, r.model, c, 1));
     r.text = random_tokens(READ_CALLS * tokens, c->vocab_size, 9);
     if (!v->no_check) reading_check(&r);
-    /* a call from the start of a chunk, which it is if T is a multiple of chunk_size; the output layer is not needed */
-    double flops = forward_flops(c, r.B, r.T, 0), seconds = seconds_of(bench, (Work){reading_call, &r, false, 1});
+    /* a call from the start of a chunk, which it is if T is a multiple of chunk_size; the output layer is not
+     * needed */
+    double flops = forward_flops(c, r.B, r.T, 0),
+           seconds = seconds_of(bench, (Work){reading_call, &r, false, 1});
     double rate = flops / seconds, used = model_bytes(bench, r.model, before);
     printf("%10s %12s %9s %7s %8s\n", "ms a call", "tokens/s", "TFLOP/s", "share", "GiB");
     printf("%10.3f %12.0f %9.3f %7s %8.2f\n", 1e3 * seconds, (double)tokens / seconds, 1e-12 * rate,

@@ -1,7 +1,7 @@
-/* bench_targets.h - the shapes that this project wants to be fast at, each with what it has to reach, in one table.
+/* bench_targets.h - the shapes that this project wants to be fast at, and what each has to reach.
  *
- * Every row is a run of this program in a process of its own, so that one that fails, for want of memory or otherwise,
- * costs its own line only. Options that are given beside `targets` replace those of every row.
+ * Every row is a run of this program in a process of its own, so that one that fails, for want of memory or
+ * otherwise, costs its own line only. Options that are given beside `targets` replace those of every row.
  */
 #ifndef DEV_BENCH_TARGETS_H
 #define DEV_BENCH_TARGETS_H
@@ -15,30 +15,32 @@
 enum { ROW_SECONDS = 150, MOST_ARGUMENTS = 128, MOST_CHARACTERS = 4096 };
 
 typedef struct Target {
-    const char *name, *command;      /* command NULL: another number of the row before         */
-    const char *unit;                /* the number that counts                                 */
+    const char *name, *unit;         /* unit: of the number that counts                        */
     double must, goal;               /* for one H100; milliseconds and GiB are good when small */
+    const char *command;             /* NULL: another number of the row before                 */
 } Target;
 
-#define BLOCKS_OF_7B "--preset mega7.3B --num-layers 2 --chunk-size 4096 --vocab-size 512 --forward-backward"
+#define OF_7B " --preset mega7.3B --num-layers 2 --chunk-size 4096 --vocab-size 512 --forward-backward"
 static const Target targets[] = {
-    {"step mega200M 8x4096",      "step --preset mega200M --batch 8 --seq-len 4096",   "tokens/s", 350e3, 420e3},
-    {"  its memory",              NULL,                                                "GiB",      20,    14},
-    {"step mega200M 1x32768",     "step --preset mega200M --batch 1 --seq-len 32768",  "tokens/s", 350e3, 420e3},
-    {"step mega1.3B 4x4096",      "step --preset mega1.3B --batch 4 --seq-len 4096",   "tokens/s", 62e3,  72e3},
-    {"step mega1.3B 1x32768",     "step --preset mega1.3B --batch 1 --seq-len 32768",  "tokens/s", 60e3,  72e3},
-    {"2 blocks of 7.3B 4x4096",   "step " BLOCKS_OF_7B " --batch 4 --seq-len 4096",    "tokens/s", 185e3, 205e3},
-    {"2 blocks of 7.3B 1x32768",  "step " BLOCKS_OF_7B " --batch 1 --seq-len 32768",   "tokens/s", 185e3, 205e3},
-    {"step bytes12M 32x2048",     "step --preset bytes12M --batch 32 --seq-len 2048",  "tokens/s", 3e6,   4.5e6},
-    {"CEMA 8x4096x1024",          "components --only cema --preset mega200M --batch 8 --seq-len 4096", "ms", 0.9, 0.5},
-    {"CEMA 1x32768x1024",         "components --only cema --preset mega200M --batch 1 --seq-len 32768", "ms", 0.9, 0.5},
-    {"TimestepNorm 8x4096x1024",  "components --only timestepnorm --preset mega200M --batch 8 --seq-len 4096", "ms",
-     0.35, 0.2},
-    {"TimestepNorm 1x32768x1024", "components --only timestepnorm --preset mega200M --batch 1 --seq-len 32768", "ms",
-     0.35, 0.2},
-    {"generate mega200M",         "generate --preset mega200M --batch 1 --seq-len 512", "tokens/s", 3500, 5500},
-    {"generate mega1.3B",         "generate --preset mega1.3B --batch 1 --seq-len 512", "tokens/s", 700,  950},
-    {"read mega200M 1x4096",      "read --preset mega200M --batch 1 --seq-len 4096",   "tokens/s", 900e3, 1.3e6},
+    {"step mega200M 8x4096", "tokens/s", 350e3, 420e3, "step --preset mega200M --batch 8 --seq-len 4096"},
+    {"  its memory", "GiB", 20, 14, NULL},
+    {"step mega200M 1x32768", "tokens/s", 350e3, 420e3, "step --preset mega200M --batch 1 --seq-len 32768"},
+    {"step mega1.3B 4x4096", "tokens/s", 62e3, 72e3, "step --preset mega1.3B --batch 4 --seq-len 4096"},
+    {"step mega1.3B 1x32768", "tokens/s", 60e3, 72e3, "step --preset mega1.3B --batch 1 --seq-len 32768"},
+    {"2 blocks of 7.3B 4x4096", "tokens/s", 185e3, 205e3, "step --batch 4 --seq-len 4096" OF_7B},
+    {"2 blocks of 7.3B 1x32768", "tokens/s", 185e3, 205e3, "step --batch 1 --seq-len 32768" OF_7B},
+    {"step bytes12M 32x2048", "tokens/s", 3e6, 4.5e6, "step --preset bytes12M --batch 32 --seq-len 2048"},
+    {"CEMA 8x4096x1024", "ms", 0.9, 0.5,
+     "components --only cema --preset mega200M --batch 8 --seq-len 4096"},
+    {"CEMA 1x32768x1024", "ms", 0.9, 0.5,
+     "components --only cema --preset mega200M --batch 1 --seq-len 32768"},
+    {"TimestepNorm 8x4096x1024", "ms", 0.35, 0.2,
+     "components --only timestepnorm --preset mega200M --batch 8 --seq-len 4096"},
+    {"TimestepNorm 1x32768x1024", "ms", 0.35, 0.2,
+     "components --only timestepnorm --preset mega200M --batch 1 --seq-len 32768"},
+    {"generate mega200M", "tokens/s", 3500, 5500, "generate --preset mega200M --batch 1 --seq-len 512"},
+    {"generate mega1.3B", "tokens/s", 700, 950, "generate --preset mega1.3B --batch 1 --seq-len 512"},
+    {"read mega200M 1x4096", "tokens/s", 900e3, 1.3e6, "read --preset mega200M --batch 1 --seq-len 4096"},
 };
 enum { NUM_TARGETS = sizeof targets / sizeof *targets };
 
@@ -94,8 +96,8 @@ static void add_given(Arguments *a, const Bench *bench, bool (*matters)(const ch
     }
 }
 
-/* Runs this program. Returns true if it ended well; else `why` (MOST_CHARACTERS) holds the last line that it said, or
- * what ended it. */
+/* Runs this program. Returns true if it ended well; else `why` (MOST_CHARACTERS) holds the last line that it
+ * said, or what ended it. */
 static bool run_row(const Bench *bench, const Arguments *a, char *why) {
     int ends[2], status = 0;
     char line[MOST_CHARACTERS];
@@ -123,7 +125,8 @@ static bool run_row(const Bench *bench, const Arguments *a, char *why) {
     fclose(output);
     while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
     if (WIFSIGNALED(status)) {
-        if (WTERMSIG(status) == SIGALRM) snprintf(why, MOST_CHARACTERS, "it took longer than %d s", ROW_SECONDS);
+        if (WTERMSIG(status) == SIGALRM)
+            snprintf(why, MOST_CHARACTERS, "it took longer than %d s", ROW_SECONDS);
         else snprintf(why, MOST_CHARACTERS, "it was ended by signal %d", WTERMSIG(status));
     }
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
@@ -141,11 +144,13 @@ static Row read_row(const Bench *bench, const char *path) {
     for (int i = 0; fgets(line, sizeof line, file); i++) {
         char benchmark[64], what[128], unit[64];
         double value;
-        if (i == 0 || sscanf(line, "%63[^,],%127[^,],%63[^,],%lf", benchmark, what, unit, &value) != 4) continue;
+        if (i == 0 || sscanf(line, "%63[^,],%127[^,],%63[^,],%lf", benchmark, what, unit, &value) != 4)
+            continue;
         if (strcmp(benchmark, "ceilings") == 0) continue;
         if (bench->csv) fputs(line, bench->csv);
         const struct { const char *unit; double *to; } places[] = {
-            {"ms", &row.ms}, {"tokens/s", &row.tokens}, {"share of the ceiling", &row.share}, {"GiB", &row.gib}};
+            {"ms", &row.ms}, {"tokens/s", &row.tokens}, {"share of the ceiling", &row.share},
+            {"GiB", &row.gib}};
         for (size_t p = 0; p < sizeof places / sizeof *places; p++)
             if (strcmp(unit, places[p].unit) == 0 && isnan(*places[p].to)) *places[p].to = value;
     }
@@ -173,13 +178,14 @@ static void refuse_targets(const Bench *bench) {
             "--preset demo --batch 1 --seq-len 64");
 }
 
-/* A line of the table. failure: why the row failed, or NULL; some of its numbers may be there all the same. */
+/* A line of the table. failure: why the row failed, or NULL; some of its numbers may be there anyway. */
 static void print_target(const Bench *bench, const Target *target, const Row *row, const char *failure) {
     bool is_rate = strcmp(target->unit, "tokens/s") == 0, is_memory = strcmp(target->unit, "GiB") == 0;
     double value = is_rate ? row->tokens : is_memory ? row->gib : row->ms;
     char share[16], wanted[64];
     bool goal = is_rate ? value >= target->goal : value <= target->goal;
     bool must = is_rate ? value >= target->must : value <= target->must;
+    const char *reached = goal ? "goal" : must ? "must" : "not yet";
     printf("%-27s", target->name);
     print_number(target->command ? row->ms : NAN, 10);
     print_number(target->command ? row->tokens : NAN, 10);
@@ -188,14 +194,15 @@ static void print_target(const Bench *bench, const Target *target, const Row *ro
     snprintf(wanted, sizeof wanted, "%g, %g %s", target->must, target->goal, target->unit);
     if (failure) printf("  failed: %s\n", failure);
     else if (rows_are_changed(bench)) printf("\n");
-    else printf("  %-26s %s\n", wanted, isnan(value) ? "no number" : goal ? "goal" : must ? "must" : "not yet");
+    else printf("  %-26s %s\n", wanted, isnan(value) ? "no number" : reached);
     record(bench, "targets", target->name + strspn(target->name, " "), target->unit, value);
 }
 
 static void print_heading(const Bench *bench) {
-    if (rows_are_changed(bench)) printf("note: the options given replace the rows' own; their names do not tell it\n");
-    printf("%-27s %10s %10s %6s %7s  %-26s %s\n", "", "ms", "tokens/s", "share", "GiB", "must, goal (one H100)",
-           "reached");
+    if (rows_are_changed(bench))
+        printf("note: the options given replace the rows' own; their names do not tell it\n");
+    printf("%-27s %10s %10s %6s %7s  %-26s %s\n", "", "ms", "tokens/s", "share", "GiB",
+           "must, goal (one H100)", "reached");
 }
 
 /* Starts the arguments of a run of `command`, whose first word is the benchmark. */
@@ -223,8 +230,9 @@ static int run_targets(Bench *bench, bool (*matters)(const char *option, const c
     if (file < 0) die(errorf("bench targets: %s cannot be made: %s", path, strerror(errno)));
     close(file);
     const Ceilings *c = &bench->ceilings;
-    snprintf(ceilings, sizeof ceilings, "--ceilings %.6g,%.6g,%.6g", isfinite(c->product) ? 1e-12 * c->product : 0,
-             isfinite(c->fp32) ? 1e-12 * c->fp32 : 0, isfinite(c->memory) ? 1e-9 * c->memory : 0);
+    snprintf(ceilings, sizeof ceilings, "--ceilings %.6g,%.6g,%.6g",
+             isfinite(c->product) ? 1e-12 * c->product : 0, isfinite(c->fp32) ? 1e-12 * c->fp32 : 0,
+             isfinite(c->memory) ? 1e-9 * c->memory : 0);
     print_heading(bench);
     for (int i = 0; i < NUM_TARGETS; i++) {
         const Target *target = &targets[i];
