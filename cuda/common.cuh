@@ -93,6 +93,9 @@ template <typename T> static T *take(Context *context, int64_t count) {
     return memory;
 }
 
+/* Where a dry run's scratch begins: made up, but not null, since null means absent. */
+static inline char *no_scratch() { return (char *)(uintptr_t)SCRATCH_ALIGN; }
+
 /* kernel may need parentheses: LAUNCH((kernel<T, 4>), grid, block, context, arguments...). */
 #define LAUNCH(kernel, grid, block, context, ...)                                                           \
     do {                                                                                                    \
