@@ -902,7 +902,7 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
 template <typename T> static size_t measure_scratch(Model<T> *m) {
     Context *context = &m->context;
     context->dry_run = true;
-    context->scratch = nullptr;
+    context->scratch = (char *)(uintptr_t)SCRATCH_ALIGN; // made up, and not null: null means absent
     context->scratch_used = context->scratch_peak = 0;
     static const int32_t some_target = 0;
     const int lengths[] = {1, m->options.max_length};
@@ -1786,7 +1786,8 @@ static Context *component_context(void) {
 template <typename F> static void call_component(F &&f) {
     Context *x = component_context();
     char *scratch = x->scratch;
-    x->dry_run = true, x->scratch = nullptr, x->scratch_used = x->scratch_peak = 0;
+    x->dry_run = true, x->scratch_used = x->scratch_peak = 0;
+    x->scratch = (char *)(uintptr_t)SCRATCH_ALIGN; // made up, and not null: null means absent
     f(x);
     x->dry_run = false, x->scratch = scratch, x->scratch_used = 0;
     if (x->scratch_peak > x->scratch_bytes) {

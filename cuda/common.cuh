@@ -102,9 +102,10 @@ template <typename T> static T *take(Context *context, int64_t count) {
         }                                                                                                   \
     } while (0)
 
-static inline void clear(Context *context, void *memory, size_t bytes) {
-    if (!context->dry_run && bytes) CHECK_CUDA(cudaMemsetAsync(memory, 0, bytes, context->stream));
+static inline void fill(Context *context, void *memory, int byte, size_t bytes) {
+    if (!context->dry_run && bytes) CHECK_CUDA(cudaMemsetAsync(memory, byte, bytes, context->stream));
 }
+static inline void clear(Context *context, void *memory, size_t bytes) { fill(context, memory, 0, bytes); }
 
 static inline void copy(Context *context, void *to, const void *from, size_t bytes) {
     if (!context->dry_run && bytes)
@@ -298,6 +299,22 @@ struct Sweep {
         lane = (int)threadIdx.x % lanes;
     }
 };
+
+/* Writes row[j] = the sum of the groups' sums for columns j < width; the whole block calls it, each thread with
+ * the sums of its one vector of columns (several groups never have more). shared: VEC floats a thread. */
+template <int VEC>
+__device__ inline void sweep_row(float *row, const Sweep &sweep, int width, const float (&sum)[VEC],
+                                 float *shared) {
+    __syncthreads(); // nobody reads what an earlier call left in shared any more
+    if (sweep.group < sweep.groups)
+        store<VEC>(shared + sweep.group * sweep.lanes * VEC + sweep.lane * VEC, sum);
+    __syncthreads(); // the sums of all groups are there
+    for (int c = (int)threadIdx.x; c < width; c += (int)blockDim.x) {
+        float total = 0;
+        for (int group = 0; group < sweep.groups; group++) total += shared[group * sweep.lanes * VEC + c];
+        row[c] = total;
+    }
+}
 
 /* How many rows of partial sums a sweep over `rows` rows writes at most. */
 static inline int sweep_groups(int64_t columns, int vec) {
