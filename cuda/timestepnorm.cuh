@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 3 : 2)
     using A = Accum<T>;
     __shared__ Pair<A> shares[TILE_STEPS][TILE_GROUPS + 1];     // dm / k and dv / k, then P / size and 2 U / size
     __shared__ Pair<float> moments[TILE_STEPS][TILE_GROUPS + 1]; // mean and rstd
-    __shared__ Packed<float, VEC> column_sums[SWEEP_THREADS];
+    __shared__ SweepSums<VEC> column_sums;
     Tile tile(shape, true);
     int size = shape.size, lane = (int)threadIdx.x % shape.lanes, units = TILE_THREADS / shape.lanes;
     int first_column = tile.first_group * size;
@@ -532,13 +532,13 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 3 : 2)
         }
     }
     if (sweep.groups == 1) return;
-    if (partial_w) sweep_row<VEC>(partial_w + out, sweep, width, dw, column_sums[0].v);
-    if (partial_b) sweep_row<VEC>(partial_b + out, sweep, width, db, column_sums[0].v);
+    if (partial_w) sweep_row<VEC>(partial_w + out, sweep, width, dw, column_sums);
+    if (partial_b) sweep_row<VEC>(partial_b + out, sweep, width, db, column_sums);
 }
 
 /* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in,
  * dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL:
- * zero. */
+ * zero. The two sums wait for add_sums. */
 template <typename T>
 static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight,
                                   float *dbias, const T *dy, const double *dmean_out, const double *dvar_out,
@@ -550,13 +550,11 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
         TimestepShape shape = timestep_shape<T>(B, steps, D, G, eps, VEC);
         Slots slots = take_slots(context, shape);
         int64_t partials = B * shape.num_tiles;
-        float *partial_w = dweight ? take<float>(context, partials * D) : nullptr;
-        float *partial_b = dbias ? take<float>(context, partials * D) : nullptr;
+        float *partial_w = take_sum(context, dweight, partials, D);
+        float *partial_b = take_sum(context, dbias, partials, D);
         LAUNCH((timestepnorm_backward_kernel<T, VEC>), tile_blocks(shape), TILE_THREADS, context, dx, dmean_in,
                dvar_in, partial_w, partial_b, slots, dy, dmean_out, dvar_out, add1, add2, mean, var, x, count,
                mean_in, weight, shape);
-        if (dweight) add_partials(context, dweight, partial_w, partials, D);
-        if (dbias) add_partials(context, dbias, partial_b, partials, D);
     });
 }
 
