@@ -1155,7 +1155,14 @@ template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
     return (P *)(m->host_upload + ((char *)device - m->device_upload));
 }
 
-/* Sends tokens, targets and the plan of the embedding's gradient. */
+/* Sends `bytes` of the upload from offset `from` on. */
+static void upload(MegalodonModel *m, size_t from, size_t bytes) {
+    CHECK_CUDA(cudaMemcpyAsync(m->device_upload + from, m->host_upload + from, bytes, cudaMemcpyHostToDevice,
+                               m->context.stream));
+    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+}
+
+/* Sends tokens and targets. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
@@ -1165,17 +1172,20 @@ static void upload_batch(MegalodonModel *m) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
         used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
     }
-    if (m->options.training && m->batch.targets) {
-        EmbeddingPlan plan = {
-            on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
-        plan_embedding(&plan, m->batch.tokens, (int64_t)rows, m->config.vocab_size, m->token_counts.data());
-        m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
-        m->plan.num_partials = plan.num_partials;
-        used = m->upload_bytes;
-    }
-    CHECK_CUDA(
-        cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
-    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    upload(m, 0, used);
+}
+
+/* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy with
+ * the forward meanwhile. */
+static void upload_plan(MegalodonModel *m) {
+    EmbeddingPlan plan = {
+        on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
+    plan_embedding(&plan, m->batch.tokens, (int64_t)m->batch.B * m->batch.T, m->config.vocab_size,
+                   m->token_counts.data());
+    m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
+    m->plan.num_partials = plan.num_partials;
+    size_t from = (size_t)((char *)m->plan.order - m->device_upload);
+    upload(m, from, m->upload_bytes - from);
 }
 
 static void refresh_coefficients(MegalodonModel *m) {
@@ -1224,6 +1234,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
         forward_pass(m);
     m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
+    if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;
     *loss = MegalodonLoss{0, 0};
     if (!batch->targets) return nullptr;
