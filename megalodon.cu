@@ -572,11 +572,15 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     linear_backward<T>(context, dy, false, nullptr, nullptr, df1, nullptr, w->fc1_weight, rows, F, D);
     if (c->swiglu)
         linear_backward<T>(context, dy, true, nullptr, nullptr, df3, nullptr, w->fc3_weight, rows, F, D);
-    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd,
-                          a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
+    /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
+    bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
+    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias,
+                          drops ? nullptr : dw->wh1_bias, dy, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
+                          w->ffnnorm_bias, rows, D);
     linear_backward<T>(context, nullptr, false, dw->fc1_weight, nullptr, df1, n, nullptr, rows, F, D);
     if (c->swiglu)
         linear_backward<T>(context, nullptr, false, dw->fc3_weight, nullptr, df3, n, nullptr, rows, F, D);
+    add_sums(context);
 }
 
 /* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
@@ -613,7 +617,8 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
                               dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
         linear_backward<T>(context, nullptr, false, dw->wh2_weight, nullptr, dh, ar, nullptr, rows, D, E);
     }
-    linear_backward<T>(context, dm, false, nullptr, dw->wh1_bias, dh, nullptr, w->wh1_weight, rows, D, D);
+    linear_backward<T>(context, dm, false, nullptr, dropout.threshold ? dw->wh1_bias : nullptr, dh, nullptr,
+                       w->wh1_weight, rows, D, D); // without dropout ffn_backward has summed dy for the bias
     linear_backward<T>(context, dm, true, nullptr, nullptr, drr, nullptr, w->wr_weight, rows, E, D);
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z */
@@ -655,6 +660,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
                              dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
                              x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
+    add_sums(context);
 }
 
 /* ---- the head ---- */
@@ -887,6 +893,7 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                              a->final_mean, a->final_var, last, m->state_in.count,
                              m->carried ? m->state_in.final_mean : nullptr, m->top.final_weight, B, steps, D,
                              G, eps);
+    add_sums(context);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_backward<T>(m, l, dx, dy);
         mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
@@ -1148,7 +1155,14 @@ template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
     return (P *)(m->host_upload + ((char *)device - m->device_upload));
 }
 
-/* Sends tokens, targets and the plan of the embedding's gradient. */
+/* Sends `bytes` of the upload from offset `from` on. */
+static void upload(MegalodonModel *m, size_t from, size_t bytes) {
+    CHECK_CUDA(cudaMemcpyAsync(m->device_upload + from, m->host_upload + from, bytes, cudaMemcpyHostToDevice,
+                               m->context.stream));
+    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+}
+
+/* Sends tokens and targets. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
@@ -1158,17 +1172,20 @@ static void upload_batch(MegalodonModel *m) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
         used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
     }
-    if (m->options.training && m->batch.targets) {
-        EmbeddingPlan plan = {
-            on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
-        plan_embedding(&plan, m->batch.tokens, (int64_t)rows, m->config.vocab_size, m->token_counts.data());
-        m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
-        m->plan.num_partials = plan.num_partials;
-        used = m->upload_bytes;
-    }
-    CHECK_CUDA(
-        cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
-    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    upload(m, 0, used);
+}
+
+/* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy with
+ * the forward meanwhile. */
+static void upload_plan(MegalodonModel *m) {
+    EmbeddingPlan plan = {
+        on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
+    plan_embedding(&plan, m->batch.tokens, (int64_t)m->batch.B * m->batch.T, m->config.vocab_size,
+                   m->token_counts.data());
+    m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
+    m->plan.num_partials = plan.num_partials;
+    size_t from = (size_t)((char *)m->plan.order - m->device_upload);
+    upload(m, from, m->upload_bytes - from);
 }
 
 static void refresh_coefficients(MegalodonModel *m) {
@@ -1217,6 +1234,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
         forward_pass(m);
     m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
+    if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;
     *loss = MegalodonLoss{0, 0};
     if (!batch->targets) return nullptr;
@@ -1727,8 +1745,8 @@ FORWARD(layernorm) {
 }
 BACKWARD(layernorm) {
     SIZES_OF(s);
-    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), R(g[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]),
-                          R(a[5]), rows, D);
+    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), nullptr, R(g[0]), S(a[1]), S(a[2]), R(a[3]),
+                          R(a[4]), R(a[5]), rows, D);
 }
 
 FORWARD(swiglu) {
@@ -1827,6 +1845,7 @@ static void call_backward(MegalodonComponentId id, F f, void *const *g, void *co
             }
         }
         f(x, grads, a, s);
+        add_sums(x);
         for (int i = 0; i < MEGALODON_MAX_ARGS; i++)
             if (narrow[i]) convert(x, (T *)g[i], (const float *)grads[i], sizes[i]);
     });
