@@ -239,6 +239,7 @@ template <typename T> struct Model : MegalodonModel {
     ModelParams<T> top;
     std::vector<LayerActs<T>> acts;
     ModelActs<T> top_acts;
+    std::vector<AttentionWeights<T>> attention_weights; /* of each layer, in training */
     T *last;          /* (B,D) final_norm of the last position */
     State<T> state, state_in, dstate_in, dstate_out;
 };
@@ -315,6 +316,14 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
     MEGALODON_MODEL_ACTS(X)
 #undef X
     m->last = take<T>(arena, (int64_t)m->options.max_batch * m->config.model_dim);
+    if (!m->options.training) return;
+    int64_t keys = m->options.carry || m->options.max_length > m->config.chunk_size ? m->config.chunk_size
+                                                                                     : m->options.max_length;
+    for (AttentionWeights<T> &weights : m->attention_weights) {
+        int64_t rows = (int64_t)m->options.max_batch * m->options.max_length * m->config.num_heads;
+        weights.pitch = weights_pitch(keys);
+        weights.data = take<T>(arena, rows * weights.pitch);
+    }
 }
 
 template <typename T> static void take_state(const Model<T> *m, Arena *arena, State<T> *state) {
@@ -478,7 +487,8 @@ template <typename T> static void model_attention(Model<T> *m, int l, const T *v
                        m->state_in.count, B, H, Z / H, E / H, C);
         return;
     }
-    attention_forward(&m->context, a->a, a->lse, a->q, attention_keys(m, l, v), dropout);
+    attention_forward(&m->context, a->a, a->lse, m->attention_weights[l], a->q, attention_keys(m, l, v),
+                      dropout);
     if (!keeps_state(m)) return;
     const LayerState<T> *in = &m->state_in.layers[l], *out = &m->state.layers[l];
     attention_state_forward(&m->context, out->k, in->k, a->k, n, C, B, steps, Z, C);
@@ -631,7 +641,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     {
         ScratchScope queries(context);
         T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);
-        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, a->lse, a->q,
+        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, m->attention_weights[l], a->q,
                               attention_keys(m, l, (const T *)v),
                               dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION));
         if (m->have_dstate_out) {
@@ -1007,6 +1017,7 @@ template <typename T> static const char *build(Model<T> *m) {
         if (!products) m->sums_size = m->arena_size;
     }
     m->masters.resize(L), m->dlayers.resize(L), m->layers.resize(L), m->acts.resize(L), m->coef.resize(L);
+    m->attention_weights.resize(L);
     State<T> *states[] = {&m->state, &m->state_in, &m->dstate_in, &m->dstate_out};
     for (State<T> *state : states) state->layers.resize(L);
     m->token_counts.resize((size_t)c->vocab_size);
@@ -1723,12 +1734,21 @@ template <typename T> static AttentionKeys<T> component_keys(void *const *a, con
     return AttentionKeys<T>{R(a[3]), R(a[4]), R(a[5]), R(a[6]), a[5] ? n : 0, n, B, steps, H, z, e, C};
 }
 FORWARD(attention) {
-    attention_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), component_keys<T>(a, s),
-                         make_dropout(s->config.attention_dropout, s->key));
+    attention_forward<T>(x, R(a[0]), S(a[1]), AttentionWeights<T>{nullptr, 0}, R(a[2]),
+                         component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
 }
+/* A model keeps the weights from its forward; one call has to compute them again. */
 BACKWARD(attention) {
-    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), S(a[1]), R(a[2]),
-                          component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
+    SIZES_OF(s);
+    ScratchScope scope(x);
+    Dropout dropout = make_dropout(c->attention_dropout, s->key);
+    AttentionWeights<T> weights = {nullptr, weights_pitch(C)};
+    weights.data = take<T>(x, rows * H * weights.pitch);
+    T *out = take<T>(x, rows * E);
+    float *lse = take<float>(x, rows * H);
+    attention_forward<T>(x, out, lse, weights, R(a[2]), component_keys<T>(a, s), dropout);
+    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), weights, R(a[2]),
+                          component_keys<T>(a, s), dropout);
 }
 
 FORWARD(gate) {
