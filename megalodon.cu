@@ -322,7 +322,7 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
     for (AttentionWeights<T> &weights : m->attention_weights) {
         int64_t rows = (int64_t)m->options.max_batch * m->options.max_length * m->config.num_heads;
         weights.pitch = weights_pitch(keys);
-        weights.data = take<T>(arena, rows * weights.pitch);
+        weights.data = take<KeptWeight<T>>(arena, rows * weights.pitch);
     }
 }
 
@@ -1743,7 +1743,7 @@ BACKWARD(attention) {
     ScratchScope scope(x);
     Dropout dropout = make_dropout(c->attention_dropout, s->key);
     AttentionWeights<T> weights = {nullptr, weights_pitch(C)};
-    weights.data = take<T>(x, rows * H * weights.pitch);
+    weights.data = take<KeptWeight<T>>(x, rows * H * weights.pitch);
     T *out = take<T>(x, rows * E);
     float *lse = take<float>(x, rows * H);
     attention_forward<T>(x, out, lse, weights, R(a[2]), component_keys<T>(a, s), dropout);

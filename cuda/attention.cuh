@@ -4,7 +4,8 @@
  * Values are wide (e is 2048 where z is 256), so the two products with v are large matrix products, at home
  * in cuBLAS. A chunk's queries are taken a quarter at a time, each against the keys up to its own end: of
  * the scores above the diagonal only those inside a quarter are computed. Scores exist for many chunks at a
- * time, in scratch memory; the weights, softmax of the scores, are kept for the backward.
+ * time, in scratch memory. Their softmax, the weights, is kept for the backward: as half floats where
+ * activations are bf16, since what the backward makes of a weight's rounding would be seen in dq and dk.
  *
  * Chunks that lie regularly in memory form a span, whose products are batched:
  *     n > 0:  the rest of the chunk that the state began  |  whole chunks  |  the beginning of the last chunk
@@ -12,6 +13,8 @@
  */
 #ifndef CUDA_ATTENTION_CUH
 #define CUDA_ATTENTION_CUH
+
+#include <cuda_fp16.h>
 
 #include "matmul.cuh"
 
@@ -47,15 +50,21 @@ template <typename F> static void for_each_span(int64_t B, int64_t steps, int64_
     if (tail) f(Span{steps - tail, steps, B, tail, 0});
 }
 
-/* The weights of a call, (H, B T, pitch): row t of head h has a weight for each key of its chunk so far. The
- * pitch is a multiple of 8 and at least the largest number of keys. */
+/* The kept weights of a call, (H, B T, pitch): row t of head h has a weight for each key of its chunk so far,
+ * times KEPT_SCALE, which makes normal half floats of all that matter. The pitch is a multiple of 8 and at
+ * least the largest number of keys. data NULL: not wanted. */
+template <typename T> using KeptWeight = std::conditional_t<std::is_same<T, bf16>::value, __half, float>;
 template <typename T> struct AttentionWeights {
-    T *data;
+    KeptWeight<T> *data;
     int64_t pitch;
 };
+constexpr float KEPT_SCALE = 4096.0f;
 static inline int64_t weights_pitch(int64_t keys) { return ceil_div(keys, 8) * 8; }
 
-/* Sizes of one item's scores: a float matrix for a block of queries, and matrices of T for a block of queries
+__host__ __device__ inline float to_float(__half x) { return __half2float(x); }
+template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
+
+/* Bytes of one item's scores: a float matrix for a block of queries, and a matrix of T for a block of queries
  * or for all of them. */
 struct ScoreShape {
     int64_t queries, block, columns; /* columns are rounded up so that rows stay aligned */
@@ -74,21 +83,16 @@ template <typename T> static ScoreShape score_shape(int64_t queries, int64_t key
     return s;
 }
 
-/* Scratch of an item in the forward (the scores, and the weights that multiply v if those are not the kept
- * ones) and in the backward (their gradients, and with dropout the dropped weights). */
-static inline size_t forward_bytes(const ScoreShape &s, bool separate) {
-    return s.float_block + (separate ? s.block_bytes : 0);
-}
-static inline size_t backward_bytes(const ScoreShape &s, bool separate) {
-    return s.float_block + (separate ? 2 : 1) * s.whole_bytes;
-}
+/* Scratch of an item in the forward (scores and weights) and in the backward (gradients of the weights, then
+ * of the scores, and the weights). */
+static inline size_t forward_bytes(const ScoreShape &s) { return s.float_block + s.block_bytes; }
+static inline size_t backward_bytes(const ScoreShape &s) { return s.float_block + 2 * s.whole_bytes; }
 
 /* Scratch for the scores of any span of a call no larger than this one: grows with B, T and n > 0, nothing
  * else. item_bytes: one of the two functions above. */
-template <typename T, typename F>
-static size_t score_scratch(const AttentionKeys<T> &a, F item_bytes, bool separate) {
+template <typename T, typename F> static size_t score_scratch(const AttentionKeys<T> &a, F item_bytes) {
     int64_t queries = a.steps < a.C ? a.steps : a.C, keys = a.n > 0 ? a.C : queries;
-    size_t item = item_bytes(score_shape<T>(queries, keys, a.C), separate) + SCRATCH_ALIGN;
+    size_t item = item_bytes(score_shape<T>(queries, keys, a.C)) + SCRATCH_ALIGN;
     size_t all = (size_t)(a.B * (a.steps / a.C + 1)) * item;
     size_t limit = item > SCORE_BYTES ? item : SCORE_BYTES;
     return all < limit ? all : limit;
@@ -99,14 +103,13 @@ static inline int64_t score_group(int64_t items, size_t bytes, size_t item_bytes
     return ceil_div(items, ceil_div(items, most > 1 ? most : 1));
 }
 
-/* What a softmax kernel knows about its rows. Scores lie block by block; the three matrices of T have their
- * own distances between items, and all start at the block's first query. */
+/* What a softmax kernel knows about its rows. All matrices are given from the block's first query on. */
 struct SoftmaxRows {
     int64_t row, stride;      /* token of the first item's first query of this block; tokens between items */
     int first_query, queries; /* of the block, counted from the span's first query */
     int old, columns, pitch;  /* keys of the state; keys in use; distance between rows of scores */
-    int64_t kept_pitch, kept_batch;   /* of the kept weights: between rows, between items */
-    int64_t other_pitch, other_batch; /* of the forward's other weights, of the backward's two results */
+    int64_t batch;            /* of the matrices of T between items: weights and dscores, with the same pitch */
+    int64_t kept_pitch, kept_batch; /* distances between rows and items of the kept weights */
     int steps, H, h, C;
     Dropout dropout;
 };
@@ -143,22 +146,23 @@ template <int WARPS> __device__ inline float row_max(float x, float *shared) {
     return block_max(x, shared);
 }
 
-/* computes: w = softmax(scores) over the keys that a query may see, 0 for the others, into `kept`; keep w,
- *           with dropout, into `other` (either may be NULL: not wanted); lse
+/* computes: w = softmax(scores) over the keys that a query may see, 0 for the others, into `kept` (NULL: not
+ *           wanted);  weights = w f, f the dropout factors;  lse
  * launch:   grid (queries of the block / 4, items), block 128: a warp owns a row; WARPS > 1: grid (queries,
  *           items), and all WARPS warps own a row
- * traffic:  (4 + sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
+ * traffic:  (6 + sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
  * needs:    rows start at multiples of 8 elements
  * numerics: float, fixed order: deterministic */
 template <typename T, int WARPS>
-__global__ void softmax_forward_kernel(T *kept, T *other, float *lse, const float *scores, SoftmaxRows s) {
+__global__ void softmax_forward_kernel(T *weights, KeptWeight<T> *kept, float *lse, const float *scores,
+                                       SoftmaxRows s) {
     __shared__ float shared[WARPS];
     constexpr int LANES = WARPS * WARP_SIZE, STEP = LANES * SCORE_VEC;
     int query = WARPS == 1 ? (int)(blockIdx.x * SOFTMAX_WARPS + threadIdx.x / WARP_SIZE) : (int)blockIdx.x;
     if (query >= s.queries) return; // a whole row's threads leave
     int item = (int)blockIdx.y, first = (int)threadIdx.x % LANES * SCORE_VEC;
     int seen = s.old + s.first_query + query + 1;
-    int64_t row = s.row + item * s.stride + query;
+    int64_t row = s.row + item * s.stride + query, to = item * s.batch + (int64_t)query * s.pitch;
     const float *from = scores + ((int64_t)item * s.queries + query) * s.pitch;
     float held[SCORES_HELD][SCORE_VEC], largest = -INFINITY, sum = 0;
 #pragma unroll
@@ -191,37 +195,38 @@ __global__ void softmax_forward_kernel(T *kept, T *other, float *lse, const floa
         float w[SCORE_VEC], keep[SCORE_VEC];
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) w[i] = __expf(value[i] - top) * scale;
-        if (kept) store<SCORE_VEC>(kept + item * s.kept_batch + query * s.kept_pitch + j, w);
-        if (!other) return;
         keep_weights(keep, s, row, j);
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) w[i] *= keep[i];
-        store<SCORE_VEC>(other + item * s.other_batch + query * s.other_pitch + j, w);
+        for (int i = 0; i < SCORE_VEC; i++) keep[i] *= w[i], w[i] *= KEPT_SCALE;
+        store<SCORE_VEC>(weights + to + j, keep);
+        if (kept) store<SCORE_VEC>(kept + item * s.kept_batch + query * s.kept_pitch + j, w);
     });
 }
 
-/* with f the dropout factors and dw = f (da v^T):  dscore = w (dw - sum w dw)
- * computes: dscores and, for dv, the dropped weights w f (NULL: not wanted)
+/* weights = w f, f the dropout factors, with dw = f (da v^T):  dscore = w (dw - sum w dw)
+ * computes: dscores and, for dv, the weights again
  * launch:   as softmax_forward_kernel
- * traffic:  (4 + 2 sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
+ * traffic:  (6 + 2 sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
  * needs:    rows start at multiples of 8 elements; keys not seen have weight 0
  * numerics: float, fixed order: deterministic */
 template <typename T, int WARPS>
-__global__ void softmax_backward_kernel(T *dscores, T *dropped, const T *weights, const float *dweights,
-                                        SoftmaxRows s) {
+__global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight<T> *kept,
+                                        const float *dweights, SoftmaxRows s) {
     __shared__ float shared[WARPS];
     constexpr int LANES = WARPS * WARP_SIZE, STEP = LANES * SCORE_VEC;
     int query = WARPS == 1 ? (int)(blockIdx.x * SOFTMAX_WARPS + threadIdx.x / WARP_SIZE) : (int)blockIdx.x;
     if (query >= s.queries) return; // a whole row's threads leave
     int item = (int)blockIdx.y, first = (int)threadIdx.x % LANES * SCORE_VEC;
     int seen = s.old + s.first_query + query + 1;
-    int64_t row = s.row + item * s.stride + query, to = item * s.other_batch + query * s.other_pitch;
+    int64_t row = s.row + item * s.stride + query, to = item * s.batch + (int64_t)query * s.pitch;
     const float *from = dweights + ((int64_t)item * s.queries + query) * s.pitch;
-    weights += item * s.kept_batch + query * s.kept_pitch;
+    kept += item * s.kept_batch + query * s.kept_pitch;
     float held[SCORES_HELD][SCORE_VEC], held_grad[SCORES_HELD][SCORE_VEC], sum = 0;
     auto load_vector = [&](float (&w)[SCORE_VEC], float (&grad)[SCORE_VEC], int j) {
-        load<SCORE_VEC>(w, weights + j);
+        load<SCORE_VEC>(w, kept + j);
         load_scores(grad, from + j, seen - j, 0.0f);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) w[i] *= 1 / KEPT_SCALE;
     };
 #pragma unroll
     for (int i = 0; i < SCORES_HELD; i++)
@@ -249,27 +254,27 @@ __global__ void softmax_backward_kernel(T *dscores, T *dropped, const T *weights
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) value[i] = w[i] * (keep[i] * grad[i] - sum);
         store<SCORE_VEC>(dscores + to + j, value);
-        if (!dropped) return;
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) value[i] = w[i] * keep[i];
-        store<SCORE_VEC>(dropped + to + j, value);
+        store<SCORE_VEC>(weights + to + j, value);
     });
 }
 
 /* Launches one of the two with as many warps a row as hold it in registers, at most 8. */
-#define LAUNCH_SOFTMAX(kernel, context, rows, items, ...)                                                   \
+#define LAUNCH_SOFTMAX(kernel, context, shape, items, ...)                                                  \
     do {                                                                                                    \
         constexpr int HELD = WARP_SIZE * SCORE_VEC * SCORES_HELD;                                           \
-        unsigned queries_ = (unsigned)(rows).queries, items_ = (unsigned)(items);                           \
-        if ((rows).columns <= HELD)                                                                         \
-            LAUNCH((kernel<T, 1>), dim3(blocks_for(queries_, SOFTMAX_WARPS), items_),                       \
-                   SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__, rows);                                  \
-        else if ((rows).columns <= 2 * HELD)                                                                \
-            LAUNCH((kernel<T, 2>), dim3(queries_, items_), 2 * WARP_SIZE, context, __VA_ARGS__, rows);      \
-        else if ((rows).columns <= 4 * HELD)                                                                \
-            LAUNCH((kernel<T, 4>), dim3(queries_, items_), 4 * WARP_SIZE, context, __VA_ARGS__, rows);      \
+        SoftmaxRows rows = shape;                                                                           \
+        dim3 grid((unsigned)rows.queries, (unsigned)(items)), short_grid = grid;                            \
+        short_grid.x = blocks_for(rows.queries, SOFTMAX_WARPS);                                             \
+        if (rows.columns <= HELD)                                                                           \
+            LAUNCH((kernel<T, 1>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__, rows);      \
+        else if (rows.columns <= 2 * HELD)                                                                  \
+            LAUNCH((kernel<T, 2>), grid, 2 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+        else if (rows.columns <= 4 * HELD)                                                                  \
+            LAUNCH((kernel<T, 4>), grid, 4 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
         else                                                                                                \
-            LAUNCH((kernel<T, 8>), dim3(queries_, items_), 8 * WARP_SIZE, context, __VA_ARGS__, rows);      \
+            LAUNCH((kernel<T, 8>), grid, 8 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
     } while (0)
 
 /* The keys (or values) of a span and their distances: this call's own, or the state's and this call's side
@@ -292,25 +297,29 @@ template <typename T> static Matrix<T> shifted(Matrix<T> m, int64_t item, int64_
     return m;
 }
 
+/* The kept weights of a span's queries. */
+template <typename T>
+static Matrix<KeptWeight<T>> span_weights(const AttentionWeights<T> &kept, const AttentionKeys<T> &a,
+                                          const Span &span, int64_t h) {
+    if (!kept.data) return Matrix<KeptWeight<T>>{};
+    return matrix(kept.data + (h * a.B * a.steps + span.row) * kept.pitch, kept.pitch,
+                  span.stride * kept.pitch);
+}
+
+/* batch: distance between the items' matrices of T; kept: from the first item's first query on */
 template <typename T>
 static SoftmaxRows softmax_rows(const AttentionKeys<T> &a, const Span &span, const ScoreShape &shape,
-                                int64_t item, int64_t h, int64_t first_query, int64_t queries,
-                                Dropout dropout) {
-    SoftmaxRows s = {};
+                                int64_t item, int64_t h, int64_t first_query, int64_t queries, int64_t batch,
+                                const Matrix<KeptWeight<T>> &kept, Dropout dropout) {
+    SoftmaxRows s;
     s.row = span.row + item * span.stride + first_query, s.stride = span.stride;
     s.first_query = (int)first_query, s.queries = (int)queries;
     s.old = (int)span.old, s.columns = (int)(span.old + first_query + queries), s.pitch = (int)shape.columns;
+    s.batch = batch;
+    s.kept_pitch = kept.row_stride, s.kept_batch = kept.batch_stride;
     s.steps = (int)a.steps, s.H = (int)a.H, s.h = (int)h, s.C = (int)a.C;
     s.dropout = dropout;
     return s;
-}
-
-/* The kept weights of a span's queries. */
-template <typename T>
-static Matrix<T> span_weights(const AttentionWeights<T> &kept, const AttentionKeys<T> &a, const Span &span,
-                              int64_t h) {
-    return matrix(kept.data + (h * a.B * a.steps + span.row) * kept.pitch, kept.pitch,
-                  span.stride * kept.pitch);
 }
 
 template <typename T>
@@ -319,10 +328,9 @@ static void span_forward(Context *context, T *out, float *lse, const AttentionWe
                          size_t bytes, T *k_together, T *v_together, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
     ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
-    bool separate = !kept.data || dropout.threshold; // the weights that multiply v are not the kept ones
-    int64_t group = score_group(span.items, bytes, forward_bytes(shape, separate));
+    int64_t group = score_group(span.items, bytes, forward_bytes(shape));
     float *scores = (float *)memory;
-    T *other = separate ? (T *)(memory + (size_t)group * shape.float_block) : nullptr;
+    T *weights = (T *)(memory + (size_t)group * shape.float_block);
     Matrix<const T> k = span_keys(context, a, span, a.k, a.k_in, k_together, Z);
     Matrix<const T> v = span_keys(context, a, span, a.v, a.v_in, v_together, E);
     Matrix<const T> q = matrix(query + span.row * Z, Z, span.stride * Z);
@@ -335,17 +343,14 @@ static void span_forward(Context *context, T *out, float *lse, const AttentionWe
                 int64_t keys = span.old + first + queries, batch = queries * shape.columns;
                 matmul(context, false, true, queries, keys, a.z, 1.0f, shifted(q, item, first, h * a.z),
                        shifted(k, item, 0, h * a.z), 0.0f, matrix(scores, shape.columns, batch), items);
-                SoftmaxRows rows = softmax_rows(a, span, shape, item, h, first, queries, dropout);
-                Matrix<T> w = matrix(other, shape.columns, batch), own = {};
-                rows.other_pitch = w.row_stride, rows.other_batch = w.batch_stride;
-                if (kept.data) {
-                    own = shifted(span_weights(kept, a, span, h), item, first, 0);
-                    rows.kept_pitch = own.row_stride, rows.kept_batch = own.batch_stride;
-                }
-                LAUNCH_SOFTMAX(softmax_forward_kernel, context, rows, items, own.data, w.data, lse, scores);
-                if (!separate) w = own;
-                matmul(context, false, false, queries, a.e, keys, 1.0f, read_only(w),
-                       shifted(v, item, 0, h * a.e), 0.0f, shifted(o, item, first, h * a.e), items);
+                Matrix<KeptWeight<T>> own = span_weights(kept, a, span, h);
+                if (own.data) own = shifted(own, item, first, 0);
+                LAUNCH_SOFTMAX(softmax_forward_kernel, context,
+                               softmax_rows(a, span, shape, item, h, first, queries, batch, own, dropout),
+                               items, weights, own.data, lse, scores);
+                matmul(context, false, false, queries, a.e, keys, 1.0f,
+                       matrix((const T *)weights, shape.columns, batch), shifted(v, item, 0, h * a.e), 0.0f,
+                       shifted(o, item, first, h * a.e), items);
             }
         }
 }
@@ -356,7 +361,7 @@ template <typename T>
 static void attention_forward(Context *context, T *out, float *lse, const AttentionWeights<T> &kept,
                               const T *query, const AttentionKeys<T> &a, Dropout dropout) {
     ScratchScope scope(context);
-    size_t bytes = score_scratch(a, forward_bytes, !kept.data || dropout.threshold);
+    size_t bytes = score_scratch(a, forward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *k_together = a.n ? take<T>(context, a.B * a.C * a.H * a.z) : nullptr;
     T *v_together = a.n ? take<T>(context, a.B * a.C * a.H * a.e) : nullptr;
@@ -389,43 +394,40 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
                           size_t bytes, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
     ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
-    int64_t group = score_group(span.items, bytes, backward_bytes(shape, dropout.threshold));
+    int64_t group = score_group(span.items, bytes, backward_bytes(shape));
     int64_t whole = shape.queries * shape.columns;
     float *dweights = (float *)memory;
-    T *dscores = (T *)(memory + (size_t)group * shape.float_block);
-    T *dropped = dropout.threshold ? dscores + group * whole : nullptr;
+    T *dscores = (T *)(memory + (size_t)group * shape.float_block), *weights = dscores + group * whole;
     Matrix<const T> q = matrix(query + span.row * Z, Z, span.stride * Z),
                     da = matrix(dout + span.row * E, E, span.stride * E);
-    Matrix<T> ds = matrix(dscores, shape.columns, whole), other = matrix(dropped, shape.columns, whole);
+    Matrix<const T> ds = matrix((const T *)dscores, shape.columns, whole),
+                    w = matrix((const T *)weights, shape.columns, whole);
     for (int64_t h = 0; h < a.H; h++)
         for (int64_t item = 0; item < span.items; item += group) {
             int64_t items = group < span.items - item ? group : span.items - item;
-            Matrix<T> own = shifted(span_weights(kept, a, span, h), item, 0, 0);
             /* By blocks of queries: the gradients of weights and scores, and dq = dscores k. */
             for (int64_t first = 0; first < span.queries; first += shape.block) {
                 int64_t queries = shape.block < span.queries - first ? shape.block : span.queries - first;
                 int64_t keys = span.old + first + queries, batch = queries * shape.columns;
                 matmul(context, false, true, queries, keys, a.e, 1.0f, shifted(da, item, first, h * a.e),
                        shifted(v, item, 0, h * a.e), 0.0f, matrix(dweights, shape.columns, batch), items);
-                SoftmaxRows rows = softmax_rows(a, span, shape, item, h, first, queries, dropout);
-                rows.kept_pitch = own.row_stride, rows.kept_batch = own.batch_stride;
-                rows.other_pitch = ds.row_stride, rows.other_batch = ds.batch_stride;
-                LAUNCH_SOFTMAX(softmax_backward_kernel, context, rows, items, shifted(ds, 0, first, 0).data,
-                               dropped ? shifted(other, 0, first, 0).data : nullptr,
-                               shifted(own, 0, first, 0).data, dweights);
-                matmul(context, false, false, queries, a.z, keys, 1.0f, read_only(shifted(ds, 0, first, 0)),
+                Matrix<KeptWeight<T>> own = shifted(span_weights(kept, a, span, h), item, first, 0);
+                LAUNCH_SOFTMAX(softmax_backward_kernel, context,
+                               softmax_rows(a, span, shape, item, h, first, queries, whole, own, dropout),
+                               items, dscores + first * shape.columns, weights + first * shape.columns,
+                               own.data, dweights);
+                matmul(context, false, false, queries, a.z, keys, 1.0f, shifted(ds, 0, first, 0),
                        shifted(k, item, 0, h * a.z), 0.0f, shifted(grad.q, item, first, h * a.z), items);
             }
             /* By blocks of keys: the keys that end with a block of queries are seen by it and by all later
              * ones, so that each gradient is one product: dk = dscores^T q, dv = weights^T da. */
-            Matrix<T> w = dropped ? other : own;
             for (int64_t first = 0; first < span.queries; first += shape.block) {
                 int64_t queries = shape.block < span.queries - first ? shape.block : span.queries - first;
                 int64_t key = first ? span.old + first : 0, keys = span.old + first + queries - key;
                 int64_t later = span.queries - first;
-                matmul(context, true, false, keys, a.z, later, 1.0f, read_only(shifted(ds, 0, first, key)),
+                matmul(context, true, false, keys, a.z, later, 1.0f, shifted(ds, 0, first, key),
                        shifted(q, item, first, h * a.z), 0.0f, shifted(grad.k, item, key, h * a.z), items);
-                matmul(context, true, false, keys, a.e, later, 1.0f, read_only(shifted(w, 0, first, key)),
+                matmul(context, true, false, keys, a.e, later, 1.0f, shifted(w, 0, first, key),
                        shifted(da, item, first, h * a.e), 0.0f, shifted(grad.v, item, key, h * a.e), items);
             }
         }
@@ -439,7 +441,7 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
                                Dropout dropout) {
     ScratchScope scope(context);
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    size_t bytes = score_scratch(a, backward_bytes, dropout.threshold);
+    size_t bytes = score_scratch(a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *together[4] = {}; // k, v and their gradients
     for (int i = 0; i < 4 && a.n; i++) together[i] = take<T>(context, a.B * a.C * (i % 2 ? E : Z));

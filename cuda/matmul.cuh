@@ -24,9 +24,6 @@ template <typename T> struct Matrix {
 template <typename T> static Matrix<T> matrix(T *data, int64_t row_stride, int64_t batch_stride = 0) {
     return Matrix<T>{data, row_stride, batch_stride};
 }
-template <typename T> static Matrix<const T> read_only(Matrix<T> m) {
-    return Matrix<const T>{m.data, m.row_stride, m.batch_stride};
-}
 
 /* C[i] = alpha op(A[i]) op(B[i]) + beta C[i] for i < batch; op(A) is M,K, op(B) is K,N, C is M,N; op
  * transposes if asked. */
