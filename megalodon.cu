@@ -286,14 +286,19 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* An activation's own memory for the largest batch. CHEAP ones have none unless all are kept: whoever
+/* The CHEAP activations that training keeps all the same: those that cost the most time for their bytes. Any
+ * of u, v, m, n, ar and hidden may stand here, or none. */
+static constexpr bool keeps(const char *field) { return same(field, "u") || same(field, "v"); }
+
+/* An activation's own memory for the largest batch. CHEAP ones have none unless they are kept: whoever
  * computes one borrows scratch. Without a backward, layers share: `earlier` is what an earlier layer has
  * (NULL: take). */
 template <typename P>
-static P *take_activation(const MegalodonModel *m, Arena *arena, const char *shape, Kept kept,
-                          MegalodonPresence presence, P *earlier) {
+static P *take_activation(const MegalodonModel *m, Arena *arena, const char *field, const char *shape,
+                          Kept kept, MegalodonPresence presence, P *earlier) {
     const MegalodonOptions *o = &m->options;
-    if (!is_present(&m->config, presence) || (kept != SAVED && !o->keep_activations)) return nullptr;
+    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(field));
+    if (!is_present(&m->config, presence) || !own) return nullptr;
     if (earlier && !o->keep_activations && !o->training) return earlier;
     return take<P>(arena, element_count(m, shape, o->max_batch, o->max_length, 0));
 }
@@ -303,7 +308,7 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
         /* A block reads the output of the one before while it writes its own: those alternate between two
          * buffers. */
 #define X(field, name, shape, kept, presence)                                                               \
-    m->acts[l].field = take_activation(m, arena, shape, kept, presence,                                     \
+    m->acts[l].field = take_activation(m, arena, #field, shape, kept, presence,                             \
                                        l < (same(#field, "out") ? 2 : 1)                                    \
                                            ? (decltype(m->acts[l].field))nullptr                            \
                                            : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
@@ -312,7 +317,7 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
     }
 #define X(field, name, shape, kept, presence)                                                               \
     m->top_acts.field =                                                                                     \
-        take_activation(m, arena, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
+        take_activation(m, arena, #field, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
     MEGALODON_MODEL_ACTS(X)
 #undef X
     m->last = take<T>(arena, (int64_t)m->options.max_batch * m->config.model_dim);
@@ -436,7 +441,7 @@ static Dropout dropout_at(const MegalodonModel *m, double p, int layer, Megalodo
     return make_dropout(p, megalodon_dropout_key(m->batch.seed, m->batch.step, layer, site));
 }
 
-/* Memory for a CHEAP activation: its own if all are kept, else scratch. */
+/* Memory for a CHEAP activation: its own if it is kept, else scratch. */
 template <typename T> static T *room(MegalodonModel *m, T *own, int64_t count) {
     return own ? own : take<T>(&m->context, count);
 }
@@ -522,7 +527,7 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
     model_attention(m, l, v);
     linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
-    T *ar = a->ar ? a->ar : v; // v is not needed any more
+    T *ar = a->ar || a->v ? room(m, a->ar, rows * E) : v; // else v is not needed any more
     silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E,
                       dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
 
@@ -586,13 +591,13 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
     T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
     linear_backward_input(context, df1, false, df, w->fc2_weight, rows, D, F);
-    swiglu_backward<T>(context, df1, df3, hidden, df1, a->f1, a->f3, rows, F,
+    swiglu_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, df1, a->f1, a->f3, rows, F,
                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     linear_backward_weight(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
     if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
-    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd,
-                          a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
+    layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy,
+                          a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
     linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, F, D);
     if (c->swiglu) linear_backward_weight(context, dw->fc3_weight, add, df3, n, rows, F, D);
 }
@@ -628,7 +633,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     {
         ScratchScope gated(context);
         T *ar = room(m, a->ar, rows * E);
-        silu_gate_backward<T>(context, drr, da, ar, dw->wr_bias, da, a->rr, a->a, rows, E,
+        silu_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, da, a->rr, a->a, rows, E,
                               dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
         linear_backward_weight(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     }
@@ -658,16 +663,17 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
     linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
     linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
-    rmsnorm_backward<T>(context, dm, mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D,
-                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
+                        w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
     linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
     linear_backward_weight(context, dw->wr_weight, add, drr, mm, rows, E, D);
     linear_backward_weight(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
     T *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
-    timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, G,
-                          eps);
+    if (!a->u)
+        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
+                              G, eps);
     linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
     linear_backward_weight(context, dw->wv_weight, add, dv, u, rows, E, D);
     cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,

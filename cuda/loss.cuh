@@ -4,14 +4,15 @@
 #ifndef CUDA_LOSS_CUH
 #define CUDA_LOSS_CUH
 
-#include "common.cuh"
+#include "pointwise.cuh"
 
-enum { LOSS_THREADS = 512, LOSS_HELD = 8 };
+enum { LOSS_THREADS = 1024 };
 
 /* computes: nll[row] = lse - logits[row, target], lse = log sum exp logits[row];  dlogits[row, v] =
- *           softmax(logits[row])[v] - (v == target); both 0 where the target is ignored
- * launch:   grid rows, block 32..512: a block owns a row, a thread holds its first 8 vectors in registers
- * traffic:  2 rows V sizeof(T) bytes; what the registers cannot hold is read three times, twice from the caches
+ *           exp(logits[row, v] - lse) - (v == target); both 0 where the target is ignored
+ * launch:   grid rows, block 32..1024: a block owns a row; two blocks a multiprocessor, so that the second
+ *           reading of 32,000 logits in bf16 finds both rows in the first cache
+ * traffic:  2 rows V sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; dlogits may
  *           be logits
  * numerics: float, fixed order: deterministic */
@@ -21,41 +22,19 @@ __global__ void __launch_bounds__(LOSS_THREADS, 2)
     __shared__ float shared[LOSS_THREADS / WARP_SIZE];
     const T *row = logits + (int64_t)blockIdx.x * V;
     T *drow = dlogits + (int64_t)blockIdx.x * V;
-    int target = targets[blockIdx.x], step = (int)blockDim.x * VEC, first = (int)threadIdx.x * VEC;
+    int target = targets[blockIdx.x];
     bool ignored = target == MEGALODON_IGNORE; // the same for the whole block
     /* read before anything is written: the gradient may lie over the logits */
     float at_target = ignored || threadIdx.x != 0 ? 0.0f : to_float(row[target]);
-    Packed<T, VEC> held[LOSS_HELD];
+    float lse = row_lse<T, VEC>(row, V, shared), value[VEC];
+    if (threadIdx.x == 0) nll[blockIdx.x] = ignored ? 0.0f : lse - at_target;
+    for (int v = (int)threadIdx.x * VEC; v < V; v += (int)blockDim.x * VEC) {
+        load<VEC>(value, row + v);
 #pragma unroll
-    for (int i = 0; i < LOSS_HELD; i++)
-        if (first + i * step < V) held[i] = packed<VEC>(row + first + i * step);
-    auto each_vector = [&](auto &&visit) {
-#pragma unroll
-        for (int i = 0; i < LOSS_HELD; i++)
-            if (first + i * step < V) visit(first + i * step, held[i]);
-        for (int v = first + LOSS_HELD * step; v < V; v += step) visit(v, packed<VEC>(row + v));
-    };
-    float largest = -INFINITY, sum = 0;
-    each_vector([&](int, const Packed<T, VEC> &x) {
-#pragma unroll
-        for (int i = 0; i < VEC; i++) largest = fmaxf(largest, to_float(x.v[i]));
-    });
-    float top = block_max(largest, shared);
-    each_vector([&](int, const Packed<T, VEC> &x) {
-#pragma unroll
-        for (int i = 0; i < VEC; i++) sum += __expf(to_float(x.v[i]) - top);
-    });
-    float total = block_sum(sum, shared), scale = 1.0f / total;
-    if (threadIdx.x == 0) nll[blockIdx.x] = ignored ? 0.0f : top + logf(total) - at_target;
-    each_vector([&](int v, const Packed<T, VEC> &x) {
-        float value[VEC];
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            float p = __expf(to_float(x.v[i]) - top) * scale;
-            value[i] = ignored ? 0.0f : p - (v + i == target ? 1.0f : 0.0f);
-        }
+        for (int i = 0; i < VEC; i++)
+            value[i] = ignored ? 0.0f : __expf(value[i] - lse) - (v + i == target ? 1.0f : 0.0f);
         store<VEC>(drow + v, value);
-    });
+    }
 }
 
 /* nll (rows), dlogits (rows,V): the loss of each row and its gradient; logits (rows,V), targets (rows) */
