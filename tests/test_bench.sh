@@ -86,7 +86,8 @@ is_true "the losses are compared" "$(number step 'error of losses') < 1e-4"
 # A result that is wrong: three hundred blocks of width 2 lose what float can tell to rounding. The time is told, and
 # the end is an error.
 run "$bench" step --backend cpu --threads 1 --repeats 1 $fast --csv "$dir/csv" --num-layers 300 \
-    --model-dim 2 --num-heads 1 --z-dim 2 --value-dim 2 --ffn-hidden-dim 2 --cema-ndim 1 --chunk-size 64 --norm-num-groups 2 --vocab-size 16 \
+    --model-dim 2 --num-heads 1 \
+    --z-dim 2 --value-dim 2 --ffn-hidden-dim 2 --cema-ndim 1 --chunk-size 64 --norm-num-groups 2 --vocab-size 16 \
     --batch 1 --seq-len 64
 if [ $status -eq 1 ] && grep -q '^WRONG: bench step: the losses of the first tokens' "$dir/out" &&
     grep -q '^error: bench step: the losses of the first tokens' "$dir/err" && grep -q ',tokens/s,' "$dir/csv"
