@@ -105,7 +105,6 @@ static void small_model(MegalodonConfig *config) {
     config->ffn_hidden_dim = 256;
     config->chunk_size = 128;
     config->norm_num_groups = 16;
-    config->rope_base = 10000;
 }
 
 static void read_haystack(Recall *r, const char *path) {
