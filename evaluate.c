@@ -51,6 +51,8 @@ enum { SECONDS_A_LINE = 30 };        /* between lines of progress where stderr i
     X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
+    X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
+      "load the checkpoint without comparing its checksums") \
     X(TEXT,   data,        NULL,               0, 0, "PATH", "Data", \
       "what to score: a text file (each byte is a token), a .npy file of token numbers, or a folder of either; each " \
       "file is a text of its own") \
@@ -614,6 +616,7 @@ int main(int argc, char **argv) {
     static Job job;
     const Values *v = &job.values;
     if (!read_options(&job, argc, argv)) return 0;
+    *checkpoint_verifies() = !v->no_verify;
     if (!v->cema) {
         plan(&job);
         load_model(&job);

@@ -47,6 +47,8 @@ enum { READ_SIZE_CPU = 512, READ_SIZE_GPU = 4096 };
     X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
+    X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
+      "load checkpoint and state without comparing their checksums") \
     X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \
       "text to continue, which is printed first; without this, --prompt-file and --load-state: Once upon a time") \
     X(TEXT,   prompt_file, NULL,               0, 0, "FILE", "Text", \
@@ -286,6 +288,7 @@ int main(int argc, char **argv) {
     static Generator g;
     static Values v;
     if (!read_options(&v, argc, argv)) return 0;
+    *checkpoint_verifies() = !v.no_verify;
     signal(SIGPIPE, SIG_IGN);                            /* show_text sees it and ends quietly */
     if (v.save_state) check_writable(v.save_state);
     load_model(&g, &v);

@@ -126,6 +126,8 @@ static const char *find_numeric(const char *option, const char *name, const Nume
     X(INT,    threads,       "0",          0, 4096, "N", "Run", "CPU threads; 0: all cores") \
     X(TEXT,   checkpoint,    NULL,         0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, for its newest step") \
+    X(FLAG,   no_verify,     NULL,         0, 0, "", "Model", \
+      "load checkpoints and dumps without comparing their checksums") \
     X(LONG,   seed,          "1234",       0, LARGE, "N", "Model", \
       "fixes the parameters where there is no checkpoint, the pseudo-random tokens, and the dropout masks") \
     X(TEXT,   preset,        NULL,         0, 0, "NAME", "Model", \
@@ -597,6 +599,7 @@ static void open_dump(Recording *r, Inputs *in, const char *path) {
     const char *words[NUM_ROUNDINGS], *config, *numeric, *hash;
     for (int i = 0; i < NUM_ROUNDINGS; i++) words[i] = roundings[i].name;
     die_if(checkpoint_open(&r->file, path, DUMP_FORMAT));
+    if (*checkpoint_verifies()) die_if(safetensors_verify(&r->file));
     die_if(checkpoint_fact(&r->file, "config", &config));
     const char *error = checkpoint_config_parse(config, &in->config);
     if (error) die(errorf("%s: %s", path, error));
@@ -909,6 +912,7 @@ int main(int argc, char **argv) {
     const Values *v = &o.values;
     int threads, status = 0;
     if (!read_options(&o, argc, argv)) return 0;
+    *checkpoint_verifies() = !v->no_verify;
     /* What cannot run is said before anything is computed. */
     if (!v->compare) die_if(find_numeric("a", v->a, &numeric_a));
     if (!v->dump && !v->with) die_if(find_numeric("b", v->b, &numeric_b));
