@@ -271,7 +271,7 @@ static void load_model(Job *job) {
     if (length > longest) length = longest;
     if (batch > windows) batch = windows;
     MegalodonOptions options = {.max_batch = (int)batch, .max_length = (int)length, .carry = true,
-                                .precision = precision};
+                                .precision = precision, .max_bytes = backend_bytes(job->backend)};
     die_if(job->backend->create(&job->model, &job->config, &options));
     die_if(checkpoint_load(v->checkpoint, job->backend, job->model, &job->config));
     die_if(evaluation_attach(e, job->backend, job->model, (int)batch, (int)length));

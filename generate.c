@@ -132,7 +132,8 @@ static void load_model(Generator *g, const Values *v) {
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
     die_if(backend_threads(v->threads, &threads));
     g->read_size = v->read_size ? v->read_size : g->backend == &megalodon_cpu ? READ_SIZE_CPU : READ_SIZE_GPU;
-    MegalodonOptions options = {.max_batch = 1, .max_length = g->read_size, .carry = true, .precision = precision};
+    MegalodonOptions options = {.max_batch = 1, .max_length = g->read_size, .carry = true, .precision = precision,
+                                .max_bytes = backend_bytes(g->backend)};
     die_if(g->backend->create(&g->model, &g->config, &options));
     die_if(checkpoint_load(v->checkpoint, g->backend, g->model, &g->config));
     if (v->load_state || v->save_state) die_if(checkpoint_hash(v->checkpoint, g->hash));

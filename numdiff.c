@@ -461,7 +461,8 @@ static void record(Recording *r, const Plan *plan, const Inputs *in, const Numer
                                 .training = true,
                                 .keep_activations = true,
                                 .carry = true,
-                                .precision = numeric->precision};
+                                .precision = numeric->precision,
+                                .max_bytes = backend_bytes(backend)};
     MegalodonBatch batch = {.tokens = in->tokens, .targets = in->targets, .B = in->B, .T = in->T,
                             .dropout = in->dropout, .seed = in->seed};
     MegalodonLoss loss = {0, 0};

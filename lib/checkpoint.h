@@ -208,10 +208,15 @@ static inline const char *checkpoint_list_outside(CheckpointList *list, const ch
     return NULL;
 }
 
+/* Parameters and moments that are not finite are worth nothing, and must not take the place of some that are. */
 static inline const char *checkpoint_fill(void *context, size_t index, void *out) {
     const CheckpointList *list = context;
     const CheckpointItem *item = &list->items[index];
-    return list->backend->get(list->model, item->kind, item->tensor.name, out, item->dtype);
+    const char *error = list->backend->get(list->model, item->kind, item->tensor.name, out, item->dtype);
+    if (error || item->dtype != MEGALODON_F32 || item->kind == MEGALODON_STATE) return error;
+    for (int64_t i = 0; i < item->tensor.size; i++)
+        if (!isfinite(((const float *)out)[i])) return errorf("number %" PRId64 " is not finite", i);
+    return NULL;
 }
 
 /* Writes a list to a file and frees it. */
@@ -789,6 +794,23 @@ static inline const char *checkpoint_write_files(const char *directory, const Me
     return error;
 }
 
+/* Reads the files of one step again and compares their checksums: before older steps go, the new one is known to be
+ * good. */
+static inline const char *checkpoint_read_back(const char *directory) {
+    static const char *const names[] = {"model.safetensors", "trainer.safetensors", "state.safetensors"};
+    const char *error = NULL;
+    for (int i = 0; i < 3 && !error; i++) {
+        char path[SAFETENSORS_MAX_PATH];
+        Safetensors file;
+        if (!checkpoint_exists(directory, names[i])) continue;
+        error = checkpoint_join(path, directory, names[i]);
+        if (error || (error = safetensors_open(&file, path))) break;
+        error = safetensors_verify(&file);
+        safetensors_close(&file);
+    }
+    return error ? errorf("it does not read back as it was written: %s", error) : NULL;
+}
+
 /* Writes the checkpoint of a training run after `step` updates into the directory `run`, which is created if need be,
  * and then deletes all but the newest `keep` (0: keeps all). facts: what else resuming needs, strings with distinct
  * keys other than "format" and "step". with_state: training carries the model's state from batch to batch. Error:
@@ -811,6 +833,7 @@ static inline const char *checkpoint_write(const char *run, int64_t step, int ke
     if (mkdir(temporary, 0777) != 0) return errorf("%s: cannot create the directory: %s", temporary, strerror(errno));
     snprintf(number, sizeof number, "%" PRId64, step);
     error = checkpoint_write_files(temporary, backend, model, config, number, facts, with_state);
+    if (!error && *checkpoint_verifies()) error = checkpoint_read_back(temporary);
     if (!error && rename(temporary, path) != 0) error = errorf("%s: cannot rename: %s", temporary, strerror(errno));
     if (error) {
         checkpoint_remove(temporary);
