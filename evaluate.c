@@ -617,6 +617,7 @@ int main(int argc, char **argv) {
     const Values *v = &job.values;
     if (!read_options(&job, argc, argv)) return 0;
     *checkpoint_verifies() = !v->no_verify;
+    safetensors_catch_signals();
     if (!v->cema) {
         plan(&job);
         load_model(&job);

@@ -290,6 +290,7 @@ int main(int argc, char **argv) {
     static Values v;
     if (!read_options(&v, argc, argv)) return 0;
     *checkpoint_verifies() = !v.no_verify;
+    safetensors_catch_signals();
     signal(SIGPIPE, SIG_IGN);                            /* show_text sees it and ends quietly */
     if (v.save_state) check_writable(v.save_state);
     load_model(&g, &v);

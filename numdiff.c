@@ -203,8 +203,13 @@ typedef struct Inputs {
     uint64_t hash;                   /* of those values: two runs without it are not comparable */
 } Inputs;
 
-/* Memory, or the end of the program. */
+/* Memory, or the end of the program: before the system promises what it does not have. */
 static void *allocate(size_t count, size_t size) {
+    double bytes = (double)count * (double)size;
+    int64_t available = bytes > 1e8 ? memory_available() : 0;
+    if (available > 0 && bytes > (double)available)
+        die(errorf("%.0f bytes are needed for %zu numbers, and %" PRId64 " are free; use a smaller model, --batch or "
+                   "--seq-len", bytes, count, available));
     void *memory = calloc(count ? count : 1, size);
     if (!memory)
         die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len",
@@ -914,6 +919,7 @@ int main(int argc, char **argv) {
     int threads, status = 0;
     if (!read_options(&o, argc, argv)) return 0;
     *checkpoint_verifies() = !v->no_verify;
+    safetensors_catch_signals();
     /* What cannot run is said before anything is computed. */
     if (!v->compare) die_if(find_numeric("a", v->a, &numeric_a));
     if (!v->dump && !v->with) die_if(find_numeric("b", v->b, &numeric_b));

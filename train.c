@@ -46,7 +46,6 @@ static void catch_signals(void) {
         bool ignored = sigaction(signals[i], NULL, &before) == 0 && before.sa_handler == SIG_IGN;
         if (!ignored || signals[i] != SIGHUP) sigaction(signals[i], &action, NULL);       /* nohup stays nohup */
     }
-    signal(SIGXFSZ, SIG_IGN);                            /* a file that may not grow is a write that fails */
 }
 
 static const char *signal_name(int signal) {
@@ -369,6 +368,7 @@ static void train(Run *run) {
 
 int main(int argc, char **argv) {
     static Run run;                                          /* large for a stack */
+    safetensors_catch_signals();
     if (!set_up_run(&run, argc, argv)) return 0;
     catch_signals();
     train(&run);

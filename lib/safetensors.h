@@ -28,6 +28,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -471,6 +472,23 @@ static inline const char *safetensors_to_int64(const SafetensorsTensor *tensor, 
         return errorf("tensor %s: expected dtype I64, I32 or U8, found %s", tensor->name,
                       safetensors_dtype_name(tensor->dtype));
     return NULL;
+}
+
+/* A mapped file that becomes shorter, or whose disk is lost, while it is read ends a program by SIGBUS. */
+static inline void safetensors_lost(int signal) {
+    static const char sentence[] = "error: a file was cut, or its disk was lost, while it was read\n";
+    ssize_t written = write(STDERR_FILENO, sentence, sizeof sentence - 1);
+    (void)signal, (void)written;
+    _exit(1);
+}
+
+/* For programs, once: that ends with a sentence and status 1, and a file that may not grow any further (SIGXFSZ) is a
+ * write that fails. */
+static inline void safetensors_catch_signals(void) {
+    struct sigaction action = {.sa_handler = safetensors_lost};
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 /* ----------------------------------------------------------------------------------------------------

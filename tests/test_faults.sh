@@ -246,6 +246,16 @@ status=$?
 if [ $status -eq 1 ] && tail -n 1 "$dir/err" | grep -q 'step 8 could not be saved: .*too large'; then ok
 else fail "files of at most 10 kB: status $status"; fi
 
+(ulimit -f 2 && exec "$generate" --checkpoint "$dir/whole" --save-state "$dir/state" --max-tokens 0) > "$dir/out" 2> "$dir/err"
+status=$?
+if [ $status -eq 1 ] && grep -q '^error: --save-state .*too large' "$dir/err" && [ ! -f "$dir/state" ]; then ok
+else fail "a state of at most 1 kB: status $status"; fi
+(ulimit -f 2 && exec "$bin/tokenize" --tokenizer tests/tokenizer/tokenizer.json --data data/tinystories_valid.txt \
+    --out "$dir/tokens.npy") > "$dir/out" 2> "$dir/err"
+status=$?
+if [ $status -eq 1 ] && grep -q '^error: .*too large' "$dir/err"; then ok
+else fail "tokens of at most 1 kB: status $status"; fi
+
 # A folder that goes away in the middle of a run is made again.
 rm -rf "$dir/run"
 "$train" $fit --steps 1000000 --warmup 0 --save-every 5 --checkpoint-dir "$dir/run" --log-every 5 > "$dir/out" 2> "$dir/err" &

@@ -9,6 +9,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include <dirent.h>
+#include <sys/wait.h>
 
 #include "lib/safetensors.h"
 #include "tests/test.h"
@@ -407,6 +408,36 @@ static void test_damage(void) {
     free(good);
 }
 
+/* A file that is cut while a program reads it: a sentence and status 1, not a signal. */
+static void test_lost(void) {
+    int output[2], status = 0;
+    char sentence[128] = "";
+    const size_t size = 1 << 20;
+    char *header = malloc(128), *data = calloc(size, 1);
+    if (!header || !data || pipe(output) != 0) die("no memory, or no pipe");
+    snprintf(header, 128, "{\"a\":{\"dtype\":\"U8\",\"shape\":[%zu],\"data_offsets\":[0,%zu]}}", size, size);
+    put_header(header, size);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        Safetensors file;
+        dup2(output[1], STDERR_FILENO);
+        safetensors_catch_signals();
+        die_if(safetensors_open(&file, path));
+        if (truncate(path, 4096) != 0) _exit(2);
+        for (int64_t i = 0; i < file.tensors[0].size; i++) sum += safetensors_element(&file.tensors[0], i);
+        _exit(3);
+    }
+    close(output[1]);
+    ssize_t length = read(output[0], sentence, sizeof sentence - 1);
+    close(output[0]);
+    waitpid(child, &status, 0);
+    check(length > 0 && strstr(sentence, "error: a file was cut") && WIFEXITED(status) && WEXITSTATUS(status) == 1,
+          "a file that was cut: status %x, <%s>", (unsigned)status, sentence);
+    free(header);
+    free(data);
+}
+
 /* Opens real files and looks at what every fixture has. */
 static void test_file(const char *name) {
     Safetensors file;
@@ -434,6 +465,7 @@ int main(int argc, char **argv) {
     test_failed_write();
     test_damage();
     test_checksum();
+    test_lost();
     for (int i = 1; i < argc; i++) test_file(argv[i]);
     for (size_t i = 0; argc == 1 && i < sizeof golden / sizeof *golden; i++) {
         char name[64];
