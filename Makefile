@@ -75,7 +75,7 @@ TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test test-cross test-programs build-tests test-python test-kill demo asan bench golden clean help
+.PHONY: all test test-cross test-programs build-tests test-python test-kill test-large soak demo asan bench golden clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -109,6 +109,14 @@ test-programs: $(TESTS)
 KILLS ?= 200
 test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes checkpoints; none may be lost
 	@MEGALODON_BIN=$(BIN) sh tests/test_kill.sh $(KILLS)
+
+test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
+	@$(BUILD)/test_large --large
+
+SOAK_MINUTES ?= 60
+SOAK_TOKENS ?= 1000000
+soak: $(PROGRAMS) ## train for an hour and generate a million tokens; the memory must stay flat
+	@MEGALODON_BIN=$(BIN) sh tests/soak.sh $(SOAK_MINUTES) $(SOAK_TOKENS)
 
 bench: $(BUILD)/bench ## measure training, generation and every component next to what this machine can do
 	@$(BUILD)/bench

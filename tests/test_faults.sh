@@ -81,6 +81,12 @@ fit="$data --lr 0.01"
 # The run that all others are compared with: every step of it.
 good "a run" "$train" $fit --steps 8 --save-every 1 --keep 100 --checkpoint-dir "$dir/whole"
 
+for threads in 1 3 7; do
+    run "$train" $fit --steps 8 --threads $threads --checkpoint-dir "$dir/threads$threads"
+    if grep -q "built without OpenMP" "$dir/err"; then continue; fi
+    same "$threads threads" "$dir/whole/step-00000008" "$dir/threads$threads/step-00000008"
+done
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: each one of each program with values that are none. What an option takes, --help tells by its unit.
 
