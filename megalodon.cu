@@ -1030,7 +1030,8 @@ static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *optio
                       B, T, tensor);
     size_t free_bytes = 0, all = 0, needed = bytes_needed();
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
-    size_t limit = options->max_bytes > 0 ? min((size_t)options->max_bytes, free_bytes) : free_bytes;
+    size_t limit = free_bytes;
+    if (options->max_bytes > 0 && (size_t)options->max_bytes < limit) limit = (size_t)options->max_bytes;
     if (needed <= limit) return nullptr;
     int fitting = B / 2;
     while (options->max_batch = fitting, fitting > 0 && bytes_needed() > limit) fitting /= 2;

@@ -4,7 +4,7 @@
 #   sh tests/soak.sh [MINUTES [TOKENS]]       (default: 60 and 1000000; `make soak`)
 #
 # Training does all that it can do on the way: evaluations, samples, checkpoints, the log, carried states. The resident
-# memory of the program is read ten times a minute at most. The largest value after the first tenth of the time may not
+# memory of the program is read every few seconds. The largest value after the first tenth of the time may not
 # be more than 2% above the largest one within it.
 
 bin=${MEGALODON_BIN:-.}
@@ -15,18 +15,16 @@ trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0
 export OMP_WAIT_POLICY=passive
 
-# watch PID SECONDS FILE: a line "seconds KiB" now and then, until the process ends or the time is over
+# watch PID SECONDS PAUSE FILE: a line "seconds KiB" after each pause, until the process ends or the time is over
 watch() {
     begin=$(date +%s)
-    pause=$(($2 / 200 + 1))
-    [ $pause -le 6 ] || pause=6
     while kill -0 "$1" 2> /dev/null; do
         now=$(($(date +%s) - begin))
         kib=$(sed -n 's/^VmRSS:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$1/status" 2> /dev/null)
         [ -z "$kib" ] || echo "$now $kib"
         [ "$now" -lt "$2" ] || break
-        sleep $pause
-    done > "$3"
+        sleep "$3"
+    done > "$4"
 }
 # flat NAME FILE
 flat() {
@@ -53,7 +51,7 @@ model="--num-layers 2 --model-dim 32 --z-dim 16 --value-dim 64 --ffn-hidden-dim 
     --sample-every 1000 --sample-tokens 50 --save-every 500 --keep 2 --log "$dir/log.csv" --log-every 1000 \
     --checkpoint-dir "$dir/run" > "$dir/train" 2>&1 &
 pid=$!
-watch $pid $((minutes * 60)) "$dir/train.rss"
+watch $pid $((minutes * 60)) 6 "$dir/train.rss"
 kill -INT $pid
 wait $pid
 ended "training" $? "$dir/train"
@@ -61,7 +59,7 @@ flat "training" "$dir/train.rss"
 
 "$bin/generate" --checkpoint "$dir/run" --max-tokens "$tokens" > "$dir/text" 2> "$dir/generate" &
 pid=$!
-watch $pid 86400 "$dir/generate.rss"
+watch $pid 86400 1 "$dir/generate.rss"
 wait $pid
 ended "generation" $? "$dir/generate"
 flat "generation" "$dir/generate.rss"
