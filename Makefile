@@ -75,16 +75,16 @@ TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test test-cross test-programs build-tests test-python demo asan bench golden clean help
+.PHONY: all test test-cross test-programs build-tests test-python test-kill test-large soak demo asan bench golden clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -105,6 +105,18 @@ test-cross: ## run the C tests as another machine would, in an emulator: CROSS=a
 
 test-programs: $(TESTS)
 	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
+
+KILLS ?= 200
+test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes checkpoints; none may be lost
+	@MEGALODON_BIN=$(BIN) sh tests/test_kill.sh $(KILLS)
+
+test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
+	@$(BUILD)/test_large --large
+
+SOAK_MINUTES ?= 60
+SOAK_TOKENS ?= 1000000
+soak: $(PROGRAMS) ## train for an hour and generate a million tokens; the memory must stay flat
+	@MEGALODON_BIN=$(BIN) sh tests/soak.sh $(SOAK_MINUTES) $(SOAK_TOKENS)
 
 bench: $(BUILD)/bench ## measure training, generation and every component next to what this machine can do
 	@$(BUILD)/bench
@@ -173,6 +185,10 @@ $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS
 	$(LINK)
 $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 	$(LINK)
+# A disk that fails on purpose, for tests/test_fault*.sh, which do without it where it cannot be built.
+$(BUILD)/shim.so: tests/faults/shim.c $(BUILD)/flags
+	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl || : > $@
+
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)
 	$(LINK) -ldl

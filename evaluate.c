@@ -51,6 +51,8 @@ enum { SECONDS_A_LINE = 30 };        /* between lines of progress where stderr i
     X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
+    X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
+      "load the checkpoint without comparing its checksums") \
     X(TEXT,   data,        NULL,               0, 0, "PATH", "Data", \
       "what to score: a text file (each byte is a token), a .npy file of token numbers, or a folder of either; each " \
       "file is a text of its own") \
@@ -269,7 +271,7 @@ static void load_model(Job *job) {
     if (length > longest) length = longest;
     if (batch > windows) batch = windows;
     MegalodonOptions options = {.max_batch = (int)batch, .max_length = (int)length, .carry = true,
-                                .precision = precision};
+                                .precision = precision, .max_bytes = backend_bytes(job->backend)};
     die_if(job->backend->create(&job->model, &job->config, &options));
     die_if(checkpoint_load(v->checkpoint, job->backend, job->model, &job->config));
     die_if(evaluation_attach(e, job->backend, job->model, (int)batch, (int)length));
@@ -614,6 +616,8 @@ int main(int argc, char **argv) {
     static Job job;
     const Values *v = &job.values;
     if (!read_options(&job, argc, argv)) return 0;
+    *checkpoint_verifies() = !v->no_verify;
+    safetensors_catch_signals();
     if (!v->cema) {
         plan(&job);
         load_model(&job);

@@ -47,6 +47,8 @@ enum { READ_SIZE_CPU = 512, READ_SIZE_GPU = 4096 };
     X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
+    X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
+      "load checkpoint and state without comparing their checksums") \
     X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \
       "text to continue, which is printed first; without this, --prompt-file and --load-state: Once upon a time") \
     X(TEXT,   prompt_file, NULL,               0, 0, "FILE", "Text", \
@@ -130,7 +132,8 @@ static void load_model(Generator *g, const Values *v) {
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
     die_if(backend_threads(v->threads, &threads));
     g->read_size = v->read_size ? v->read_size : g->backend == &megalodon_cpu ? READ_SIZE_CPU : READ_SIZE_GPU;
-    MegalodonOptions options = {.max_batch = 1, .max_length = g->read_size, .carry = true, .precision = precision};
+    MegalodonOptions options = {.max_batch = 1, .max_length = g->read_size, .carry = true, .precision = precision,
+                                .max_bytes = backend_bytes(g->backend)};
     die_if(g->backend->create(&g->model, &g->config, &options));
     die_if(checkpoint_load(v->checkpoint, g->backend, g->model, &g->config));
     if (v->load_state || v->save_state) die_if(checkpoint_hash(v->checkpoint, g->hash));
@@ -286,6 +289,8 @@ int main(int argc, char **argv) {
     static Generator g;
     static Values v;
     if (!read_options(&v, argc, argv)) return 0;
+    *checkpoint_verifies() = !v.no_verify;
+    safetensors_catch_signals();
     signal(SIGPIPE, SIG_IGN);                            /* show_text sees it and ends quietly */
     if (v.save_state) check_writable(v.save_state);
     load_model(&g, &v);

@@ -1982,10 +1982,18 @@ static void layout_tables(MegalodonModel *m, Arena *arena) {
     for (int i = 0; i < 4; i++) states[i]->layers = TAKE(arena, LayerState, L);
 }
 
-/* Sizes an arena with its layout function, allocates it zeroed, lays it out. Error: the bytes asked for. */
-static const char *build_arena(MegalodonModel *m, void (*layout)(MegalodonModel *, Arena *), int64_t *bytes) {
+typedef void Layout(MegalodonModel *, Arena *);
+
+/* Bytes of an arena. */
+static size_t measure(MegalodonModel *m, Layout *layout) {
     Arena arena = {0};
     layout(m, &arena);
+    return arena.used;
+}
+
+/* Sizes an arena with its layout function, allocates it zeroed, lays it out. Error: the bytes asked for. */
+static const char *build_arena(MegalodonModel *m, Layout *layout, int64_t *bytes) {
+    Arena arena = {.used = measure(m, layout)};
     if (arena.used == 0) return NULL;
     arena.base = aligned_alloc(64, arena.used);
     if (!arena.base) return errorf("out of memory: asked for %.2f GiB", (double)arena.used / (1 << 30));
@@ -2029,8 +2037,53 @@ static void cpu_destroy(MegalodonModel *m) {
     free(m);
 }
 
+/* The arenas beside the tables, in the order in which they are built, and what each one's size is noted as. */
+typedef struct { Layout *layout; int64_t *bytes; } ArenaPlan;
+enum { NUM_ARENAS = 6 };
+static void plan_arenas(MegalodonModel *m, ArenaPlan plan[NUM_ARENAS]) {
+    MegalodonMemory *memory = &m->memory;
+    const ArenaPlan all[NUM_ARENAS] = {
+        {layout_weights, &memory->parameters},      {m->options.training ? layout_gradients : NULL, &memory->gradients},
+        {layout_activations, &memory->activations}, {m->options.training ? layout_moments : NULL, &memory->moments},
+        {layout_state, &memory->state},             {layout_workspace, &memory->workspace}};
+    memcpy(plan, all, sizeof all);
+}
+
+static size_t bytes_needed(MegalodonModel *m) {
+    ArenaPlan plan[NUM_ARENAS];
+    size_t needed = (size_t)max_threads() * scratch_size(m) * sizeof(real);
+    plan_arenas(m, plan);
+    for (int i = 0; i < NUM_ARENAS; i++)
+        if (plan[i].layout) needed += measure(m, plan[i].layout);
+    return needed;
+}
+
+/* Is there enough memory, before any is taken? Error: how much is needed, how much there may be, and the largest batch,
+ * by halves, that would fit. */
+static const char *check_bytes(MegalodonModel *m) {
+    const MegalodonConfig *c = &m->config;
+    MegalodonOptions *o = &m->options;
+    /* Sizes whose products cannot be counted: the widest activation, and the keys and values of the state. */
+    double wide = MAX(MAX(c->model_dim, c->z_dim), MAX(c->value_dim, MAX(c->ffn_hidden_dim, c->vocab_size)));
+    double tensor = wide * o->max_batch * MAX(o->max_length, c->chunk_size) * sizeof(real);
+    if (tensor > 0x1p42)
+        return errorf("batch %d x length %d: this model would need %.0f bytes for a single tensor; make it smaller, or "
+                      "the batch, or the sequence", o->max_batch, o->max_length, tensor);
+    size_t needed = bytes_needed(m), limit = o->max_bytes > 0 ? (size_t)o->max_bytes : SIZE_MAX;
+    if (needed <= limit) return NULL;
+    int batch = o->max_batch, fitting = batch / 2;
+    while (o->max_batch = fitting, fitting > 0 && bytes_needed(m) > limit) fitting /= 2;
+    o->max_batch = batch;
+    char hint[96] = "not even one row would fit: make the model or the sequence smaller";
+    if (fitting > 0) snprintf(hint, sizeof hint, "a batch of %d row%s would fit", fitting, fitting == 1 ? "" : "s");
+    return errorf("this model needs %.2f GiB of memory (%zu bytes) for a batch of %d x %d tokens, and %.2f GiB (%zu bytes) "
+                  "are free; %s", (double)needed / (1 << 30), needed, batch, o->max_length, (double)limit / (1 << 30),
+                  limit, hint);
+}
+
 static const char *build(MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
+    ArenaPlan plan[NUM_ARENAS];
     int64_t tables = 0;
     const char *error = NULL;
     m->num_params = megalodon_tensors(c, MEGALODON_PARAM, 1, 1, 0, NULL, 0);
@@ -2040,14 +2093,10 @@ static const char *build(MegalodonModel *m) {
         m->offset[i] = m->arena_size;
         m->arena_size += (m->params[i].size + 15) / 16 * 16;
     }
-    if ((error = build_arena(m, layout_weights, &m->memory.parameters))) return error;
-    if (m->options.training) {
-        if ((error = build_arena(m, layout_gradients, &m->memory.gradients))) return error;
-        if ((error = build_arena(m, layout_moments, &m->memory.moments))) return error;
-    }
-    if ((error = build_arena(m, layout_activations, &m->memory.activations))) return error;
-    if ((error = build_arena(m, layout_state, &m->memory.state))) return error;
-    if ((error = build_arena(m, layout_workspace, &m->memory.workspace))) return error;
+    if ((error = check_bytes(m))) return error;
+    plan_arenas(m, plan);
+    for (int i = 0; i < NUM_ARENAS; i++)
+        if (plan[i].layout && (error = build_arena(m, plan[i].layout, plan[i].bytes))) return error;
     m->memory.workspace += tables + (int64_t)max_threads() * (int64_t)(scratch_size(m) * sizeof(real));
     point_params(m, m->weights, m->layers, &m->top);
     point_params(m, m->grads, m->dlayers, &m->dtop);
@@ -2454,7 +2503,7 @@ static const char *cpu_update(MegalodonModel *m, const MegalodonAdamW *adamw, do
     if (!m->options.training) return errorf("a model made for inference cannot be updated");
     double norm = gradient_norm(m);
     if (grad_norm) *grad_norm = norm;
-    if (!isfinite(norm)) return NULL;
+    if (!isfinite(norm) || (adamw->max_norm > 0 && norm > adamw->max_norm)) return NULL;
     real clip = (real)(adamw->clip > 0 && norm > adamw->clip ? adamw->clip / norm : 1);
     for (int i = 0, next; i < m->num_params; i = next) {                     /* neighbours of one decay together */
         double decay = megalodon_weight_decay(adamw, &m->params[i]);

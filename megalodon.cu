@@ -72,19 +72,21 @@ __global__ static void square_sums_kernel(double *partial, const float *g, int64
 }
 
 /* computes: norm = sqrt of the sum of the partial sums; clip = the factor that brings it down to `largest`
- * (0: no clipping)
+ * (0: no clipping), or 0 if the norm is not finite or above `most` (0: any may be)
  * launch:   one block of 1024: a thread adds every 1024th
  * traffic:  8 count bytes
  * needs:    nothing
  * numerics: double, fixed order: deterministic */
-__global__ static void clip_kernel(Scalars *scalars, const double *partial, int64_t count, double largest) {
+__global__ static void clip_kernel(Scalars *scalars, const double *partial, int64_t count, double largest,
+                                   double most) {
     __shared__ double shared[SUM_THREADS / WARP_SIZE];
     double sum = 0;
     for (int64_t i = threadIdx.x; i < count; i += SUM_THREADS) sum += partial[i];
     sum = sqrt(block_sum(sum, shared));
     if (threadIdx.x != 0) return;
     scalars->norm = sum;
-    scalars->clip = !isfinite(sum) ? 0.0f : largest > 0 && sum > largest ? (float)(largest / sum) : 1.0f;
+    bool used = isfinite(sum) && !(most > 0 && sum > most);
+    scalars->clip = !used ? 0.0f : largest > 0 && sum > largest ? (float)(largest / sum) : 1.0f;
 }
 
 struct AdamW {
@@ -97,7 +99,7 @@ struct AdamW {
  * launch:   grid ceil(count / 1024), block 256: a thread owns 4 parameters
  * traffic:  28 count bytes, and 2 count for the copy
  * needs:    count a multiple of 4
- * numerics: float; clip 0 (a norm that is not finite) changes nothing */
+ * numerics: float; clip 0 (a norm that is not finite or too large) changes nothing */
 __global__ static void adamw_kernel(float *w, bf16 *copy, float *m1, float *m2, const float *g,
                                     const Scalars *scalars, int64_t count, AdamW adamw) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * UPDATE_VEC;
@@ -1000,7 +1002,8 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     if (size == 0) return nullptr;
     if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
         cudaGetLastError(); // the refusal is reported here and must not be found again later
-        return errorf("out of device memory: asked for %.2f GiB", (double)size / (1 << 30));
+        return errorf("out of device memory: asked for %.2f GiB (%zu bytes); a smaller batch needs less",
+                      (double)size / (1 << 30), size);
     }
     m->arenas.push_back(arena.base);
     CHECK_CUDA(cudaMemset(arena.base, 0, size));
@@ -1012,6 +1015,33 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
 /* Is the gradient one matrix product? Then the first one after zero_gradients need not be added to zeros. */
 static bool has_product_gradient(const MegalodonTensor *tensor) {
     return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
+}
+
+/* Is there enough memory, before any is taken? Error: how much is needed, how much is free, and the largest batch, by
+ * halves, that would fit. */
+template <typename F>
+static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, F bytes_needed) {
+    int B = options->max_batch, T = options->max_length, widest = c->model_dim;
+    for (int size : {c->z_dim, c->value_dim, c->ffn_hidden_dim, c->vocab_size}) widest = max(widest, size);
+    double tensor = (double)widest * B * max(T, c->chunk_size) * sizeof(float);
+    if (tensor > 0x1p42) // the products below could not be counted
+        return errorf("batch %d x length %d: this model would need %.0f bytes for a single tensor; make it "
+                      "smaller, or the batch, or the sequence",
+                      B, T, tensor);
+    size_t free_bytes = 0, all = 0, needed = bytes_needed();
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+    size_t limit = free_bytes;
+    if (options->max_bytes > 0 && (size_t)options->max_bytes < limit) limit = (size_t)options->max_bytes;
+    if (needed <= limit) return nullptr;
+    int fitting = B / 2;
+    while (options->max_batch = fitting, fitting > 0 && bytes_needed() > limit) fitting /= 2;
+    options->max_batch = B;
+    char hint[96] = "not even one row would fit: make the model or the sequence smaller";
+    if (fitting > 0)
+        snprintf(hint, sizeof hint, "a batch of %d row%s would fit", fitting, fitting == 1 ? "" : "s");
+    return errorf("this model needs %.2f GiB of device memory (%zu bytes) for a batch of %d x %d tokens, and "
+                  "%.2f GiB (%zu bytes) are free; %s",
+                  (double)needed / (1 << 30), needed, B, T, (double)limit / (1 << 30), limit, hint);
 }
 
 template <typename T> static const char *build(Model<T> *m) {
@@ -1042,20 +1072,19 @@ template <typename T> static const char *build(Model<T> *m) {
         {layout_moments<T>, &m->memory.moments},    {layout_activations<T>, &m->memory.activations},
         {layout_state<T>, &m->memory.state},        {layout_workspace<T>, &m->memory.workspace},
         {layout_scratch<T>, &m->memory.workspace}};
-    size_t needed = 0, available = 0, all = 0;
-    for (const auto &arena : arenas) {
-        if (arena.layout == layout_scratch<T>) {
-            point_all_params(m);
-            m->context.scratch_bytes = measure_scratch(m);
+    auto bytes_needed = [&] {
+        size_t needed = 0;
+        for (const auto &arena : arenas) {
+            if (arena.layout == layout_scratch<T>) {
+                point_all_params(m);
+                m->context.scratch_bytes = measure_scratch(m);
+            }
+            needed += measure(m, arena.layout);
         }
-        needed += measure(m, arena.layout);
-    }
-    CHECK_CUDA(cudaMemGetInfo(&available, &all));
-    if (needed > available)
-        return errorf("this model needs %.2f GiB of device memory (%zu bytes) and %.2f GiB are free (%zu "
-                      "bytes): make it "
-                      "smaller, or the batch, or the sequence",
-                      (double)needed / (1 << 30), needed, (double)available / (1 << 30), available);
+        return needed;
+    };
+    const char *refusal = check_bytes(&m->config, &m->options, bytes_needed);
+    if (refusal) return refusal;
     for (const auto &arena : arenas) {
         const char *error = build_arena(m, arena.layout, arena.bytes);
         if (error) return error;
@@ -1376,7 +1405,8 @@ static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, d
     int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
     LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
            m->arena_size);
-    LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
+    LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip,
+           adamw->max_norm);
     for (size_t i = 0, next; i < m->params.size(); i = next) { // neighbours of one decay together
         double decay = megalodon_weight_decay(adamw, &m->params[i]);
         for (next = i + 1; next < m->params.size(); next++)

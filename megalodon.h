@@ -243,6 +243,8 @@ typedef struct MegalodonOptions {
                                         models for inference always do                                    */
     bool state_gradients;            /* training with carry: GRAD_STATE_IN and GRAD_STATE_OUT exist       */
     MegalodonPrecision precision;    /* fp32 everywhere, or bf16 weights and activations (GPU)            */
+    int64_t max_bytes;               /* create refuses to need more memory, of the device's own on a GPU; 0: no
+                                        limit but a GPU's free memory                                     */
 } MegalodonOptions;
 
 enum { MEGALODON_IGNORE = -1 };      /* a target that does not count */
@@ -264,6 +266,7 @@ typedef struct MegalodonLoss {
 typedef struct MegalodonAdamW {
     double lr, beta1, beta2, eps, weight_decay;
     double clip;                     /* largest global gradient norm; 0: no clipping   */
+    double max_norm;                 /* a larger norm changes nothing; 0: any may      */
     int64_t step;                    /* 1 for the first update (bias correction)       */
     bool spare_cema;                 /* no weight decay on CEMA's parameters           */
 } MegalodonAdamW;
@@ -278,7 +281,9 @@ typedef struct MegalodonBackend {
     const char *name;
     /* NULL if this backend can run here, else why it cannot. */
     const char *(*unavailable)(void);
-    /* Allocates everything once. Parameters are unset, gradients and moments zero, the state empty. */
+    /* Allocates everything once. Parameters are unset, gradients and moments zero, the state empty. Error: an invalid
+     * configuration, or too little memory, which is found out before any is taken: the bytes needed, those that there
+     * are, and the largest batch that would fit. */
     const char *(*create)(MegalodonModel **model, const MegalodonConfig *config,
                           const MegalodonOptions *options);
     void (*destroy)(MegalodonModel *model);
@@ -293,7 +298,7 @@ typedef struct MegalodonBackend {
     const char *(*backward)(MegalodonModel *model, double scale);
     void (*zero_gradients)(MegalodonModel *model);
     /* Clips by the global norm and applies AdamW to every parameter. grad_norm: before clipping. A norm
-     * that is not finite changes nothing (the caller sees it in grad_norm). */
+     * that is not finite or above max_norm changes nothing (the caller sees it in grad_norm). */
     const char *(*update)(MegalodonModel *model, const MegalodonAdamW *adamw, double *grad_norm);
     /* Copies a tensor out of or into the model, converting to or from dtype (F32, F64 or BF16; count: I64).
      * The layout is megalodon_tensors' for the last forward's B and T and the state's n. */

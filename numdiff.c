@@ -126,6 +126,8 @@ static const char *find_numeric(const char *option, const char *name, const Nume
     X(INT,    threads,       "0",          0, 4096, "N", "Run", "CPU threads; 0: all cores") \
     X(TEXT,   checkpoint,    NULL,         0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, for its newest step") \
+    X(FLAG,   no_verify,     NULL,         0, 0, "", "Model", \
+      "load checkpoints and dumps without comparing their checksums") \
     X(LONG,   seed,          "1234",       0, LARGE, "N", "Model", \
       "fixes the parameters where there is no checkpoint, the pseudo-random tokens, and the dropout masks") \
     X(TEXT,   preset,        NULL,         0, 0, "NAME", "Model", \
@@ -201,8 +203,13 @@ typedef struct Inputs {
     uint64_t hash;                   /* of those values: two runs without it are not comparable */
 } Inputs;
 
-/* Memory, or the end of the program. */
+/* Memory, or the end of the program: before the system promises what it does not have. */
 static void *allocate(size_t count, size_t size) {
+    double bytes = (double)count * (double)size;
+    int64_t available = bytes > 1e8 ? memory_available() : 0;
+    if (available > 0 && bytes > (double)available)
+        die(errorf("%.0f bytes are needed for %zu numbers, and %" PRId64 " are free; use a smaller model, --batch or "
+                   "--seq-len", bytes, count, available));
     void *memory = calloc(count ? count : 1, size);
     if (!memory)
         die(errorf("no memory for %zu elements of %zu bytes; use a smaller model, --batch or --seq-len",
@@ -459,7 +466,8 @@ static void record(Recording *r, const Plan *plan, const Inputs *in, const Numer
                                 .training = true,
                                 .keep_activations = true,
                                 .carry = true,
-                                .precision = numeric->precision};
+                                .precision = numeric->precision,
+                                .max_bytes = backend_bytes(backend)};
     MegalodonBatch batch = {.tokens = in->tokens, .targets = in->targets, .B = in->B, .T = in->T,
                             .dropout = in->dropout, .seed = in->seed};
     MegalodonLoss loss = {0, 0};
@@ -597,6 +605,7 @@ static void open_dump(Recording *r, Inputs *in, const char *path) {
     const char *words[NUM_ROUNDINGS], *config, *numeric, *hash;
     for (int i = 0; i < NUM_ROUNDINGS; i++) words[i] = roundings[i].name;
     die_if(checkpoint_open(&r->file, path, DUMP_FORMAT));
+    if (*checkpoint_verifies()) die_if(safetensors_verify(&r->file));
     die_if(checkpoint_fact(&r->file, "config", &config));
     const char *error = checkpoint_config_parse(config, &in->config);
     if (error) die(errorf("%s: %s", path, error));
@@ -909,6 +918,8 @@ int main(int argc, char **argv) {
     const Values *v = &o.values;
     int threads, status = 0;
     if (!read_options(&o, argc, argv)) return 0;
+    *checkpoint_verifies() = !v->no_verify;
+    safetensors_catch_signals();
     /* What cannot run is said before anything is computed. */
     if (!v->compare) die_if(find_numeric("a", v->a, &numeric_a));
     if (!v->dump && !v->with) die_if(find_numeric("b", v->b, &numeric_b));

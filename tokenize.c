@@ -12,6 +12,7 @@
 #endif
 
 #include <errno.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -328,6 +329,7 @@ int main(int argc, char **argv) {
     Values v = {0};
     Tokenizer tok;
     if (!read_options(&v, argc, argv)) return 0;
+    signal(SIGXFSZ, SIG_IGN);                    /* a file that may not grow any further is a write that fails */
     die_if(tokenizer_load(v.tokenizer, &tok));
     if (v.data) encode(&v, &tok);
     else decode(&v, &tok);

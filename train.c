@@ -14,6 +14,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 
+#include <float.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -28,19 +29,27 @@
 #include "lib/text.h"
 #include "lib/trainer.h"
 
-/* The first Ctrl-C or SIGTERM asks the loop to stop after its step; a second one ends the program at once. */
+/* The first Ctrl-C, SIGTERM or SIGHUP asks the loop to stop after its step and to save; a second one ends the program at
+ * once. Where nobody reads the output any more (`| head`), the run is saved and ends too, quietly. */
 static volatile sig_atomic_t stop_signal = 0;
 
 static void on_signal(int signal) {
-    if (stop_signal) _exit(128 + signal);
-    stop_signal = signal;
+    if (stop_signal && signal != SIGPIPE) _exit(128 + signal);
+    if (!stop_signal) stop_signal = signal;
 }
 
 static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, before;
     sigemptyset(&action.sa_mask);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        bool ignored = sigaction(signals[i], NULL, &before) == 0 && before.sa_handler == SIG_IGN;
+        if (!ignored || signals[i] != SIGHUP) sigaction(signals[i], &action, NULL);       /* nohup stays nohup */
+    }
+}
+
+static const char *signal_name(int signal) {
+    return signal == SIGINT ? "Ctrl-C" : signal == SIGTERM ? "SIGTERM" : signal == SIGHUP ? "SIGHUP" : "SIGPIPE";
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -132,30 +141,46 @@ static double learning_rate(const Values *v, int64_t step) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * One step: forward and backward over all passes, then the update. A loss or a norm that is not finite changes no
- * weight; the step is counted and the run goes on, up to --max-bad-steps in a row.
+ * One step: forward and backward over all passes, then the update. A loss or a norm that is not finite, or a spike,
+ * changes no weight; the step is counted and the run goes on, up to --max-bad-steps in a row.
  */
+
+/* One pass of step `step`, which starts from an empty state. */
+static MegalodonBatch batch_of(const Run *run, int64_t step, int pass) {
+    const Values *v = &run->values;
+    int64_t first = (int64_t)pass * v->batch * v->seq_len;
+    return (MegalodonBatch){.tokens = run->tokens + first, .targets = run->targets + first, .B = v->batch,
+                            .T = v->seq_len, .dropout = true, .seed = (uint64_t)v->seed,
+                            .step = (uint64_t)step * (uint64_t)v->accumulate + (uint64_t)pass};
+}
+
 static void train_step(Run *run, ReportRow *row) {
     const Values *v = &run->values;
     double start = report_seconds(), nll_sum = 0, scale = 1 / (double)load_step(run);
-    int64_t size = (int64_t)v->batch * v->seq_len;
+    run->bad_pass = -1;
+    run->loss_limit = guard_limit(&run->guard, GUARD_LOSS, v->spike_guard);
+    run->norm_limit = guard_limit(&run->guard, GUARD_NORM, v->spike_guard);
     run->backend->zero_gradients(run->model);
     for (int pass = 0; pass < v->accumulate; pass++) {
-        MegalodonBatch batch = {.tokens = run->tokens + pass * size, .targets = run->targets + pass * size,
-                                .B = v->batch, .T = v->seq_len, .carry = carry_rows(run, pass), .dropout = true,
-                                .seed = (uint64_t)v->seed,
-                                .step = (uint64_t)run->step * (uint64_t)v->accumulate + (uint64_t)pass};
+        MegalodonBatch batch = batch_of(run, run->step, pass);
         MegalodonLoss loss;
+        batch.carry = carry_rows(run, pass);
         die_if(run->backend->forward(run->model, &batch, &loss));
         die_if(run->backend->backward(run->model, scale));
         nll_sum += loss.nll_sum;
+        if (!isfinite(loss.nll_sum) && run->bad_pass < 0) run->bad_pass = pass;
     }
     MegalodonAdamW adamw = {.lr = learning_rate(v, run->step), .beta1 = v->beta1, .beta2 = v->beta2,
                             .eps = v->adam_eps, .weight_decay = v->weight_decay, .clip = v->clip,
                             .step = run->updates + 1, .spare_cema = !v->cema_decay};
     double loss = nll_sum * scale, norm = NAN;
+    if (isfinite(run->norm_limit)) adamw.max_norm = run->norm_limit;
+    if (loss > run->loss_limit) adamw.max_norm = DBL_MIN;                    /* tells the norm and changes nothing */
     if (isfinite(loss)) die_if(run->backend->update(run->model, &adamw, &norm));
-    bool good = isfinite(loss) && isfinite(norm);
+    bool finite = isfinite(loss) && isfinite(norm), good;
+    run->spike = finite && (loss > run->loss_limit || norm > run->norm_limit);
+    good = finite && !run->spike;
+    if (good && v->spike_guard > 0) guard_learn(&run->guard, loss, norm);
     run->step++;
     run->updates += good;
     run->bad_steps += !good;
@@ -168,18 +193,42 @@ static void train_step(Run *run, ReportRow *row) {
                        .ms = 1e3 * seconds, .tokens_per_s = (double)tokens_per_step(run) / seconds};
 }
 
+/* Too many steps in a row were skipped. */
+static bool has_failed(const Run *run) { return run->bad_in_a_row >= run->values.max_bad_steps; }
+
+/* Says where in the last step numbers stopped being finite; empty if it was a spike. It may take the model apart to find
+ * out, so the run ends after it. */
+static void find_cause(Run *run, char *out, size_t size) {
+    char tensor[DIVERGENCE_NAME] = "";
+    MegalodonOptions options = {.precision = run->precision, .max_bytes = backend_bytes(run->backend)};
+    MegalodonBatch batch = batch_of(run, run->step - 1, run->bad_pass < 0 ? 0 : run->bad_pass);
+    *out = '\0';
+    if (run->spike) return;
+    bool found = divergence_in_parameters(run->backend, run->model, &run->config, tensor);
+    if (!found && run->bad_pass < 0)
+        found = divergence_in_gradients(run->backend, run->model, &run->config, tensor);
+    else if (!found)
+        found = divergence_in_forward(run->backend, &run->model, &run->config, &options, &batch, tensor);
+    if (found) snprintf(out, size, "; the first tensor that is not finite, in the order of computation, is %s", tensor);
+}
+
 /* Tells of a step that was skipped, and ends the run when there were too many. */
 static void check_bad_step(Run *run, const ReportRow *row) {
+    char spike[96] = "", cause[160 + DIVERGENCE_NAME];
     if (run->bad_in_a_row == 0) return;
     report_clear_bar(&run->report);
-    fprintf(stderr, "step %lld: loss %g, gradient norm %g; the step was skipped (%d in a row, %lld in all)\n",
-            (long long)run->step, row->loss, row->grad_norm, run->bad_in_a_row, (long long)run->bad_steps);
-    if (run->bad_in_a_row < run->values.max_bad_steps) return;
+    if (run->spike)
+        snprintf(spike, sizeof spike, ", a spike: up to %g and %g were expected", run->loss_limit, run->norm_limit);
+    fprintf(stderr, "step %lld: loss %g, gradient norm %g%s; the step was skipped (%d in a row, %lld in all)\n",
+            (long long)run->step, row->loss, row->grad_norm, spike, run->bad_in_a_row, (long long)run->bad_steps);
+    if (!has_failed(run)) return;
+    const char *what = run->spike ? "skipped" : "not finite";
     const char *hint = "a lower --lr, a longer --warmup or a smaller --clip may help";
+    find_cause(run, cause, sizeof cause);
     if (run->saved_step >= 0)
-        die(errorf("%d steps in a row were not finite; the last good checkpoint is step %lld in %s; %s",
-                   run->bad_in_a_row, (long long)run->saved_step, run->values.checkpoint_dir, hint));
-    die(errorf("%d steps in a row were not finite; no checkpoint was saved; %s", run->bad_in_a_row, hint));
+        die(errorf("%d steps in a row were %s; the last good checkpoint is step %lld in %s%s; %s", run->bad_in_a_row,
+                   what, (long long)run->saved_step, run->values.checkpoint_dir, cause, hint));
+    die(errorf("%d steps in a row were %s; no checkpoint was saved%s; %s", run->bad_in_a_row, what, cause, hint));
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -268,7 +317,7 @@ static void print_evaluation(Run *run, const ReportRow *row) {
 static void print_end(Run *run, const ReportRow *row, double seconds) {
     char tokens[32], time[32];
     report_clear_bar(&run->report);
-    if (stop_signal) printf("stopped by %s", stop_signal == SIGINT ? "Ctrl-C" : "SIGTERM");
+    if (stop_signal) printf("stopped by %s", signal_name(stop_signal));
     else printf("done");
     printf(" after step %lld of %lld: %s tokens, %s", (long long)run->step, (long long)run->values.steps,
            report_count(run->step * tokens_per_step(run), tokens), report_duration(seconds, time));
@@ -303,15 +352,15 @@ static void train(Run *run) {
             summed = 0;
         }
         report_bar(&run->report, &row);
-        if (run->held_out.count > 0 && (is_due(run->step, v->eval_every) || last)) {
+        if (run->held_out.count > 0 && (is_due(run->step, v->eval_every) || last) && !has_failed(run)) {
             row.val_loss = evaluate(run);
             if (run->report.text) row.val_bpb = report_bits(row.val_loss);
             print_evaluation(run, &row);
         }
-        die_if(report_csv_row(&run->report, &row));
+        write_log(run, &row);
         check_bad_step(run, &row);
         if (is_due(run->step, v->sample_every)) print_sample(run);
-        if (is_due(run->step, v->save_every)) save(run, false);
+        if (is_due(run->step, v->save_every) && !last) save(run, false);
     }
     if (run->saved_step != run->step) save(run, true);
     print_end(run, &row, report_seconds() - start);
@@ -319,6 +368,7 @@ static void train(Run *run) {
 
 int main(int argc, char **argv) {
     static Run run;                                          /* large for a stack */
+    safetensors_catch_signals();
     if (!set_up_run(&run, argc, argv)) return 0;
     catch_signals();
     train(&run);

@@ -29,15 +29,39 @@ using bf16 = __nv_bfloat16;
  * Errors of the environment: file, line, and the end of the program. User errors never come here.
  */
 
-[[noreturn]] static inline void cuda_failed(const char *what, const char *call, const char *file, int line) {
-    fprintf(stderr, "%s:%d: %s failed: %s\n", file, line, call, what);
+[[noreturn]] static inline void cuda_failed(const char *what, const char *call, const char *file, int line,
+                                            const char *hint = "") {
+    fflush(stdout);
+    fprintf(stderr, "error: %s:%d: %s failed: %s%s\n", file, line, call, what, hint);
     exit(1);
+}
+
+/* What the user can do about a failed call; nothing where the message says it all. */
+static inline const char *cuda_hint(cudaError_t status) {
+    switch (status) {
+    case cudaErrorMemoryAllocation: return "; the device's memory is full: a smaller batch needs less of it";
+    case cudaErrorDevicesUnavailable: return "; another program has the device for itself";
+    case cudaErrorNoKernelImageForDevice:
+        return "; this program was built for other devices: build it again on this machine";
+    case cudaErrorECCUncorrectable:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorNoDevice:
+    case cudaErrorSystemNotReady:
+    case cudaErrorUnknown:
+        return "; the device is lost to this program: start it again, a training run from its last checkpoint "
+               "by --resume";
+    default: return "";
+    }
 }
 
 #define CHECK_CUDA(call)                                                                                    \
     do {                                                                                                    \
         cudaError_t status_ = (call);                                                                       \
-        if (status_ != cudaSuccess) cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__);    \
+        if (status_ != cudaSuccess)                                                                         \
+            cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__, cuda_hint(status_));        \
     } while (0)
 #define CHECK_CUBLAS(call)                                                                                  \
     do {                                                                                                    \

@@ -12,6 +12,7 @@
 
 #include "../megalodon.h"
 #include "error.h"
+#include "memory.h"
 
 /* All backends, the preferred one first; ends at NULL. */
 static inline const MegalodonBackend *const *backend_list(void) {
@@ -45,6 +46,11 @@ static inline const char *backend_choose(const char *name, const char *precision
     if (*kind == MEGALODON_BF16_MIXED && *backend == &megalodon_cpu)
         return errorf("--precision bf16 needs a GPU; the cpu backend computes in fp32");
     return NULL;
+}
+
+/* The max_bytes of a model: what there is on a CPU. A GPU's backend asks its device. */
+static inline int64_t backend_bytes(const MegalodonBackend *backend) {
+    return strncmp(backend->name, "cpu", 3) == 0 ? memory_available() : 0;
 }
 
 /* Sets the number of threads, if one is asked for (0: what OpenMP chooses), and returns how many there are. Error: more

@@ -77,6 +77,7 @@ static inline const char *cema_read(const Safetensors *file, const MegalodonConf
     if (found->size != expected.size)
         return errorf("%s: tensor %s: expected %lld numbers, found %lld", file->path, name, (long long)expected.size,
                       (long long)found->size);
+    if (*checkpoint_verifies() && (error = safetensors_verify_tensor(file, found))) return error;
     safetensors_to_double(found, out);
     for (int64_t i = 0; i < expected.size; i++)
         if (!isfinite(out[i]))

@@ -18,7 +18,8 @@
  * alone, so that a long text is read once and then continued many times; doc/state.md describes the file.
  *
  * Everything goes through a backend's get and set, so each backend reads what another one wrote. Errors name the file,
- * the tensor, what was expected and what was found; a file is checked as a whole before the model is touched.
+ * the tensor, what was expected and what was found; a file is checked as a whole, its checksums too, before the model
+ * is touched.
  */
 #ifndef LIB_CHECKPOINT_H
 #define LIB_CHECKPOINT_H
@@ -36,6 +37,13 @@
 enum { CHECKPOINT_MAX_NAME = 64,     /* bytes of "step-00001000" and of its kin */
        CHECKPOINT_HASH = 17 };       /* bytes of a hash as text: 16 digits       */
 #define CHECKPOINT_MAX_COUNT ((int64_t)1 << 53)      /* tokens that a row of a state can have seen */
+
+/* Are checksums compared when a file is loaded? A program that is told --no-verify sets this to false, once, before it
+ * loads the first one. */
+static inline bool *checkpoint_verifies(void) {
+    static bool verifies = true;
+    return &verifies;
+}
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. The configuration as JSON.
@@ -200,10 +208,15 @@ static inline const char *checkpoint_list_outside(CheckpointList *list, const ch
     return NULL;
 }
 
+/* Parameters and moments that are not finite are worth nothing, and must not take the place of some that are. */
 static inline const char *checkpoint_fill(void *context, size_t index, void *out) {
     const CheckpointList *list = context;
     const CheckpointItem *item = &list->items[index];
-    return list->backend->get(list->model, item->kind, item->tensor.name, out, item->dtype);
+    const char *error = list->backend->get(list->model, item->kind, item->tensor.name, out, item->dtype);
+    if (error || item->dtype != MEGALODON_F32 || item->kind == MEGALODON_STATE) return error;
+    for (int64_t i = 0; i < item->tensor.size; i++)
+        if (!isfinite(((const float *)out)[i])) return errorf("number %" PRId64 " is not finite", i);
+    return NULL;
 }
 
 /* Writes a list to a file and frees it. */
@@ -228,7 +241,8 @@ static inline const char *checkpoint_list_write(CheckpointList *list, const char
 }
 
 /* Checks that a file has every tensor of a list with the right shape and a floating type, and no other tensor whose
- * name starts with the prefix. The state's count is checked by its reader. */
+ * name starts with the prefix, and that their bytes are those that were written. The state's count is checked by its
+ * reader. */
 static inline const char *checkpoint_list_check(const CheckpointList *list, const Safetensors *file,
                                                 const char *prefix) {
     for (size_t i = 0; i < list->count; i++) {
@@ -254,7 +268,10 @@ static inline const char *checkpoint_list_check(const CheckpointList *list, cons
         for (size_t k = 0; k < list->count && !known; k++) known = strcmp(name, list->items[k].name) == 0;
         if (!known) return errorf("%s: tensor %.120s: the configuration in use has no such tensor", file->path, name);
     }
-    return NULL;
+    const char *error = NULL;
+    for (size_t i = 0; i < list->count && !error && *checkpoint_verifies(); i++)
+        error = safetensors_verify_tensor(file, safetensors_find(file, list->items[i].name));
+    return error;
 }
 
 /* Puts a checked list's tensors into the model. Float64 in the file stays float64, everything narrower fits float32. */
@@ -281,15 +298,17 @@ static inline const char *checkpoint_list_load(const CheckpointList *list, const
     return error;
 }
 
-/* Opens a file of one of our formats. */
+/* Opens a file of one of our formats and checks its header's checksum. */
 static inline const char *checkpoint_open(Safetensors *file, const char *path, const char *format) {
     const char *error = safetensors_open(file, path);
     if (error) return error;
     const char *found = safetensors_metadata(file, "format");
-    if (found && strcmp(found, format) == 0) return NULL;
-    error = errorf("%s: expected the format \"%s\" in __metadata__, found %.80s", path, format,
-                   found ? found : "none; it was not written by this project");
-    safetensors_close(file);
+    if (!found || strcmp(found, format) != 0)
+        error = errorf("%s: expected the format \"%s\" in __metadata__, found %.80s", path, format,
+                       found ? found : "none; it was not written by this project");
+    else if (*checkpoint_verifies())
+        error = safetensors_verify_header(file);
+    if (error) safetensors_close(file);
     return error;
 }
 
@@ -775,6 +794,23 @@ static inline const char *checkpoint_write_files(const char *directory, const Me
     return error;
 }
 
+/* Reads the files of one step again and compares their checksums: before older steps go, the new one is known to be
+ * good. */
+static inline const char *checkpoint_read_back(const char *directory) {
+    static const char *const names[] = {"model.safetensors", "trainer.safetensors", "state.safetensors"};
+    const char *error = NULL;
+    for (int i = 0; i < 3 && !error; i++) {
+        char path[SAFETENSORS_MAX_PATH];
+        Safetensors file;
+        if (!checkpoint_exists(directory, names[i])) continue;
+        error = checkpoint_join(path, directory, names[i]);
+        if (error || (error = safetensors_open(&file, path))) break;
+        error = safetensors_verify(&file);
+        safetensors_close(&file);
+    }
+    return error ? errorf("it does not read back as it was written: %s", error) : NULL;
+}
+
 /* Writes the checkpoint of a training run after `step` updates into the directory `run`, which is created if need be,
  * and then deletes all but the newest `keep` (0: keeps all). facts: what else resuming needs, strings with distinct
  * keys other than "format" and "step". with_state: training carries the model's state from batch to batch. Error:
@@ -797,6 +833,7 @@ static inline const char *checkpoint_write(const char *run, int64_t step, int ke
     if (mkdir(temporary, 0777) != 0) return errorf("%s: cannot create the directory: %s", temporary, strerror(errno));
     snprintf(number, sizeof number, "%" PRId64, step);
     error = checkpoint_write_files(temporary, backend, model, config, number, facts, with_state);
+    if (!error && *checkpoint_verifies()) error = checkpoint_read_back(temporary);
     if (!error && rename(temporary, path) != 0) error = errorf("%s: cannot rename: %s", temporary, strerror(errno));
     if (error) {
         checkpoint_remove(temporary);

@@ -20,7 +20,9 @@
 #include "backends.h"
 #include "cema_init.h"
 #include "dataset.h"
+#include "divergence.h"
 #include "error.h"
+#include "lock.h"
 #include "model_options.h"
 #include "options.h"
 #include "report.h"
@@ -78,7 +80,11 @@
     X(REAL,   clip,          "1",        0, 1e9, "NORM", "Optimiser", \
       "largest norm of the gradient over all parameters; 0: no clipping") \
     X(INT,    max_bad_steps, "10",       1, 1 << 30, "N", "Optimiser", \
-      "stop after so many steps in a row whose loss or gradient is not finite; such a step changes nothing") \
+      "stop after so many skipped steps in a row; a step is skipped, and changes nothing, if its loss or its " \
+      "gradient is not finite or a spike") \
+    X(REAL,   spike_guard,   "0",        0, 1e6, "Z", "Optimiser", \
+      "a loss or a gradient norm is a spike if it lies more than Z standard deviations above the mean of the last " \
+      "100 steps; 0: nothing is") \
     X(LONG,   eval_every,    "250",      0, LARGE, "STEPS", "Evaluation", \
       "steps between evaluations on held-out data; 0: only at the end") \
     X(INT,    eval_batches,  "8",        1, 1 << 20, "N", "Evaluation", \
@@ -92,6 +98,11 @@
     X(LONG,   save_every,    "1000",     0, LARGE, "STEPS", "Files", \
       "steps between checkpoints; 0: only at the end and when stopped") \
     X(INT,    keep,          "3",        1, 1 << 20, "N", "Files", "checkpoints to keep; older ones are deleted") \
+    X(CHOICE, on_save_error, "continue", 0, 0, "continue|stop", "Files", \
+      "what to do where a checkpoint or the log cannot be written, on a full disk for example: say so and go on, or " \
+      "stop; the checkpoints before stay in any case") \
+    X(FLAG,   no_verify,     NULL,       0, 0, "", "Files", \
+      "load checkpoints without comparing their checksums, and do not read back what was written") \
     X(TEXT,   resume,        NULL,       0, 0, "PATH", "Files", \
       "go on from a checkpoint or from the newest one of a folder, with its options") \
     X(TEXT,   init,          NULL,       0, 0, "PATH", "Files", \
@@ -142,6 +153,12 @@ typedef struct Run {
     int64_t updates;             /* steps that changed the weights: AdamW's own count */
     int64_t bad_steps;           /* steps that did not, since the start               */
     int bad_in_a_row;
+    int bad_pass;                /* the last step's first pass whose loss is not finite; -1: none */
+    SpikeGuard guard;            /* --spike-guard: what it learnt                     */
+    double loss_limit, norm_limit;       /* what it allowed in the last step          */
+    bool spike;                  /* the last step was one                             */
+    FolderLock lock;             /* of --checkpoint-dir                               */
+    bool log_failed;             /* it was said that the log cannot be written        */
     int64_t saved_step;          /* of the newest checkpoint; -1: none                */
     int model_rows;              /* the options' first row of the model's fields       */
     Report report;
@@ -217,10 +234,12 @@ static inline void streams_to_text(const Streams *streams, char **next, char **f
 
 static inline const char *write_checkpoint(Run *run) {
     enum { NUMBERS = 5 };
-    static char keys[OPTIONS_MAX][OPTION_NAME_MAX + 8], numbers[NUMBERS][32];
-    SafetensorsPair facts[OPTIONS_MAX + NUMBERS + 4];
+    static char keys[OPTIONS_MAX][OPTION_NAME_MAX + 8], numbers[NUMBERS][32], guard[GUARD_TEXT];
+    SafetensorsPair facts[OPTIONS_MAX + NUMBERS + 5];
     char *next = NULL, *fresh = NULL;
     int count = 0, rows, n;
+    const char *error = lock_keep(&run->lock, run->values.checkpoint_dir);
+    if (error) return error;
     snprintf(numbers[0], 32, "%" PRId64, run->updates);
     snprintf(numbers[1], 32, "%" PRId64, run->bad_steps);
     snprintf(numbers[2], 32, "%d", run->bad_in_a_row);
@@ -239,9 +258,13 @@ static inline const char *write_checkpoint(Run *run) {
         facts[count++] = (SafetensorsPair){"stream_next", next};
         facts[count++] = (SafetensorsPair){"stream_fresh", fresh};
     }
+    if (run->values.spike_guard > 0) {
+        guard_to_text(&run->guard, guard);
+        facts[count++] = (SafetensorsPair){"spike_guard", guard};
+    }
     facts[count] = (SafetensorsPair){NULL, NULL};
     run->backend->state_shape(run->model, &rows, &n);        /* no rows: stopped before the first step */
-    const char *error = checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend,
+    error = checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend,
                                          run->model, &run->config, facts, run->values.carry_state && rows > 0);
     free(next);
     free(fresh);
@@ -252,15 +275,35 @@ static inline bool saves(const Run *run) {
     return strcmp(run->values.checkpoint_dir, "none") != 0;
 }
 
-/* Saves the run. A checkpoint that cannot be written in the middle of a run is no reason to lose the run: it says so
- * and tries again when the next one is due. At the end it is an error. */
+/* Saves the run. A checkpoint that cannot be written in the middle of a run is no reason to lose the run: unless
+ * --on-save-error says otherwise, it says so and tries again when the next one is due. At the end it is an error. */
 static inline void save(Run *run, bool last) {
     if (!saves(run)) return;
     const char *error = write_checkpoint(run);
+    bool stop = last || strcmp(run->values.on_save_error, "stop") == 0;
+    char newest[96] = "no checkpoint was saved before";
     report_clear_bar(&run->report);
-    if (error && last) die(errorf("step %" PRId64 " could not be saved: %s", run->step, error));
-    if (error) fprintf(stderr, "warning: step %" PRId64 " could not be saved: %s\n", run->step, error);
-    else run->saved_step = run->step;
+    if (!error) {
+        run->saved_step = run->step;
+        return;
+    }
+    if (run->saved_step >= 0)
+        snprintf(newest, sizeof newest, "the newest checkpoint is that of step %" PRId64, run->saved_step);
+    error = errorf("step %" PRId64 " could not be saved: %s; %s", run->step, error, newest);
+    if (stop) die(error);
+    fprintf(stderr, "warning: %s; training goes on\n", error);
+}
+
+/* Appends a row to the log. One that cannot be written is treated like a checkpoint that cannot; it is said once. */
+static inline void write_log(Run *run, const ReportRow *row) {
+    const char *error = report_csv_row(&run->report, row);
+    if (!error || run->log_failed) return;
+    run->log_failed = true;
+    report_clear_bar(&run->report);
+    fprintf(stderr, "warning: %s\n", error);
+    if (strcmp(run->values.on_save_error, "continue") == 0) return;
+    save(run, true);
+    die("stopped because the log cannot be written, as --on-save-error says");
 }
 
 /* A run with --carry-state has a state for each row of the batch; one without has none to go on from. */
@@ -350,6 +393,9 @@ static inline void restore_run(Run *run, const char *directory) {
     die_if(checkpoint_fact_int64(&trainer, "bad_in_a_row", &bad_in_a_row));
     run->bad_in_a_row = (int)bad_in_a_row;
     run->saved_step = run->step;
+    const char *guard = safetensors_metadata(&trainer, "spike_guard");
+    const char *error = guard ? guard_from_text(guard, &run->guard) : NULL;
+    if (error) die(errorf("%s: \"spike_guard\" in __metadata__: %s", trainer.path, error));
     check_hash(run, &trainer, "data", "data_hash", run->data_hash);
     if (run->values.val) check_hash(run, &trainer, "val", "val_hash", run->val_hash);
     if (run->values.carry_state) restore_streams(run, &trainer);
@@ -395,6 +441,9 @@ static inline void check_options(Run *run) {
     if (options_given(set, "min-lr-ratio") && strcmp(v->schedule, "constant") == 0)
         die("--min-lr-ratio does nothing with --schedule constant");
     if (!v->data) die("--data is missing: name a text file, for example --data data/tinystories_sample.txt");
+    if ((double)v->batch * v->seq_len * v->accumulate > LARGE)
+        die(errorf("--batch %d, --seq-len %d and --accumulate %d make a step of more tokens than can be counted",
+                   v->batch, v->seq_len, v->accumulate));
     if (v->tokens) set_number(run, "steps", (v->tokens - 1) / tokens_per_step(run) + 1);
     if (v->steps > INT64_MAX / tokens_per_step(run))
         die(errorf("--steps %" PRId64 " of %" PRId64 " tokens each are more tokens than can be counted", v->steps,
@@ -497,11 +546,29 @@ static inline void check_folder(Run *run, const char *resumed) {
                "another folder", folder, folder));
 }
 
+/* Makes this run the only one that writes to its folder. `latest` may have moved on while this one was starting. */
+static inline void lock_folder(Run *run, const char *resumed) {
+    char newest[SAFETENSORS_MAX_PATH];
+    const char *folder = run->values.checkpoint_dir;
+    if (!saves(run)) return;
+    const char *error = lock_take(&run->lock, folder);
+    if (error) die(errorf("--checkpoint-dir %s", error));
+    if (run->lock.impossible)
+        fprintf(stderr, "warning: the file system of %s knows no locks: see to it that no other run uses this folder\n",
+                folder);
+    if (!resumed) return;
+    die_if(checkpoint_directory(run->values.resume, newest));
+    if (strcmp(newest, resumed) != 0)
+        die(errorf("--resume %s: another run has written %s meanwhile; start again to go on from there",
+                   run->values.resume, newest));
+}
+
 static inline void create_model(Run *run, const char *resumed) {
     const Values *v = &run->values;
     size_t rows = (size_t)v->batch * (size_t)v->accumulate, tokens = rows * (size_t)v->seq_len;
     MegalodonOptions options = {.max_batch = v->batch, .max_length = v->seq_len, .training = true,
-                                .carry = v->sample_every > 0 || v->carry_state, .precision = run->precision};
+                                .carry = v->sample_every > 0 || v->carry_state, .precision = run->precision,
+                                .max_bytes = backend_bytes(run->backend)};
     if (v->sample_every > 0 && run->config.vocab_size > 256)
         die(errorf("--sample-every: a sample is text, but this model has %d tokens and not the 256 bytes",
                    run->config.vocab_size));
@@ -510,6 +577,10 @@ static inline void create_model(Run *run, const char *resumed) {
             die(errorf("--prompt: byte %d is not in the model's vocabulary of %d", (uint8_t)*c,
                        run->config.vocab_size));
     die_if(run->backend->create(&run->model, &run->config, &options));
+    int64_t available = memory_available();
+    if (available > 0 && 2 * sizeof *run->tokens * tokens > (size_t)available)
+        die(errorf("--accumulate %d: the %zu tokens and targets of a step need %zu bytes, and %" PRId64 " are free",
+                   v->accumulate, tokens, 2 * sizeof *run->tokens * tokens, available));
     run->tokens = malloc(tokens * sizeof *run->tokens);
     run->targets = malloc(tokens * sizeof *run->targets);
     run->window = malloc(((size_t)v->seq_len + 1) * sizeof *run->window);
@@ -567,6 +638,7 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     const char *resumed = NULL;                          /* folder of the step to go on from  */
     bool help;
     run->saved_step = -1;
+    run->lock.descriptor = -1;
     options_init(&run->options, "train", "--data PATH [options]",
                  "Trains a Megalodon language model on text and saves it for ./generate. Ctrl-C saves and stops; "
                  "--resume goes on bit for bit.");
@@ -579,6 +651,7 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
         print_train_help(run);
         return false;
     }
+    *checkpoint_verifies() = !run->values.no_verify;
     if (run->values.resume) {
         die_if(checkpoint_directory(run->values.resume, directory));
         resumed = directory;
@@ -591,6 +664,7 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     check_folder(run, resumed);
     open_data(run);
     open_streams(run);
+    lock_folder(run, resumed);
     create_model(run, resumed);
     run->report.quiet = run->values.quiet;
     run->report.terminal = isatty(STDOUT_FILENO);
@@ -601,6 +675,7 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
 
 static inline void end_run(Run *run) {
     if (run->report.csv) fclose(run->report.csv);
+    lock_release(&run->lock);
     run->backend->destroy(run->model);
     dataset_close(&run->data);
     dataset_close(&run->val);

@@ -305,7 +305,7 @@ bad "already holds the checkpoints of a run" "$train" $fit --checkpoint-dir "$di
 bad "already holds the checkpoints of a run" "$train" --resume "$dir/a/step-00000010" --checkpoint-dir "$dir/b"
 bad "cannot be written" "$train" $fit --checkpoint-dir none --log "$dir/no/such/folder.csv"
 bad "is not a log of this program" "$train" $fit --checkpoint-dir none --log "$dir/text"
-bad "could not be saved" "$train" $fit --steps 1 --checkpoint-dir "$dir/text/below"
+bad "cannot create the directory" "$train" $fit --steps 1 --checkpoint-dir "$dir/text/below"
 bad "is already done" "$train" --resume "$dir/a"
 bad "$dir/nothing" "$train" --resume "$dir/nothing"
 bad "$dir/text" "$generate" --checkpoint "$dir/text/model.safetensors"
@@ -354,7 +354,8 @@ done
 { cat "$dir/state"; printf x; } > "$dir/cut.state"
 bad "cut.state" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
 sed 's/last_logits/lost_logits/' "$dir/state" > "$dir/cut.state"
-bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+bad "its header: expected the checksum" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1 --no-verify
 rm "$dir/e/step-00000010/state.safetensors"
 bad "state.safetensors is missing" "$train" --resume "$dir/e/step-00000010" --checkpoint-dir none
 

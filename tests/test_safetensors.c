@@ -9,6 +9,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #include <dirent.h>
+#include <sys/wait.h>
 
 #include "lib/safetensors.h"
 #include "tests/test.h"
@@ -281,6 +282,102 @@ static void test_failed_write(void) {
     }
 }
 
+/* Changes the file's text: `from`, which must be there, becomes `to`, of the same length. */
+static void edit_file(const char *from, const char *to) {
+    char *bytes;
+    size_t length, size = strlen(from), at = 0;
+    die_if(json_read_text(path, &bytes, &length));
+    while (at + size <= length && memcmp(bytes + at, from, size) != 0) at++;
+    if (check(at + size <= length && strlen(to) == size, "<%s> is not in the file", from)) memcpy(bytes + at, to, size);
+    put_file(bytes, length);
+    free(bytes);
+}
+
+/* What safetensors_verify says of the file; NULL if it passes. */
+static const char *verify_file(void) {
+    Safetensors file;
+    const char *error = safetensors_open(&file, path);
+    if (error) return error;
+    error = safetensors_verify(&file);
+    safetensors_close(&file);
+    return error;
+}
+
+/* The checksums: what they notice, what they must not mind, and lists of them that are none. */
+static void test_checksum(void) {
+    Safetensors file;
+    char first[SAFETENSORS_WORD] = "";
+    die_if(safetensors_write(path, tensors, TENSORS, metadata, fill, NULL));
+    check(verify_file() == NULL, "a file as it was written is refused");
+    die_if(safetensors_open(&file, path));
+    const char *text = safetensors_metadata(&file, SAFETENSORS_CHECKSUM);
+    if (check(text && strlen(text) == SAFETENSORS_WORD * (TENSORS + 1) - 1, "the checksum <%s>", text ? text : "")) {
+        memcpy(first, text, SAFETENSORS_WORD - 1);
+        /* The words are a function of names and contents alone: other orders give the same ones. */
+        char *words = strdup(text);
+        SafetensorsTensor turned[TENSORS];
+        static const SafetensorsPair pairs[] = {{"hard", "a \"b\"\\\n\xC3\xA9"}, {"format", "test"}, {NULL, NULL}};
+        for (int i = 0; i < TENSORS; i++) {
+            turned[i] = tensors[TENSORS - 1 - i];
+            if (!turned[i].data) turned[i].data = doubles;
+        }
+        safetensors_close(&file);
+        die_if(safetensors_write(path, turned, TENSORS, pairs, NULL, NULL));
+        die_if(safetensors_open(&file, path));
+        text = safetensors_metadata(&file, SAFETENSORS_CHECKSUM);
+        check(text && words && strcmp(text, words) == 0, "another order changes the checksums");
+        free(words);
+    }
+    safetensors_close(&file);
+    static const struct { const char *from, *to, *part; } edits[] = {
+        {"\"format\":\"test\"", "\"format\":\"tess\"", "its header: expected the checksum"},
+        {"\"format\":", "\"farmot\":", "its header: expected the checksum"},
+        {"\"floats\"", "\"flaots\"", "its header: expected the checksum"},
+        {"\"I32\",\"shape\":[2]", "\"F32\",\"shape\":[2]", "its header: expected the checksum"},
+        {"\"shape\":[3,1]", "\"shape\":[1,3]", "its header: expected the checksum"},
+        {"\"checksum\"", "\"checksun\"", NULL},
+    };
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        edit_file(edits[i].from, edits[i].to);
+        const char *error = verify_file();
+        bool right = edits[i].part ? error && strstr(error, edits[i].part) && strstr(error, path) : !error;
+        check(right, "%s: %s", edits[i].to, error ? error : "accepted");
+        edit_file(edits[i].to, edits[i].from);
+    }
+    static const char *const words[] = {"0123456789ABCDEF", "0123456789abcde ", "-123456789abcdef", "+123456789abcdef",
+                                        "0x23456789abcdef", "0123456789abcdeg"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        edit_file(first, words[i]);
+        const char *error = verify_file();
+        check(error && strstr(error, "to be 10 words of 16 hexadecimal digits"), "%s: %s", words[i],
+              error ? error : "accepted");
+        edit_file(words[i], first);
+    }
+    check(verify_file() == NULL, "the file as it was is refused");
+    put_header("{\"__metadata__\":{\"checksum\":\"\"},\"a\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}", 8);
+    check(verify_file() != NULL, "an empty checksum was accepted");
+    put_header(good_headers[0], 8);
+    check(verify_file() == NULL, "a file without a checksum is refused");
+    /* Sums of bytes of every length, with every byte changed. */
+    uint8_t bytes[100];
+    for (int i = 0; i < 100; i++) bytes[i] = (uint8_t)(i * i);
+    int same = 0;
+    for (size_t n = 0; n <= 100; n++) {
+        uint64_t sum = safetensors_sum(0, bytes, n);
+        same += n > 0 && safetensors_sum(0, bytes, n - 1) == sum;
+        for (size_t i = 0; i < n; i++) {
+            bytes[i] ^= 0x40;
+            same += safetensors_sum(0, bytes, n) == sum;
+            bytes[i] ^= 0x40;
+        }
+    }
+    check(same == 0, "%d changes leave the sum as it is", same);
+    /* These numbers are in files: they may never change. */
+    uint64_t hundred = safetensors_sum(0, bytes, 100), seven = safetensors_sum(5, bytes, 7);
+    check(hundred == 0xb6de024be1e43b7bu && seven == 0x54dd7a75e61dbafeu, "the sum is another one: %" PRIx64 " and %"
+          PRIx64, hundred, seven);
+}
+
 /* Every truncation and every bit of the header changed, with the file on disk as it would be. */
 static void test_damage(void) {
     char *good;
@@ -311,6 +408,36 @@ static void test_damage(void) {
     free(good);
 }
 
+/* A file that is cut while a program reads it: a sentence and status 1, not a signal. */
+static void test_lost(void) {
+    int output[2], status = 0;
+    char sentence[128] = "";
+    const size_t size = 1 << 20;
+    char *header = malloc(128), *data = calloc(size, 1);
+    if (!header || !data || pipe(output) != 0) die("no memory, or no pipe");
+    snprintf(header, 128, "{\"a\":{\"dtype\":\"U8\",\"shape\":[%zu],\"data_offsets\":[0,%zu]}}", size, size);
+    put_header(header, size);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        Safetensors file;
+        dup2(output[1], STDERR_FILENO);
+        safetensors_catch_signals();
+        die_if(safetensors_open(&file, path));
+        if (truncate(path, 4096) != 0) _exit(2);
+        for (int64_t i = 0; i < file.tensors[0].size; i++) sum += safetensors_element(&file.tensors[0], i);
+        _exit(3);
+    }
+    close(output[1]);
+    ssize_t length = read(output[0], sentence, sizeof sentence - 1);
+    close(output[0]);
+    waitpid(child, &status, 0);
+    check(length > 0 && strstr(sentence, "error: a file was cut") && WIFEXITED(status) && WEXITSTATUS(status) == 1,
+          "a file that was cut: status %x, <%s>", (unsigned)status, sentence);
+    free(header);
+    free(data);
+}
+
 /* Opens real files and looks at what every fixture has. */
 static void test_file(const char *name) {
     Safetensors file;
@@ -337,6 +464,8 @@ int main(int argc, char **argv) {
     test_round_trip();
     test_failed_write();
     test_damage();
+    test_checksum();
+    test_lost();
     for (int i = 1; i < argc; i++) test_file(argv[i]);
     for (size_t i = 0; argc == 1 && i < sizeof golden / sizeof *golden; i++) {
         char name[64];
