@@ -214,6 +214,10 @@ static inline const char *dataset_add(Dataset *ds, char *path) {
     files[i].bytes = info.st_size;
     files[i].count = files[i].bytes;
     bool text = !dataset_is_npy(path);
+    size_t length = strlen(path);
+    if (length > 6 && strcmp(path + length - 6, ".jsonl") == 0)
+        return errorf("%s: holds examples, not a text; name it alone to ./train --data or ./tokenize --data, which read "
+                      "its lines, or give it another ending if its bytes are the text", path);
     const char *error = text ? NULL : dataset_open_npy(ds, i, &width);
     if (error) return error;
     if (i == 0) {
@@ -339,6 +343,20 @@ static inline const char *dataset_window(Dataset *ds, int64_t offset, int64_t le
         length -= n;
     }
     return NULL;
+}
+
+/* Reads all tokens once, or of large data evenly spread windows that add up to DATASET_HASH_BYTES, so that a token
+ * outside of the vocabulary is found before a run and not hours later. Error: as dataset_window. */
+static inline const char *dataset_check(Dataset *ds) {
+    enum { WINDOW = 1 << 14 };
+    int32_t window[WINDOW];
+    int64_t stride = WINDOW, most = DATASET_HASH_BYTES / ds->width;
+    const char *error = NULL;
+    if (ds->vocab_size > 255 && ds->text) return NULL;       /* every byte is a token */
+    if (ds->size > most) stride = ds->size / (most / WINDOW);
+    for (int64_t at = 0; at < ds->size && !error; at += stride)
+        error = dataset_window(ds, at, ds->size - at < WINDOW ? ds->size - at : WINDOW, window);
+    return error;
 }
 
 /* A number that tells whether this is the same data as last time: over the sizes of all files and their bytes, or
