@@ -191,10 +191,14 @@ static inline const char *dataset_open_npy(Dataset *ds, int i, int *width) {
  * Opening.
  */
 
-static inline bool dataset_is_npy(const char *path) {
-    size_t n = strlen(path);
-    return n > 4 && strcmp(path + n - 4, ".npy") == 0;
+static inline bool dataset_has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n > m && strcmp(path + n - m, ending) == 0;
 }
+static inline bool dataset_is_npy(const char *path) { return dataset_has_ending(path, ".npy"); }
+
+/* A file of JSON objects, one a line, is no dataset: examples.h and ./tokenize read it. */
+static inline bool dataset_is_jsonl(const char *path) { return dataset_has_ending(path, ".jsonl"); }
 
 /* Adds one regular file. Takes over `path`. */
 static inline const char *dataset_add(Dataset *ds, char *path) {
@@ -214,8 +218,7 @@ static inline const char *dataset_add(Dataset *ds, char *path) {
     files[i].bytes = info.st_size;
     files[i].count = files[i].bytes;
     bool text = !dataset_is_npy(path);
-    size_t length = strlen(path);
-    if (length > 6 && strcmp(path + length - 6, ".jsonl") == 0)
+    if (dataset_is_jsonl(path))
         return errorf("%s: holds examples, not a text; name it alone to ./train --data or ./tokenize --data, which read "
                       "its lines, or give it another ending if its bytes are the text", path);
     const char *error = text ? NULL : dataset_open_npy(ds, i, &width);

@@ -47,11 +47,6 @@ typedef struct Examples {
     uint64_t hash;                   /* of the file's bytes                                         */
 } Examples;
 
-static inline bool examples_is_path(const char *path) {
-    size_t n = strlen(path);
-    return n > 6 && strcmp(path + n - 6, ".jsonl") == 0;
-}
-
 static inline void examples_close(Examples *e) {
     free(e->tokens);
     free(e->items);

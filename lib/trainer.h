@@ -414,7 +414,7 @@ static inline void check_options(Run *run) {
     if (options_given(set, "min-lr-ratio") && strcmp(v->schedule, "constant") == 0)
         die("--min-lr-ratio does nothing with --schedule constant");
     if (!v->data) die("--data is missing: name a text file, for example --data data/tinystories_sample.txt");
-    bool examples = examples_is_path(v->data);
+    bool examples = dataset_is_jsonl(v->data);
     if (examples && (v->carry_state || v->within_documents))
         die(errorf("--%s does nothing for a .jsonl file: each of its examples is a row of its own",
                    v->carry_state ? "carry-state" : "within-documents"));
@@ -506,7 +506,7 @@ static inline void choose_mark(Run *run, bool text) {
 static inline void open_part(Run *run, const char *option, const char *path, Dataset *data, Examples *examples,
                              uint64_t *hash, Range *range) {
     const Vocabulary *vocabulary = &run->vocabulary;
-    if (examples_is_path(path)) {
+    if (dataset_is_jsonl(path)) {
         if (vocabulary->bytes && vocabulary->size > 256)
             die(errorf("--%s %s: examples are text, but the model has %d tokens; name the --tokenizer that makes them",
                        option, path, vocabulary->size));
