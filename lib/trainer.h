@@ -485,12 +485,14 @@ static inline void choose_mark(Run *run, bool text) {
         die_if(document_mark_text(&run->mark, separator));
         return;
     }
-    int32_t token = run->vocabulary.json ? tokenizer_id(&run->vocabulary.tok, separator) : TOKENIZER_NO_ID;
-    if (token == TOKENIZER_NO_ID && option_number_is_whole(separator, &number)) {
+    int32_t token = TOKENIZER_NO_ID;
+    if (option_number_is_whole(separator, &number)) {
         if (number < 0 || number >= run->config.vocab_size)
             die(errorf("--document-separator %s: expected the number of one of the model's tokens, 0 to %d", separator,
                        run->config.vocab_size - 1));
         token = (int32_t)number;
+    } else if (run->vocabulary.json) {
+        token = tokenizer_id(&run->vocabulary.tok, separator);
     }
     if (token != TOKENIZER_NO_ID) document_mark_token(&run->mark, token);
     else if (run->vocabulary.json)
