@@ -2,6 +2,7 @@
  *
  *     ./tokenize --tokenizer tokenizer.json --data my.txt --out tokens.npy
  *     ./tokenize --tokenizer tokenizer.json --data my.jsonl --out tokens.npy      {"text": "..."} a line
+ *     ./tokenize --data my.jsonl --out my.txt              its texts alone, for models of bytes
  *     ./tokenize --tokenizer tokenizer.json --decode tokens.npy --out text.txt
  *
  * The token file is what numpy.save writes: one dimension of uint16, or of uint32 if the tokenizer has more than 65536
@@ -66,10 +67,14 @@ static bool read_options(Values *v, int argc, char **argv) {
         options_print_help(stdout, &set);
         return false;
     }
-    if (!v->tokenizer) die("--tokenizer is missing; expected a tokenizer.json");
+    if (!v->tokenizer && (!v->data || !dataset_is_jsonl(v->data)))
+        die("--tokenizer is missing; expected a tokenizer.json");
     if (!v->data == !v->decode) die("give either --data (text to tokens) or --decode (tokens to text)");
     if (!v->out) die("--out is missing; expected the name of the file to write");
-    if (v->data && !dataset_is_npy(v->out))
+    if (!v->tokenizer && dataset_is_npy(v->out))
+        die(errorf("--out %s: without --tokenizer, the texts of --data are written as they are; give the tokenizer, or "
+                   "another name", v->out));
+    if (v->tokenizer && v->data && !dataset_is_npy(v->out))
         die(errorf("--out %s: a token file's name must end in .npy; ./train would take it for text", v->out));
     if (v->decode && !dataset_is_npy(v->decode))
         die(errorf("--decode %s: expected a .npy file of tokens", v->decode));
@@ -152,7 +157,7 @@ static void output_close(Output *out) {
  */
 
 typedef struct Encoder {
-    const Tokenizer *tok;
+    const Tokenizer *tok;            /* NULL: texts are written as they are        */
     Output *out;
     bool exact;
     const char *end;                 /* spelling of the token that ends a document */
@@ -297,6 +302,16 @@ static const char *line_text(const Json *json, const JsonNode **text) {
     return NULL;
 }
 
+/* Writes a text and the mark of its end, each in lines of their own. */
+static void write_text(Encoder *e, const char *text, size_t n) {
+    FILE *file = e->out->file;
+    size_t end = without_break((const uint8_t *)text, n);
+    if (end == 0) return;
+    fwrite(text, 1, end, file);
+    if (fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
+    e->documents++;
+}
+
 /* Encodes a .jsonl file, a line at a time: each is a document. */
 static void encode_lines(Encoder *e, const char *path) {
     FILE *file = fopen(path, "rb");
@@ -316,14 +331,18 @@ static void encode_lines(Encoder *e, const char *path) {
         if (error && strncmp(error, "line 1, ", 8) == 0) error += 8;
         if (!error) error = line_text(&json, &text);
         if (error) output_die_if(e->out, errorf("%s, line %lld: %s", path, (long long)number, error));
-        e->used = 0;
-        e->at_start = true;
-        reserve(e, path, text->length);
-        memcpy(e->buffer, text->string, text->length);
-        e->used = text->length;
         e->bytes += (int64_t)text->length;
-        encode_buffer(e, true);
-        end_document(e);
+        if (!e->tok) {
+            write_text(e, text->string, text->length);
+        } else {
+            e->used = 0;
+            e->at_start = true;
+            reserve(e, path, text->length);
+            if (text->length > 0) memcpy(e->buffer, text->string, text->length);
+            e->used = text->length;
+            encode_buffer(e, true);
+            end_document(e);
+        }
         json_free(&json);
         show_progress(e);
     }
@@ -337,6 +356,18 @@ static int64_t jsonl_size(const char *path) {
     struct stat info;
     if (stat(path, &info) != 0) die(errorf("--data %s: cannot be opened: %s", path, strerror(errno)));
     return info.st_size;
+}
+
+/* The texts of a .jsonl file, without a tokenizer. */
+static void extract(const Values *v) {
+    Output out;
+    Encoder e = {.out = &out, .end = v->end, .total = jsonl_size(v->data), .started = report_seconds()};
+    char bytes[32], documents[32];
+    output_open(&out, v->out);
+    encode_lines(&e, v->data);
+    output_close(&out);
+    fprintf(stderr, "%s%s: %s bytes, %s documents\n", e.shown > 0 ? "\r\033[K" : "", out.path,
+            report_count(e.bytes, bytes), report_count(e.documents, documents));
 }
 
 static void encode(const Values *v, const Tokenizer *tok) {
@@ -403,6 +434,10 @@ int main(int argc, char **argv) {
     Values v = {0};
     Tokenizer tok;
     if (!read_options(&v, argc, argv)) return 0;
+    if (!v.tokenizer) {
+        extract(&v);
+        return 0;
+    }
     die_if(tokenizer_load(v.tokenizer, &tok));
     if (v.data) encode(&v, &tok);
     else decode(&v, &tok);
