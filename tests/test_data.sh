@@ -3,21 +3,12 @@
 # addresses of the form file://, which curl treats like others. Runs from the top folder; MEGALODON_BIN says where the
 # programs are.
 
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0 skipped=0
-case ${MEGALODON_BIN:-.} in /*) ;; *) MEGALODON_BIN=$(pwd)/${MEGALODON_BIN:-.} ;; esac
-export MEGALODON_BIN OMP_WAIT_POLICY=passive
+. tests/cli.sh
+case $bin in /*) ;; *) bin=$(pwd)/$bin ;; esac
+export MEGALODON_BIN="$bin"
 tokenizer=tests/tokenizer/tokenizer.json
+skipped=0
 
-ok() {
-    passed=$((passed + 1))
-}
-fail() {
-    failed=$((failed + 1))
-    echo "FAIL: $*"
-    sed 's/^/    /' "$dir/out" "$dir/err" 2> /dev/null | tail -n 12
-}
 skip() {
     skipped=$((skipped + 1))
     echo "skip: $*"
@@ -26,16 +17,14 @@ skip() {
 good() {
     what=$1
     shift
-    sh "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
+    run sh "$@"
     if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err"; then ok; else fail "$what: status $status"; fi
 }
 # bad TEXT SCRIPT ARGUMENTS...: status 1 and an error with TEXT in it, as the last line
 bad() {
     text=$1
     shift
-    sh "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
+    run sh "$@"
     if [ $status -eq 1 ] && tail -n 1 "$dir/err" | grep '^error: ' | grep -qF -e "$text"; then ok
     else fail "expected an error with \"$text\": $*: status $status"; fi
 }
@@ -45,13 +34,7 @@ is() {
     printf "$2" > "$dir/want"
     if cmp -s "$dir/want" "$1"; then ok; else fail "$1: expected \"$2\", found \"$(cat "$1")\""; fi
 }
-same() {
-    if cmp -s "$2" "$3"; then ok; else fail "$1: $2 and $3 differ"; fi
-}
-holds() {
-    if grep -qF -e "$2" "$3"; then ok; else fail "$1: no \"$2\" in $3"; fi
-}
-# nothing_to_do NAME SCRIPT ARGUMENTS...: a second run changes no file
+# nothing_to_do NAME FOLDER SCRIPT ARGUMENTS...: a second run changes no file
 nothing_to_do() {
     what=$1 folder=$2
     shift 2
@@ -81,6 +64,8 @@ bad "expected 1 or 2" data/tinystories.sh --version 3
 bad "expected yes or no" data/wikitext2.sh --words maybe
 bad "from 1 on" data/pg19.sh --books 0
 bad "--source is missing" data/own.sh
+good "requests" data/requests.sh --out "$dir/requests"
+if [ "$(cat "$dir"/requests/*.jsonl | wc -l)" -eq 997 ]; then ok; else fail "requests: $(wc -l "$dir"/requests/*)"; fi
 bad "on this machine" data/own.sh --source http://127.0.0.1/x
 bad "expected a plain name" data/own.sh --source data --name ../x
 
@@ -100,7 +85,7 @@ is "$dir/stories/train.txt" \
 is "$dir/stories/val.txt" 'held out\n<|endoftext|>\n'
 holds "tinystories" "is not the official file" "$dir/err"
 holds "tinystories" "./train --data $dir/stories/train.npy --tokenizer $dir/stories/tokenizer.json" "$dir/out"
-"$MEGALODON_BIN/tokenize" --tokenizer $tokenizer --decode "$dir/stories/train.npy" --out "$dir/text" 2> "$dir/err"
+"$bin/tokenize" --tokenizer $tokenizer --decode "$dir/stories/train.npy" --out "$dir/text" 2> "$dir/err"
 is "$dir/text" 'One\n\ntwo<|endoftext|>three<|endoftext|>four<|endoftext|> five \302\205<|endoftext|>'
 nothing_to_do "tinystories" "$dir/stories" $stories --tokenizer $tokenizer
 # A run that was killed left one file out, and another half written under its other name.
@@ -254,10 +239,10 @@ if [ "$(ls "$dir/pg/train")" = "1.txt
 2.txt
 3.txt" ]; then ok; else fail "pg19 --books 3: $(ls "$dir/pg/train")"; fi
 is "$dir/pg/train/2.txt" 'Book 2\n\nText\n'
-"$MEGALODON_BIN/tokenize" --tokenizer $tokenizer --decode "$dir/pg/train.npy" --out "$dir/text" 2> "$dir/err"
+"$bin/tokenize" --tokenizer $tokenizer --decode "$dir/pg/train.npy" --out "$dir/text" 2> "$dir/err"
 is "$dir/text" 'Book 1\n\nText<|endoftext|>Book 2\n\nText<|endoftext|>Book 3\n\nText<|endoftext|>'
 nothing_to_do "pg19" "$dir/pg" data/pg19.sh --source "$dir/g" --out "$dir/pg" --books 3 --tokenizer $tokenizer
-good "a folder of books is data" -c "'$MEGALODON_BIN/train' --data '$dir/pg/train' --val-fraction 0 --batch 1 --seq-len 8 \
+good "a folder of books is data" -c "'$bin/train' --data '$dir/pg/train' --val-fraction 0 --batch 1 --seq-len 8 \
     --steps 1 --num-layers 1 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 2 \
     --norm-num-groups 4 --checkpoint-dir none"
 if command -v curl > /dev/null; then
@@ -330,7 +315,7 @@ holds "own, examples" "45 examples" "$dir/err"
 holds "own, examples" "./train --data $dir/o3/train.jsonl --val $dir/o3/val.jsonl" "$dir/out"
 is "$dir/o3/val.jsonl" '{"prompt": "Question 20\\n", "response": "Answer"}\n{"prompt": "Question 40\\n", "response": "Answer"}\n'
 if [ "$(wc -l < "$dir/o3/train.jsonl")" -eq 43 ]; then ok; else fail "own, examples: $(wc -l < "$dir/o3/train.jsonl")"; fi
-good "examples are data" -c "'$MEGALODON_BIN/train' --data '$dir/o3/train.jsonl' --val '$dir/o3/val.jsonl' --batch 1 --steps 1 \
+good "examples are data" -c "'$bin/train' --data '$dir/o3/train.jsonl' --val '$dir/o3/val.jsonl' --batch 1 --steps 1 \
     --num-layers 1 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --cema-ndim 2 --norm-num-groups 4 \
     --checkpoint-dir none"
 printf '{"txt": "wrong"}\n' > "$dir/wrong.jsonl"
@@ -340,4 +325,4 @@ bad "holds no text" data/own.sh --source "$dir/nothing" --out "$dir/o5"
 
 [ $skipped -eq 0 ] || more=", $skipped skipped"
 echo "test_data: $passed passed, $failed failed${more:-}"
-[ $failed -eq 0 ]
+[ "$failed" -eq 0 ]

@@ -4,50 +4,13 @@
 # MEGALODON_BIN says where the programs are. What the numbers mean is the matter of test_vocabulary.c and
 # test_finetune.c.
 
-bin=${MEGALODON_BIN:-.}
+. tests/cli.sh
 train=$bin/train
 generate=$bin/generate
 evaluate=$bin/evaluate
 tokenize=$bin/tokenize
 tokenizer=tests/tokenizer/tokenizer.json
-dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 
-ok() {
-    passed=$((passed + 1))
-}
-fail() {
-    failed=$((failed + 1))
-    echo "FAIL: $*"
-    sed 's/^/    /' "$dir/out" "$dir/err" 2> /dev/null | tail -n 12
-}
-# good NAME COMMAND...: status 0 and nothing on stderr that looks like an error
-good() {
-    name=$1
-    shift
-    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
-    if [ $status -eq 0 ] && ! grep -q '^error' "$dir/err"; then ok; else fail "$name: status $status"; fi
-}
-# bad TEXT COMMAND...: status 1 and exactly one line on stderr, an error with TEXT in it
-bad() {
-    text=$1
-    shift
-    "$@" > "$dir/out" 2> "$dir/err" < /dev/null
-    status=$?
-    if [ $status -eq 1 ] && [ "$(wc -l < "$dir/err")" -eq 1 ] && grep -q '^error: ' "$dir/err" &&
-        grep -qF -e "$text" "$dir/err"; then ok; else fail "expected an error with \"$text\": $*: status $status"; fi
-}
-# same NAME FILE FILE
-same() {
-    if cmp -s "$2" "$3"; then ok; else fail "$1: $2 and $3 differ"; fi
-}
-# holds NAME TEXT FILE
-holds() {
-    if grep -qF -e "$2" "$3"; then ok; else fail "$1: no \"$2\" in $3"; fi
-}
 # losses FILE: the losses of a log
 losses() {
     cut -d, -f3 "$1"
@@ -284,5 +247,4 @@ good "data that will change" "$train" --data "$dir/changed.jsonl" --batch 2 $tin
 sed 's/number/letter/' "$dir/qa.jsonl" > "$dir/changed.jsonl"
 bad "has changed since the checkpoint" "$train" --resume "$dir/n/step-00000001"
 
-echo "test_words: $passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish test_words
