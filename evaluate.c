@@ -267,7 +267,7 @@ static void plan(Job *job) {
     die_if(checkpoint_read_config(v->checkpoint, &job->config));
     die_if(vocabulary_find(&job->vocabulary, v->checkpoint, v->tokenizer));
     die_if(vocabulary_fit(&job->vocabulary, job->config.vocab_size));
-    die_if(dataset_open(&job->data, v->data, job->config.vocab_size));
+    die_if(dataset_open(&job->data, v->data, vocabulary_known(&job->vocabulary)));
     if (job->data.text && job->vocabulary.json)
         die(errorf("--data %s: is text, but the model reads the tokens of its tokenizer; first turn it into them: "
                    "./tokenize --tokenizer tokenizer.json --data %s --out tokens.npy", v->data, v->data));

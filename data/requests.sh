@@ -24,7 +24,7 @@ requests() {
         !first { next }
         {
             first = 0
-            if (length($0) < 80 || length($0) > 240 || $0 ~ /[^ -~]/) next
+            if (length($0) < 60 || length($0) > 180 || $0 ~ /[^ -~]/) next
             if (!match($0, /named [A-Z][a-z]+[., ]/)) next
             hero = substr($0, RSTART + 6, RLENGTH - 7)
             best = 0

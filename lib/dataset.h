@@ -337,7 +337,8 @@ static inline const char *dataset_window(Dataset *ds, int64_t offset, int64_t le
             /* Byte by byte, so that a big-endian machine reads the same numbers. */
             for (int b = ds->width - 1; b >= 0; b--) token = token << 8 | block[t * ds->width + b];
             if (token >= (uint32_t)ds->vocab_size)
-                return errorf("%s: token %lld is %lu, but the model knows only 0 to %d; choose --vocab-size to fit",
+                return errorf("%s: token %lld is %lu, but the model knows only 0 to %d; it needs another --vocab-size, or "
+                              "the data was made by another tokenizer",
                               file->path, (long long)(at + t), (unsigned long)token, ds->vocab_size - 1);
             out[t] = (int32_t)token;
         }

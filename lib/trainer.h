@@ -518,7 +518,7 @@ static inline void open_part(Run *run, const char *option, const char *path, Dat
         *range = (Range){NULL, examples, 0, examples->count};
         return;
     }
-    die_if(dataset_open(data, path, run->config.vocab_size));
+    die_if(dataset_open(data, path, vocabulary_known(vocabulary)));
     if (data->text && vocabulary->json)
         die(errorf("--%s %s: is text, but the model reads the tokens of a tokenizer; first turn it into them: "
                    "./tokenize --tokenizer tokenizer.json --data %s --out tokens.npy", option, path, path));

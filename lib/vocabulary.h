@@ -147,10 +147,14 @@ static inline void vocabulary_put(const Vocabulary *v, TextWriter *writer, int32
         for (size_t i = 0; i < n; i++) text_put(writer, bytes[i]);
 }
 
+/* The number of tokens that stand for something: those of the tokenizer, which may be fewer than the model's. */
+static inline int vocabulary_known(const Vocabulary *v) {
+    return v->bytes ? v->size : tokenizer_vocab_size(&v->tok);
+}
+
 /* Makes it impossible to draw a token that stands for nothing. logits: size. */
 static inline void vocabulary_forbid(const Vocabulary *v, float *logits) {
-    int known = v->bytes ? v->size : tokenizer_vocab_size(&v->tok);
-    for (int token = known; token < v->size; token++) logits[token] = -HUGE_VALF;
+    for (int token = vocabulary_known(v); token < v->size; token++) logits[token] = -HUGE_VALF;
 }
 
 /* Bytes of text that a token stands for. The special ones, such as <|endoftext|>, are none of the text: 0. */

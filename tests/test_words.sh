@@ -57,7 +57,21 @@ holds "statistics" "read 4 tokens" "$dir/err"
 good "generate from the file" "$generate" --checkpoint "$dir/a/step-00000020/model.safetensors" --temperature 0 \
     --max-tokens 30 --prompt "Once upon a time"
 same "a run's folder and its model file" "$dir/first" "$dir/out"
-good "tokens that mean nothing are not drawn" "$generate" --checkpoint "$dir/d" --max-tokens 300 --temperature 9 --top-p 1
+# Tokens that mean nothing are not drawn, even where the model has seen nothing else: 2,048 and 2,049 are not among the
+# tokenizer's. Each of the 20 tokens is some text.
+{
+    printf '\223NUMPY\001\000\166\000'
+    printf '%-117s\n' "{'descr': '<u2', 'fortran_order': False, 'shape': (1000,), }"
+    i=0
+    while [ $i -lt 500 ]; do printf '\000\010\001\010'; i=$((i + 1)); done
+} > "$dir/beyond.npy"
+beyond="--data $dir/beyond.npy --batch 2 --seq-len 16 $tiny --steps 30 --lr 0.02"
+good "unknown tokens" "$train" $beyond --vocab-size 2100 --checkpoint-dir "$dir/u"
+good "and their tokenizer" "$generate" --checkpoint "$dir/u" --tokenizer $tokenizer --prompt "A" --max-tokens 20
+if [ "$(wc -c < "$dir/out")" -gt 20 ]; then ok; else fail "tokens that mean nothing are drawn"; fi
+bad "token 0 is 2048, but the model knows only 0 to 2047" "$train" $beyond --tokenizer $tokenizer --vocab-size 2100 \
+    --checkpoint-dir none
+bad "token 1 is 2049" "$evaluate" --checkpoint "$dir/u" --tokenizer $tokenizer --data "$dir/beyond.npy"
 # A prompt through a file, in pieces of any size, and through a pipe: the same tokens.
 good "--prompt" $story --prompt "$(head -c 3000 "$dir/stories.txt")"
 holds "--prompt" "tokens" "$dir/err"
