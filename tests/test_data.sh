@@ -65,7 +65,7 @@ bad "expected yes or no" data/wikitext2.sh --words maybe
 bad "from 1 on" data/pg19.sh --books 0
 bad "--source is missing" data/own.sh
 good "requests" data/requests.sh --out "$dir/requests"
-if [ "$(cat "$dir"/requests/*.jsonl | wc -l)" -eq 997 ]; then ok; else fail "requests: $(wc -l "$dir"/requests/*)"; fi
+if [ "$(cat "$dir"/requests/*.jsonl | wc -l)" -eq 446 ]; then ok; else fail "requests: $(wc -l "$dir"/requests/*)"; fi
 bad "on this machine" data/own.sh --source http://127.0.0.1/x
 bad "expected a plain name" data/own.sh --source data --name ../x
 
