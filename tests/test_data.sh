@@ -69,6 +69,8 @@ if [ "$(cat "$dir"/requests/*.jsonl | wc -l)" -eq 446 ]; then ok; else fail "req
 bad "on this machine" data/own.sh --source http://127.0.0.1/x
 bad "expected a plain name" data/own.sh --source data --name ../x
 
+nothing_to_do "requests" "$dir/requests" data/requests.sh --out "$dir/requests"
+
 # ----------------------------------------------------------------------------------------------------------------------
 # TinyStories: cleaning, tokens, a second run, an interrupted one.
 
@@ -190,7 +192,7 @@ fi
 # WikiText: from an archive and from files that are unpacked.
 
 wikitext() {
-    is "$1/train.txt" ' \n = First = \n \n Text of the first . \n = b ; c = \n and more . \n \n = = Part = = \n \n<|endoftext|>\n = Second thing = \n \n More , with \303\211 . \n'
+    is "$1/train.txt" ' \n = First = \n \n Text of the first . \n = b ; c = \n and more . \n = e ; f = \n \n = = Part = = \n \n<|endoftext|>\n = Second thing = \n \n More , with \303\211 . \n'
     is "$1/val.txt" ' \n = Only = \n \n Held out . \n'
     is "$1/test.txt" ' \n = A = \n \n x \n \n<|endoftext|>\n = B = \n \n y \n \n<|endoftext|>\n = C = \n \n z \n'
 }
