@@ -192,7 +192,7 @@ fi
 # WikiText: from an archive and from files that are unpacked.
 
 wikitext() {
-    is "$1/train.txt" ' \n = First = \n \n Text of the first . \n = b ; c = \n and more . \n = e ; f = \n \n = = Part = = \n \n<|endoftext|>\n = Second thing = \n \n More , with \303\211 . \n'
+    is "$1/train.txt" ' \n = First = \n \n Text of the first . \n = b ; c = \n and more . \n = e ; f = \n \n = = Part = = \n \n = g = \n h \n \n<|endoftext|>\n = Second thing = \n \n More , with \303\211 . \n'
     is "$1/val.txt" ' \n = Only = \n \n Held out . \n'
     is "$1/test.txt" ' \n = A = \n \n x \n \n<|endoftext|>\n = B = \n \n y \n \n<|endoftext|>\n = C = \n \n z \n'
 }
