@@ -36,6 +36,7 @@
 #include "lib/evaluation.h"
 #include "lib/options.h"
 #include "lib/report.h"
+#include "lib/vocabulary.h"
 
 enum { MAX_LENGTHS = 24, MAX_PASSES = MAX_LENGTHS + 3, MAX_BUCKETS = 40, FILES_SHOWN = 20, LABEL = 32 };
 enum { CPU_BATCH = 4, CPU_READ = 512, GPU_BATCH = 8, GPU_READ = 4096 };
@@ -53,6 +54,9 @@ enum { SECONDS_A_LINE = 30 };        /* between lines of progress where stderr i
       "newest step; the default is the TinyStories model that comes with the project") \
     X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
       "load the checkpoint without comparing its checksums") \
+    X(TEXT,   tokenizer,   NULL,               0, 0, "FILE", "Model", \
+      "the tokenizer.json of the model, if it does not lie beside it, where ./train puts it; it tells how many bytes a " \
+      "token stands for") \
     X(TEXT,   data,        NULL,               0, 0, "PATH", "Data", \
       "what to score: a text file (each byte is a token), a .npy file of token numbers, or a folder of either; each " \
       "file is a text of its own") \
@@ -60,8 +64,8 @@ enum { SECONDS_A_LINE = 30 };        /* between lines of progress where stderr i
       "score only the first TOKENS of each file; 0: all") \
     X(INT,    files,       "0",                0, 1 << 30, "N", "Data", "score only the first N files; 0: all") \
     X(REAL,   bytes_per_token, NULL,           1e-3, 1e6, "X", "Data", \
-      "for token files: bytes of the text divided by its tokens; gives bits per byte, which models of different " \
-      "tokens can be compared by") \
+      "for token files of an unknown tokenizer: bytes of the text divided by its tokens; gives bits per byte, which " \
+      "models of different tokens can be compared by") \
     X(TEXT,   by_context,  NULL,               0, 0, "LIST", "Measures", \
       "score the same predictions with the context cut to each of these lengths, for example 1K,4K,64K,1M,all; " \
       "windows start from an empty state; K is 1024, M is 1024 K, all is the whole file") \
@@ -108,6 +112,7 @@ typedef struct Job {
     MegalodonConfig config;
     const MegalodonBackend *backend;
     MegalodonModel *model;
+    Vocabulary vocabulary;               /* what the model's tokens mean */
     Dataset data;
     Evaluation evaluation;
     Length lengths[MAX_LENGTHS];
@@ -120,7 +125,7 @@ typedef struct Job {
     Bootstrap bootstrap;
     int64_t done, total;             /* predictions, for the progress */
     double start, shown;
-    bool bytes_known;                /* losses can be told in bits a byte: text, or --bytes-per-token      */
+    bool bytes_known;                /* losses can be told in bits a byte: text, a tokenizer, or --bytes-per-token */
     double unit;                     /* of a nat a token in what is printed: bits a byte, where known      */
     const char *unit_name;
 } Job;
@@ -220,6 +225,41 @@ static int add_pass(Job *job, int64_t context, int64_t offset) {
     return job->num_passes++;
 }
 
+/* Counts the bytes of text that the predicted tokens stand for: each is one in text, as many as the tokenizer says in
+ * token files. A token that the model does not know is found now, and not after hours of scoring. */
+static void count_bytes(Job *job) {
+    enum { WINDOW = 1 << 14 };
+    static int32_t window[WINDOW];
+    Evaluation *e = &job->evaluation;
+    if (job->data.text) die_if(dataset_check(&job->data));
+    for (int i = 0; i < e->num_texts; i++) {
+        EvaluationText *text = &e->texts[i];
+        text->bytes = job->data.text ? text->predictions : 0;
+        for (int64_t at = 0; at < text->predictions && !job->data.text; at += WINDOW) {
+            int64_t n = text->predictions - at < WINDOW ? text->predictions - at : WINDOW;
+            die_if(dataset_window(&job->data, text->first + 1 + at, n, window));
+            for (int64_t t = 0; t < n && job->vocabulary.json; t++)
+                text->bytes += vocabulary_token_bytes(&job->vocabulary, window[t]);
+        }
+    }
+}
+
+/* What turns nats a token into bits a byte. */
+static void choose_unit(Job *job) {
+    const Values *v = &job->values;
+    const Evaluation *e = &job->evaluation;
+    int64_t bytes = 0;
+    if (v->bytes_per_token > 0 && (job->data.text || job->vocabulary.json))
+        die(errorf("--bytes-per-token is for token files of an unknown tokenizer; here %s",
+                   job->data.text ? "the data is text, of which each byte is a token"
+                                  : "the model's tokenizer tells how many bytes a token has"));
+    for (int i = 0; i < e->num_texts; i++) bytes += e->texts[i].bytes;
+    double bytes_per_token = bytes > 0 ? (double)bytes / (double)e->predictions : v->bytes_per_token;
+    job->bytes_known = bytes_per_token > 0;
+    job->unit = job->bytes_known ? 1 / log(2) / bytes_per_token : 1;
+    job->unit_name = job->bytes_known ? "bits/byte" : "nats/token";
+}
+
 static void plan(Job *job) {
     const Values *v = &job->values;
     struct stat info;
@@ -227,7 +267,12 @@ static void plan(Job *job) {
         die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
                    v->checkpoint, strerror(errno)));
     die_if(checkpoint_read_config(v->checkpoint, &job->config));
-    die_if(dataset_open(&job->data, v->data, job->config.vocab_size));
+    die_if(vocabulary_find(&job->vocabulary, v->checkpoint, v->tokenizer));
+    die_if(vocabulary_fit(&job->vocabulary, job->config.vocab_size));
+    die_if(dataset_open(&job->data, v->data, vocabulary_known(&job->vocabulary)));
+    if (job->data.text && job->vocabulary.json)
+        die(errorf("--data %s: is text, but the model reads the tokens of its tokenizer; first turn it into them: "
+                   "./tokenize --tokenizer tokenizer.json --data %s --out tokens.npy", v->data, v->data));
     Evaluation *e = &job->evaluation;
     die_if(evaluation_plan(e, &job->data, v->limit, v->files, job->config.chunk_size, v->block, v->by_position));
     if (v->by_position && e->longest <= job->config.chunk_size)
@@ -244,11 +289,8 @@ static void plan(Job *job) {
         job->one_chunk = add_pass(job, job->config.chunk_size, 0);
         job->shifted = add_pass(job, INT64_MAX, job->config.chunk_size / 2);
     }
-    if (job->data.text && v->bytes_per_token > 0)
-        die(errorf("--bytes-per-token is for token files; %s is text, of which each byte is a token", v->data));
-    job->bytes_known = job->data.text || v->bytes_per_token > 0;
-    job->unit = !job->bytes_known ? 1 : 1 / log(2) / (job->data.text ? 1 : v->bytes_per_token);
-    job->unit_name = job->bytes_known ? "bits/byte" : "nats/token";
+    count_bytes(job);
+    choose_unit(job);
 }
 
 /* Creates the model, as large as the plan needs it. */
@@ -286,6 +328,9 @@ static void load_model(Job *job) {
     printf("data         %s: %s %s, %s prediction%s%s\n", v->data, report_count(e->num_texts, text[0]),
            e->num_texts == 1 ? "text" : "texts", report_count(e->predictions, text[1]),
            e->predictions == 1 ? "" : "s", job->data.text ? " of a byte each" : "");
+    if (job->vocabulary.json)
+        printf("tokenizer    %s tokens; a prediction stands for %.3f bytes of text\n",
+               report_count(tokenizer_vocab_size(&job->vocabulary.tok), text[0]), 1 / log(2) / job->unit);
     printf("memory       %s, whatever the length of the texts: %" PRId64 " row%s of %" PRId64 " tokens at a time\n",
            report_bytes(memory.parameters + memory.activations + memory.state + memory.workspace, text[2]), batch,
            batch == 1 ? "" : "s", length);
@@ -346,6 +391,7 @@ typedef struct CsvRow {
     const char *measure, *name;
     int64_t first, last, predictions;                        /* first and last position; -1: none */
     double loss, error, difference, difference_error;        /* nats a token; NAN: none           */
+    double unit;                                             /* of its own; 0: that of the job    */
 } CsvRow;
 
 static void csv_row(const Job *job, FILE *csv, const CsvRow *row) {
@@ -359,8 +405,9 @@ static void csv_row(const Job *job, FILE *csv, const CsvRow *row) {
     report_csv_number(csv, row->loss, ",");
     report_csv_number(csv, row->error, ",");
     report_csv_number(csv, exp(row->loss), ",");
-    report_csv_number(csv, job->bytes_known ? row->loss * job->unit : NAN, ",");
-    report_csv_number(csv, job->bytes_known ? row->error * job->unit : NAN, ",");
+    double unit = !job->bytes_known ? NAN : row->unit > 0 ? row->unit : job->unit;
+    report_csv_number(csv, row->loss * unit, ",");
+    report_csv_number(csv, row->error * unit, ",");
     report_csv_number(csv, row->difference, ",");
     report_csv_number(csv, row->difference_error, "\n");
 }
@@ -379,12 +426,14 @@ static void print_files(const Job *job, FILE *csv) {
         const char *path = job->data.files[text->file].path;
         double loss = evaluation_mean(e, &job->sums[job->whole], EVALUATION_ALL, text->first_block,
                                       end - text->first_block, NULL);
-        CsvRow row = {"file", path, -1, -1, text->predictions, loss, NAN, NAN, NAN};
+        /* A token of one file may stand for more bytes than one of another. */
+        double unit = text->bytes > 0 ? (double)text->predictions / (double)text->bytes / log(2) : job->unit;
+        CsvRow row = {"file", path, -1, -1, text->predictions, loss, NAN, NAN, NAN, unit};
         csv_row(job, csv, &row);
         if (i == FILES_SHOWN) printf("  ... and %d more; --csv tells of all of them\n", e->num_texts - i);
         if (i >= FILES_SHOWN) continue;
         printf("  %11s  %10.4f  %#10.4g", report_count(text->predictions, count), loss, exp(loss));
-        if (job->bytes_known) printf("  %9.4f", loss * job->unit);
+        if (job->bytes_known) printf("  %9.4f", loss * unit);
         printf("   %s\n", path);
     }
 }
@@ -393,7 +442,7 @@ static void print_whole(const Job *job, FILE *csv) {
     int64_t predictions;
     double loss = mean_of(job, job->whole, EVALUATION_ALL, &predictions);
     double error = bootstrap_error(&job->bootstrap, job->whole, EVALUATION_ALL, -1, 0);
-    CsvRow row = {"total", job->values.data, -1, -1, predictions, loss, error, NAN, NAN};
+    CsvRow row = {"total", job->values.data, -1, -1, predictions, loss, error, NAN, NAN, 0};
     csv_row(job, csv, &row);
     if (job->evaluation.num_texts > 1) print_files(job, csv);
     printf("\nThe state carried from the start of each text to its end:\n");
@@ -428,7 +477,7 @@ static void print_contexts(const Job *job, FILE *csv) {
         char name[32];
         snprintf(name, sizeof name, "%" PRId64, length->tokens);
         CsvRow row = {"context", length->tokens == INT64_MAX ? "all" : name, -1, -1, predictions, loss, error,
-                      difference, difference_error};
+                      difference, difference_error, 0};
         csv_row(job, csv, &row);
         printf("%14s  %10.4f  %#10.4g", length->label, loss, exp(loss));
         if (job->bytes_known) printf("  %9.4f", loss * job->unit);
@@ -489,7 +538,7 @@ static void position_csv(const Job *job, FILE *csv, const Position *p) {
     const Estimate *estimates[] = {&p->carried, &p->shifted, &p->empty};
     for (int i = 0; i < 3; i++) {
         CsvRow row = {measures[i], p->name, p->first, p->last, p->predictions, estimates[i]->loss,
-                      estimates[i]->error, estimates[i]->difference, estimates[i]->difference_error};
+                      estimates[i]->error, estimates[i]->difference, estimates[i]->difference_error, 0};
         if (!isnan(row.loss)) csv_row(job, csv, &row);
     }
 }
@@ -639,6 +688,7 @@ int main(int argc, char **argv) {
         bootstrap_destroy(&job.bootstrap);
         evaluation_destroy(&job.evaluation);
         dataset_close(&job.data);
+        vocabulary_close(&job.vocabulary);
     }
     if (csv) close_output("csv", v->csv, csv);
     if (plot) close_output("plot", v->plot, plot);

@@ -32,6 +32,7 @@
 #include "lib/report.h"
 #include "lib/sampler.h"
 #include "lib/text.h"
+#include "lib/vocabulary.h"
 
 /* Tokens of the prompt that go through the model at once, unless --read-size says otherwise: enough to keep the
  * backend busy, few enough to cost little memory. */
@@ -49,6 +50,8 @@ enum { READ_SIZE_CPU = 512, READ_SIZE_GPU = 4096 };
       "newest step; the default is the TinyStories model that comes with the project") \
     X(FLAG,   no_verify,   NULL,               0, 0, "", "Model", \
       "load checkpoint and state without comparing their checksums") \
+    X(TEXT,   tokenizer,   NULL,               0, 0, "FILE", "Model", \
+      "the tokenizer.json of the model, if it does not lie beside it, where ./train puts it") \
     X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \
       "text to continue, which is printed first; without this, --prompt-file and --load-state: Once upon a time") \
     X(TEXT,   prompt_file, NULL,               0, 0, "FILE", "Text", \
@@ -109,11 +112,11 @@ typedef struct Generator {
     MegalodonConfig config;
     const MegalodonBackend *backend;
     MegalodonModel *model;
+    Vocabulary vocabulary;       /* what its tokens mean                                */
     char hash[CHECKPOINT_HASH];  /* of the model; only where a state is saved or loaded */
     int64_t before, read;        /* tokens: of the loaded state, and of the prompt      */
+    int64_t bytes_read;          /* of the prompt                                       */
     int read_size;
-    uint8_t *bytes;              /* read_size: a piece of the prompt ...                */
-    int32_t *piece;              /* read_size: ... and its tokens                       */
     Sampler sampler;
     float *logits;               /* vocab_size: after the last token                    */
 } Generator;
@@ -126,9 +129,7 @@ static void load_model(Generator *g, const Values *v) {
         die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
                    v->checkpoint, strerror(errno)));
     die_if(checkpoint_read_config(v->checkpoint, &g->config));
-    if (g->config.vocab_size > 256)
-        die(errorf("--checkpoint %s: this model has %d tokens; text can be made of byte models only, which have at "
-                   "most 256", v->checkpoint, g->config.vocab_size));
+    die_if(vocabulary_of_checkpoint(&g->vocabulary, v->checkpoint, v->tokenizer, &g->config));
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
     die_if(backend_threads(v->threads, &threads));
     g->read_size = v->read_size ? v->read_size : g->backend == &megalodon_cpu ? READ_SIZE_CPU : READ_SIZE_GPU;
@@ -138,9 +139,7 @@ static void load_model(Generator *g, const Values *v) {
     die_if(checkpoint_load(v->checkpoint, g->backend, g->model, &g->config));
     if (v->load_state || v->save_state) die_if(checkpoint_hash(v->checkpoint, g->hash));
     g->logits = malloc((size_t)g->config.vocab_size * sizeof *g->logits);
-    g->bytes = malloc((size_t)g->read_size);
-    g->piece = malloc((size_t)g->read_size * sizeof *g->piece);
-    if (!g->logits || !g->bytes || !g->piece) die("no memory for the prompt and the logits");
+    if (!g->logits) die("no memory for the logits");
     die_if(sampler_create(&g->sampler, g->config.vocab_size, v->temperature, v->top_k, v->top_p, (uint64_t)v->seed));
 }
 
@@ -180,67 +179,89 @@ static void check_writable(const char *path) {
  * The prompt: read in pieces, so that its size does not matter.
  */
 
-/* Runs bytes through the model, after what it has read before. */
-static void read_piece(Generator *g, const uint8_t *bytes, int n) {
-    for (int i = 0; i < n; i++) {
-        g->piece[i] = bytes[i];
-        if (bytes[i] >= g->config.vocab_size)
-            die(errorf("byte %" PRId64 " of the prompt is %d, but the model knows only 0 to %d", g->read + i,
-                       bytes[i], g->config.vocab_size - 1));
+/* Runs text through the model, after what it has read before, --read-size tokens at a time. */
+static void read_text(Generator *g, const void *text, size_t length) {
+    int32_t *ids;
+    size_t count, size = (size_t)g->read_size;
+    const char *error = vocabulary_encode(&g->vocabulary, text, length, &ids, &count);
+    if (error) die(errorf("the prompt, from byte %" PRId64 " on: %s", g->bytes_read, error));
+    for (size_t at = 0; at < count; at += size) {
+        int n = (int)(count - at < size ? count - at : size);
+        die_if(text_feed(g->backend, g->model, ids + at, n, g->before + g->read > 0));
+        g->read += n;
     }
-    die_if(text_feed(g->backend, g->model, g->piece, n, g->before + g->read > 0));
-    g->read += n;
+    g->bytes_read += (int64_t)length;
+    free(ids);
 }
 
-/* Fills a piece from a file or a pipe; fewer bytes than --read-size come only at the end. */
-static int next_piece(Generator *g, FILE *file, const char *name) {
-    size_t n = fread(g->bytes, 1, (size_t)g->read_size, file);
-    if (ferror(file)) die(errorf("--prompt-file %s: cannot be read: %s", name, strerror(errno)));
-    return (int)n;
+/* Text of a file or a pipe that is not read yet. It is encoded up to a place where that changes no token. */
+typedef struct PromptFile {
+    const char *name;
+    FILE *file;
+    uint8_t *bytes;
+    size_t used, room;
+    bool ended;
+} PromptFile;
+
+/* Reads on, and runs what is certain through the model. A piece has as many bytes as would be --read-size tokens if
+ * each were one byte, so that the prompt's size does not matter; text without a place to cut makes it grow. */
+static void read_piece(Generator *g, PromptFile *p) {
+    if (p->room - p->used < (size_t)g->read_size) {
+        size_t room = 2 * p->used + (size_t)g->read_size;
+        uint8_t *bytes = realloc(p->bytes, room);
+        if (!bytes) die(errorf("--prompt-file %s: no memory for %zu bytes", p->name, room));
+        p->bytes = bytes;
+        p->room = room;
+    }
+    size_t n = fread(p->bytes + p->used, 1, (size_t)g->read_size, p->file);
+    if (ferror(p->file)) die(errorf("--prompt-file %s: cannot be read: %s", p->name, strerror(errno)));
+    p->used += n;
+    p->ended = n < (size_t)g->read_size;
+    size_t whole = p->ended ? p->used : vocabulary_cut(&g->vocabulary, p->bytes, p->used);
+    read_text(g, p->bytes, whole);
+    p->used -= whole;
+    memmove(p->bytes, p->bytes + whole, p->used);
 }
 
-/* A long prompt takes minutes: a terminal shows every second how far it is, a log gets a line now and then. `size` is
- * 0 where it is not known. */
+/* A long prompt takes minutes: a terminal shows every second how far it is, a log gets a line now and then. `size`, in
+ * bytes, is 0 where it is not known. */
 static void show_reading(const Generator *g, int64_t size, double start, double *shown) {
     char tokens[32], left[32];
     double now = report_seconds(), rate = (double)g->read / (now - start);
     bool terminal = isatty(STDERR_FILENO);
     if (now - *shown < (terminal ? 1 : 5)) return;
     fprintf(stderr, "%sread %s tokens", terminal ? "\r" : "", report_count(g->read, tokens));
-    if (size > g->read) fprintf(stderr, " of %s", report_count(size, tokens));
+    if (size > g->bytes_read) fprintf(stderr, ", %.0f%%", 100. * (double)g->bytes_read / (double)size);
     fprintf(stderr, ", %.0f tok/s", rate);
-    if (size > g->read) fprintf(stderr, ", left %s", report_duration((double)(size - g->read) / rate, left));
+    if (size > g->bytes_read && g->bytes_read > 0)
+        fprintf(stderr, ", left %s", report_duration((double)(size - g->bytes_read) / (double)g->bytes_read
+                                                     * (now - start), left));
     fprintf(stderr, "%s", terminal ? "\033[K" : "\n");
     *shown = now;
 }
 
 static void read_prompt_file(Generator *g, const char *name) {
     bool is_stdin = strcmp(name, "-") == 0;
-    FILE *file = is_stdin ? stdin : fopen(name, "rb");
+    PromptFile p = {.name = name, .file = is_stdin ? stdin : fopen(name, "rb")};
     struct stat info;
     double start = report_seconds(), shown = start;
-    if (!file) die(errorf("--prompt-file %s: cannot be opened: %s", name, strerror(errno)));
-    bool known = fstat(fileno(file), &info) == 0;
+    if (!p.file) die(errorf("--prompt-file %s: cannot be opened: %s", name, strerror(errno)));
+    bool known = fstat(fileno(p.file), &info) == 0;
     if (known && S_ISDIR(info.st_mode)) die(errorf("--prompt-file %s: is a folder; expected a file", name));
-    for (int n; (n = next_piece(g, file, name)) > 0;) {
-        read_piece(g, g->bytes, n);
+    while (!p.ended) {
+        read_piece(g, &p);
         show_reading(g, known && S_ISREG(info.st_mode) ? (int64_t)info.st_size : 0, start, &shown);
     }
     if (shown > start && isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
     if (g->read == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
-    if (!is_stdin) fclose(file);
-}
-
-static void read_prompt(Generator *g, const char *prompt) {
-    size_t length = strlen(prompt), size = (size_t)g->read_size;
-    for (size_t at = 0; at < length; at += size)
-        read_piece(g, (const uint8_t *)prompt + at, (int)(length - at < size ? length - at : size));
+    if (!is_stdin) fclose(p.file);
+    free(p.bytes);
 }
 
 /* Reads what there is to read; g->logits are those after its last token. */
 static void read_all(Generator *g, const Values *v) {
     if (v->load_state) load_state(g, v);
-    if (v->prompt) read_prompt(g, v->prompt);
+    if (v->prompt) read_text(g, v->prompt, strlen(v->prompt));
     else if (v->prompt_file) read_prompt_file(g, v->prompt_file);
     if (g->read > 0) die_if(g->backend->last_logits(g->model, g->logits));
 }
@@ -265,8 +286,9 @@ static int64_t write_text(Generator *g, const Values *v) {
     if (v->prompt) fputs(v->prompt, stdout);
     show_text();
     while (made < v->max_tokens) {
+        vocabulary_forbid(&g->vocabulary, g->logits);
         die_if(sampler_next(&g->sampler, g->logits, &token));
-        text_put(&writer, (uint8_t)token);
+        vocabulary_put(&g->vocabulary, &writer, token);
         show_text();
         if (++made == v->max_tokens || writer.stopped) break;
         die_if(text_feed(g->backend, g->model, &token, 1, true));
@@ -308,8 +330,7 @@ int main(int argc, char **argv) {
     print_rate("generated", made, end - begin, "\n");
     g.backend->destroy(g.model);
     sampler_destroy(&g.sampler);
+    vocabulary_close(&g.vocabulary);
     free(g.logits);
-    free(g.bytes);
-    free(g.piece);
     return 0;
 }

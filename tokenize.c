@@ -1,6 +1,8 @@
 /* tokenize.c - turns text into a file of token numbers, and back.
  *
  *     ./tokenize --tokenizer tokenizer.json --data my.txt --out tokens.npy
+ *     ./tokenize --tokenizer tokenizer.json --data my.jsonl --out tokens.npy      {"text": "..."} a line
+ *     ./tokenize --data my.jsonl --out my.txt              its texts alone, for models of bytes
  *     ./tokenize --tokenizer tokenizer.json --decode tokens.npy --out text.txt
  *
  * The token file is what numpy.save writes: one dimension of uint16, or of uint32 if the tokenizer has more than 65536
@@ -23,6 +25,7 @@
 
 #include "lib/dataset.h"
 #include "lib/error.h"
+#include "lib/json.h"
 #include "lib/options.h"
 #include "lib/report.h"
 #include "lib/tokenizer.h"
@@ -38,7 +41,8 @@ enum { BLOCK = 4 << 20, NPY_HEADER = 128, DECODE_BLOCK = 1 << 14 };
     X(TEXT,   tokenizer,   NULL,               0, 0, "FILE", "Files", \
       "a tokenizer.json of byte-level BPE, such as GPT-2's or one of dev/train_tokenizer.py") \
     X(TEXT,   data,        NULL,               0, 0, "PATH", "Files", \
-      "text to turn into tokens: a file, or a folder whose files follow one another in the order of their names") \
+      "text to turn into tokens: a file, a folder whose files follow one another in the order of their names, or a " \
+      ".jsonl file, whose lines {\"text\": ...} are documents") \
     X(TEXT,   decode,      NULL,               0, 0, "PATH", "Files", \
       "a .npy file of tokens to turn back into text") \
     X(TEXT,   out,         NULL,               0, 0, "FILE", "Files", \
@@ -64,10 +68,14 @@ static bool read_options(Values *v, int argc, char **argv) {
         options_print_help(stdout, &set);
         return false;
     }
-    if (!v->tokenizer) die("--tokenizer is missing; expected a tokenizer.json");
+    if (!v->tokenizer && (!v->data || !dataset_is_jsonl(v->data)))
+        die("--tokenizer is missing; expected a tokenizer.json");
     if (!v->data == !v->decode) die("give either --data (text to tokens) or --decode (tokens to text)");
     if (!v->out) die("--out is missing; expected the name of the file to write");
-    if (v->data && !dataset_is_npy(v->out))
+    if (!v->tokenizer && dataset_is_npy(v->out))
+        die(errorf("--out %s: without --tokenizer, the texts of --data are written as they are; give the tokenizer, or "
+                   "another name", v->out));
+    if (v->tokenizer && v->data && !dataset_is_npy(v->out))
         die(errorf("--out %s: a token file's name must end in .npy; ./train would take it for text", v->out));
     if (v->decode && !dataset_is_npy(v->decode))
         die(errorf("--decode %s: expected a .npy file of tokens", v->decode));
@@ -150,7 +158,7 @@ static void output_close(Output *out) {
  */
 
 typedef struct Encoder {
-    const Tokenizer *tok;
+    const Tokenizer *tok;            /* NULL: texts are written as they are        */
     Output *out;
     bool exact;
     const char *end;                 /* spelling of the token that ends a document */
@@ -162,8 +170,23 @@ typedef struct Encoder {
     size_t ids_room;
     bool at_start;                   /* the document has no text yet               */
     bool has_tokens;                 /* the document has tokens                    */
-    int64_t bytes, documents;
+    int64_t bytes, documents;        /* of text                                    */
+    int64_t read, total;             /* bytes of the files, and of all of them     */
+    double started, shown;           /* seconds                                    */
 } Encoder;
+
+/* A bar on a terminal, drawn ten times a second; a log gets the last line alone. */
+static void show_progress(Encoder *e) {
+    enum { WIDTH = 30 };
+    double now = report_seconds(), rate = (double)e->read / (now - e->started);
+    char bar[WIDTH + 1], left[32];
+    if (now - e->shown < 0.1 || e->total == 0 || e->read == 0 || !isatty(STDERR_FILENO)) return;
+    for (int i = 0; i < WIDTH; i++) bar[i] = i < (int)(WIDTH * e->read / e->total) ? '#' : '.';
+    bar[WIDTH] = 0;
+    fprintf(stderr, "\r[%s] %3.0f%% %s, %.1f MB/s, left %s\033[K", bar, 100. * (double)e->read / (double)e->total,
+            e->out->path, rate / 1e6, report_duration((double)(e->total - e->read) / rate, left));
+    e->shown = now;
+}
 
 static void encode_text(Encoder *e, const uint8_t *text, size_t n) {
     size_t need = tokenizer_capacity(n), count;
@@ -238,41 +261,127 @@ static size_t encode_buffer(Encoder *e, bool whole) {
     return at;
 }
 
+/* Makes room for `more` bytes in the buffer. */
+static void reserve(Encoder *e, const char *path, size_t more) {
+    if (e->room - e->used >= more) return;
+    size_t room = 2 * e->room + more;
+    uint8_t *buffer = realloc(e->buffer, room);
+    if (!buffer) output_die_if(e->out, errorf("%s: no memory for %zu bytes of text", path, room));
+    e->buffer = buffer;
+    e->room = room;
+}
+
 static void encode_file(Encoder *e, const char *path) {
     FILE *file = fopen(path, "rb");
     if (!file) output_die_if(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
     e->used = 0;
     e->at_start = true;
     for (bool whole = false; !whole;) {
-        /* Text without a place to cut fills the buffer: then it grows. */
-        if (e->room - e->used < BLOCK / 2) {
-            size_t room = 2 * e->room + BLOCK;
-            uint8_t *buffer = realloc(e->buffer, room);
-            if (!buffer) output_die_if(e->out, errorf("%s: no memory for %zu bytes of text", path, room));
-            e->buffer = buffer;
-            e->room = room;
-        }
+        reserve(e, path, BLOCK / 2);                         /* text without a place to cut makes it grow */
         size_t n = fread(e->buffer + e->used, 1, e->room - e->used, file);
         if (ferror(file)) output_die_if(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
         e->used += n;
         e->bytes += (int64_t)n;
+        e->read += (int64_t)n;
         whole = e->used < e->room;
         size_t done = encode_buffer(e, whole);
         e->used -= done;
         memmove(e->buffer, e->buffer + done, e->used);
+        show_progress(e);
     }
     fclose(file);
     if (!e->exact) end_document(e);
 }
 
+/* The "text" of a line. Error: it is not JSON, or something else is in it. */
+static const char *line_text(const Json *json, const JsonNode **text) {
+    *text = json_get(json->root, "text");
+    if (json_get(json->root, "response"))
+        return "a response is no text; ./train --data reads a file of prompts and responses as it is";
+    if (!*text || (*text)->type != JSON_STRING || json->root->count != 1)
+        return errorf("expected {\"text\": \"...\"} and no other key, found %s", json_type_name(json->root));
+    return NULL;
+}
+
+/* Writes a text and the mark of its end, each in lines of their own. */
+static void write_text(Encoder *e, const char *text, size_t n) {
+    FILE *file = e->out->file;
+    size_t end = without_break((const uint8_t *)text, n);
+    if (end == 0) return;
+    fwrite(text, 1, end, file);
+    if (fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
+    e->documents++;
+}
+
+/* Encodes a .jsonl file, a line at a time: each is a document. */
+static void encode_lines(Encoder *e, const char *path) {
+    FILE *file = fopen(path, "rb");
+    char *line = NULL;
+    size_t room = 0;
+    if (!file) output_die_if(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
+    ssize_t n;
+    for (int64_t number = 1; (n = getline(&line, &room, file)) > 0; number++) {
+        Json json;
+        const JsonNode *text = NULL;
+        size_t blank = 0;
+        e->read += n;
+        while (blank < (size_t)n && strchr(" \t\r\n", line[blank]) && line[blank]) blank++;
+        if (blank == (size_t)n) continue;
+        const char *error = json_parse(&json, line, (size_t)n);
+        /* Each line is a document of its own, so its reader counts from line 1. */
+        if (error && strncmp(error, "line 1, ", 8) == 0) error += 8;
+        if (!error) error = line_text(&json, &text);
+        if (error) output_die_if(e->out, errorf("%s, line %lld: %s", path, (long long)number, error));
+        e->bytes += (int64_t)text->length;
+        if (!e->tok) {
+            write_text(e, text->string, text->length);
+        } else {
+            e->used = 0;
+            e->at_start = true;
+            reserve(e, path, text->length);
+            if (text->length > 0) memcpy(e->buffer, text->string, text->length);
+            e->used = text->length;
+            encode_buffer(e, true);
+            end_document(e);
+        }
+        json_free(&json);
+        show_progress(e);
+    }
+    if (ferror(file)) output_die_if(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
+    fclose(file);
+    free(line);
+}
+
+/* The size of a .jsonl file, which is read by its lines and is no dataset. */
+static int64_t jsonl_size(const char *path) {
+    struct stat info;
+    if (stat(path, &info) != 0) die(errorf("--data %s: cannot be opened: %s", path, strerror(errno)));
+    return info.st_size;
+}
+
+/* The texts of a .jsonl file, without a tokenizer. */
+static void extract(const Values *v) {
+    Output out;
+    Encoder e = {.out = &out, .end = v->end, .total = jsonl_size(v->data), .started = report_seconds()};
+    char bytes[32], documents[32];
+    output_open(&out, v->out);
+    encode_lines(&e, v->data);
+    output_close(&out);
+    fprintf(stderr, "%s%s: %s bytes, %s documents\n", e.shown > 0 ? "\r\033[K" : "", out.path,
+            report_count(e.bytes, bytes), report_count(e.documents, documents));
+}
+
 static void encode(const Values *v, const Tokenizer *tok) {
-    Dataset files;
+    Dataset files = {.descriptor = -1};
     Output out;
     Encoder e = {.tok = tok, .out = &out, .exact = v->exact, .end = v->end, .end_length = strlen(v->end)};
     char bytes[32], tokens[32], documents[32];
+    bool lines = dataset_is_jsonl(v->data);
+    if (lines && v->exact) die("--exact does not go with a .jsonl file: its texts need ends");
     /* The dataset knows what a folder of text is; only its list of files is used here. */
-    die_if(dataset_open(&files, v->data, 256));
-    if (!files.text) die(errorf("--data %s: holds tokens already; expected text", v->data));
+    if (!lines) die_if(dataset_open(&files, v->data, 256));
+    if (!lines && !files.text) die(errorf("--data %s: holds tokens already; expected text", v->data));
+    e.total = lines ? jsonl_size(v->data) : files.size;
     e.end_id = tokenizer_id(tok, v->end);
     if (!e.exact && (e.end_id < 0 || !tokenizer_is_special(tok, e.end_id)))
         die(errorf("--end %s: the tokenizer has no special token of this name; name one that it has, or give --exact "
@@ -280,17 +389,14 @@ static void encode(const Values *v, const Tokenizer *tok) {
     output_open(&out, v->out);
     out.width = tokenizer_vocab_size(tok) <= 65536 ? 2 : 4;
     output_header(&out);
-    double start = report_seconds();
-    bool terminal = isatty(STDERR_FILENO);
-    for (int i = 0; i < files.num_files; i++) {
-        encode_file(&e, files.files[i].path);
-        if (terminal && files.num_files > 1) fprintf(stderr, "\r%d of %d files", i + 1, files.num_files);
-    }
-    double seconds = report_seconds() - start;
+    e.started = report_seconds();
+    if (lines) encode_lines(&e, v->data);
+    for (int i = 0; i < files.num_files; i++) encode_file(&e, files.files[i].path);
+    double seconds = report_seconds() - e.started;
     if (fseek(out.file, 0, SEEK_SET) != 0) output_die(&out, "be written");
     output_header(&out);
     output_close(&out);
-    if (terminal && files.num_files > 1) fprintf(stderr, "\r");
+    if (e.shown > 0) fprintf(stderr, "\r\033[K");
     fprintf(stderr, "%s: %s bytes, %s tokens of uint%d", out.path, report_count(e.bytes, bytes),
             report_count(out.tokens, tokens), 8 * out.width);
     if (!e.exact) fprintf(stderr, ", %s documents", report_count(e.documents, documents));
@@ -330,6 +436,10 @@ int main(int argc, char **argv) {
     Tokenizer tok;
     if (!read_options(&v, argc, argv)) return 0;
     signal(SIGXFSZ, SIG_IGN);                    /* a file that may not grow any further is a write that fails */
+    if (!v.tokenizer) {
+        extract(&v);
+        return 0;
+    }
     die_if(tokenizer_load(v.tokenizer, &tok));
     if (v.data) encode(&v, &tok);
     else decode(&v, &tok);

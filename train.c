@@ -56,23 +56,33 @@ static const char *signal_name(int signal) {
  * Data of a step.
  */
 
-/* Fills row `row` of the batch with the window that starts at token `start` of the range. The targets are the
- * tokens one place further. */
+/* Fills row `row` of the batch with the window that starts at token `start` of the range, or with example `start`. The
+ * targets are the tokens one place further; --within-documents leaves out those that begin a document. */
 static void load_row(Run *run, const Range *range, int64_t start, int64_t row) {
-    int64_t T = run->values.seq_len;
-    die_if(dataset_window(range->data, range->first + start, T + 1, run->window));
-    memcpy(run->tokens + row * T, run->window, (size_t)T * sizeof *run->tokens);
-    memcpy(run->targets + row * T, run->window + 1, (size_t)T * sizeof *run->targets);
+    int T = run->values.seq_len;
+    int32_t *tokens = run->tokens + row * T, *targets = run->targets + row * T;
+    if (range->examples) {
+        examples_row(range->examples, range->first + start, T, tokens, targets);
+        return;
+    }
+    die_if(dataset_window(range->data, range->first + start, (int64_t)T + 1, run->window));
+    memcpy(tokens, run->window, (size_t)T * sizeof *tokens);
+    memcpy(targets, run->window + 1, (size_t)T * sizeof *targets);
+    if (run->values.within_documents)
+        die_if(documents_leave_out(&run->mark, range->data, range->first + start, T, run->window, targets));
 }
 
-/* The rows of a step start at random places. The generator counts rows from the start of the run, so no state has to
- * be saved, and --batch 8 --accumulate 2 sees what --batch 16 sees. */
+/* The rows of a step start at random places; examples come each once before any comes again. Rows are counted from the
+ * start of the run, so no state has to be saved, and --batch 8 --accumulate 2 sees what --batch 16 sees. */
 static void load_random_rows(Run *run, int64_t rows) {
+    const Range *range = &run->training;
     uint64_t key = megalodon_random((uint64_t)run->values.seed, 0x64617461); /* "data": apart from other uses */
-    uint64_t starts = (uint64_t)(run->training.count - run->values.seq_len);
+    uint64_t starts = (uint64_t)(range->count - run->values.seq_len);
     for (int64_t row = 0; row < rows; row++) {
-        uint64_t counter = (uint64_t)run->step * (uint64_t)rows + (uint64_t)row;
-        load_row(run, &run->training, (int64_t)(megalodon_random(key, counter) % starts), row);
+        int64_t counter = run->step * rows + row;
+        int64_t start = range->examples ? examples_draw(range->count, key, counter)
+                                        : (int64_t)(megalodon_random(key, (uint64_t)counter) % starts);
+        load_row(run, range, start, row);
     }
 }
 
@@ -84,16 +94,29 @@ static void load_next_segments(Run *run, int64_t rows) {
                             run->targets + row * T, &run->fresh[row]));
 }
 
-/* Loads all rows of the next step, pass after pass; returns how many targets count. */
+/* How many of the first `places` targets count, and in *bytes how much text they stand for. */
+static int64_t count_targets(const Run *run, int64_t places, int64_t *bytes) {
+    int64_t counted = 0;
+    for (int64_t i = 0; i < places; i++) {
+        if (run->targets[i] == MEGALODON_IGNORE) continue;
+        *bytes += vocabulary_token_bytes(&run->vocabulary, run->targets[i]);
+        counted++;
+    }
+    return counted;
+}
+
+/* Loads all rows of the next step, pass after pass; returns how many targets count, or 1 where none does: short rows
+ * can lie between documents alone, and their loss of 0 has to be divided by something. */
 static int64_t load_step(Run *run) {
     int64_t rows = (int64_t)run->values.batch * run->values.accumulate;
-    int64_t places = tokens_per_step(run), counted = 0;
+    int64_t places = tokens_per_step(run), bytes = 0;
     if (run->values.carry_state) load_next_segments(run, rows);
     else load_random_rows(run, rows);
-    for (int64_t i = 0; i < places; i++) counted += run->targets[i] != MEGALODON_IGNORE;
+    int64_t counted = count_targets(run, places, &bytes);
     run->places += places;
     run->padding += places - counted;
-    return counted;
+    run->bytes_per_token = run->bytes_known && counted > 0 ? (double)bytes / (double)counted : NAN;
+    return counted > 0 ? counted : 1;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -189,7 +212,8 @@ static void train_step(Run *run, ReportRow *row) {
 
     double seconds = report_seconds() - start;
     *row = (ReportRow){.step = run->step, .steps = v->steps, .tokens = run->step * tokens_per_step(run),
-                       .loss = loss, .val_loss = NAN, .val_bpb = NAN, .grad_norm = fabs(norm), .lr = adamw.lr,
+                       .loss = loss, .bytes_per_token = run->bytes_per_token, .val_loss = NAN, .val_bpb = NAN,
+                       .grad_norm = fabs(norm), .lr = adamw.lr,
                        .ms = 1e3 * seconds, .tokens_per_s = (double)tokens_per_step(run) / seconds};
 }
 
@@ -235,12 +259,14 @@ static void check_bad_step(Run *run, const ReportRow *row) {
  * Evaluation: mean loss in nats a token over rows at fixed places, evenly spread over the held-out data, so that
  * two evaluations differ only by the model. Each row starts from an empty state.
  */
-static double evaluate(Run *run) {
+static void evaluate(Run *run, ReportRow *report) {
     const Values *v = &run->values;
-    int64_t T = v->seq_len, last = run->held_out.count - (T + 1);            /* last possible start */
-    int64_t rows = (int64_t)v->eval_batches * v->batch, fitting = (run->held_out.count - 1) / T;
+    bool examples = run->held_out.examples != NULL;
+    int64_t T = v->seq_len, last = run->held_out.count - (examples ? 1 : T + 1);     /* last possible start */
+    int64_t rows = (int64_t)v->eval_batches * v->batch;
+    int64_t fitting = examples ? run->held_out.count : (run->held_out.count - 1) / T;
     double nll_sum = 0;
-    int64_t counted = 0;
+    int64_t counted = 0, bytes = 0;
     if (rows > fitting) rows = fitting;                                      /* no token counts twice */
     hold_state(run);
     for (int64_t first = 0; first < rows; first += v->batch) {
@@ -253,10 +279,11 @@ static double evaluate(Run *run) {
         MegalodonLoss loss;
         die_if(run->backend->forward(run->model, &batch, &loss));
         nll_sum += loss.nll_sum;
-        counted += loss.counted;
+        counted += count_targets(run, B * T, &bytes);
     }
     return_state(run);
-    return nll_sum / (double)counted;
+    report->val_loss = nll_sum / (double)counted;
+    if (run->bytes_known && bytes > 0) report->val_bpb = report_bits(nll_sum / (double)bytes);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -265,7 +292,7 @@ static double evaluate(Run *run) {
  */
 static void print_sample(Run *run) {
     const Values *v = &run->values;
-    const char *prompt = v->prompt;
+    const Vocabulary *vocabulary = &run->vocabulary;
     TextWriter writer = {.file = stdout, .printable = true};
     Sampler sampler;
     int V = run->config.vocab_size;
@@ -274,18 +301,19 @@ static void print_sample(Run *run) {
     die_if(sampler_create(&sampler, V, 0.8, 0, 1, megalodon_random((uint64_t)v->seed, (uint64_t)run->step)));
     hold_state(run);
     report_clear_bar(&run->report);
-    printf("sample: %s", prompt);
-    for (size_t at = 0, length = strlen(prompt); at < length;) {
-        int n = length - at < (size_t)v->seq_len ? (int)(length - at) : v->seq_len;
-        for (int i = 0; i < n; i++) run->tokens[i] = (uint8_t)prompt[at + (size_t)i];
-        die_if(text_feed(run->backend, run->model, run->tokens, n, at > 0));
+    printf("sample: %s", v->prompt);
+    for (size_t at = 0; at < run->prompt_count;) {
+        size_t left = run->prompt_count - at;
+        int n = left < (size_t)v->seq_len ? (int)left : v->seq_len;
+        die_if(text_feed(run->backend, run->model, run->prompt + at, n, at > 0));
         at += (size_t)n;
     }
     for (int64_t i = 0; i < v->sample_tokens && !stop_signal; i++) {
         int32_t token;
         die_if(run->backend->last_logits(run->model, logits));
+        vocabulary_forbid(vocabulary, logits);
         die_if(sampler_next(&sampler, logits, &token));
-        text_put(&writer, (uint8_t)token);
+        vocabulary_put(vocabulary, &writer, token);
         die_if(text_feed(run->backend, run->model, &token, 1, true));
     }
     return_state(run);
@@ -308,7 +336,7 @@ static void print_evaluation(Run *run, const ReportRow *row) {
     report_clear_bar(&run->report);
     if (run->report.quiet) return;
     printf("step %lld: held-out loss %.4f nats", (long long)run->step, row->val_loss);
-    if (run->report.text) printf(" | %.4f bits/byte", row->val_bpb);
+    if (isfinite(row->val_bpb)) printf(" | %.4f bits/byte", row->val_bpb);
     printf("\n");
     fflush(stdout);
 }
@@ -332,7 +360,7 @@ static void print_end(Run *run, const ReportRow *row, double seconds) {
 
 static void train(Run *run) {
     const Values *v = &run->values;
-    double start = report_seconds(), loss_sum = 0, ms_sum = 0;
+    double start = report_seconds(), loss_sum = 0, bytes_sum = 0, ms_sum = 0;
     int64_t first = run->step, summed = 0;
     ReportRow row = {.val_loss = NAN, .val_bpb = NAN};
     while (run->step < v->steps && !stop_signal) {
@@ -340,21 +368,22 @@ static void train(Run *run) {
         bool last = run->step == v->steps;
         row.seconds_left = (report_seconds() - start) / (double)(run->step - first) * (double)(v->steps - run->step);
         loss_sum += row.loss;
+        bytes_sum += row.bytes_per_token;
         ms_sum += row.ms;
         summed++;
         if (is_due(run->step, v->log_every) || last || run->step == first + 1) {
             ReportRow mean = row;
             mean.loss = loss_sum / (double)summed;
+            mean.bytes_per_token = bytes_sum / (double)summed;
             mean.ms = ms_sum / (double)summed;
             mean.tokens_per_s = 1e3 * (double)tokens_per_step(run) / mean.ms;
             report_line(&run->report, &mean);
-            loss_sum = ms_sum = 0;
+            loss_sum = bytes_sum = ms_sum = 0;
             summed = 0;
         }
         report_bar(&run->report, &row);
         if (run->held_out.count > 0 && (is_due(run->step, v->eval_every) || last) && !has_failed(run)) {
-            row.val_loss = evaluate(run);
-            if (run->report.text) row.val_bpb = report_bits(row.val_loss);
+            evaluate(run, &row);
             print_evaluation(run, &row);
         }
         write_log(run, &row);

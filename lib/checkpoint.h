@@ -8,6 +8,7 @@
  *     runs/demo/step-00001000/model.safetensors      the model
  *     runs/demo/step-00001000/trainer.safetensors    AdamW's moments; as strings: step, data position, seed, ...
  *     runs/demo/step-00001000/state.safetensors      the model's state, where training carries one
+ *     runs/demo/step-00001000/tokenizer.json         the tokenizer, where the model's tokens are not bytes
  *     runs/demo/latest                               the text "step-00001000"
  *
  * The files that belong together appear together: they are written in step-00001000.tmp, made durable, and the
@@ -427,14 +428,41 @@ static inline const char *checkpoint_load(const char *path, const MegalodonBacke
     return error;
 }
 
-/* Writes a model file; step, if not NULL, is noted in it. */
+/* A tokenizer that goes with a model. */
+typedef struct CheckpointTokenizer {
+    const char *json;                                /* tokenizer.json, word for word          */
+    const char *hash;                                /* tells it from others; stands in the model's metadata */
+} CheckpointTokenizer;
+
+/* Where the tokenizer of a model lies: in `out` the path of tokenizer.json beside it, in *there whether it exists, and
+ * in `hash` that of the tokenizer which the model was trained with; empty if the model's file names none. */
+static inline const char *checkpoint_tokenizer(const char *path, char out[SAFETENSORS_MAX_PATH], bool *there,
+                                               char hash[CHECKPOINT_HASH]) {
+    char directory[SAFETENSORS_MAX_PATH], model[SAFETENSORS_MAX_PATH];
+    Safetensors file;
+    const char *error = checkpoint_directory(path, directory);
+    if (!error) error = checkpoint_model_path(path, model);
+    if (!error) error = checkpoint_join(out, directory, "tokenizer.json");
+    if (!error) error = checkpoint_open(&file, model, CHECKPOINT_MODEL_FORMAT);
+    if (error) return error;
+    const char *named = safetensors_metadata(&file, "tokenizer");
+    snprintf(hash, CHECKPOINT_HASH, "%s", named ? named : "");
+    *there = checkpoint_exists(directory, "tokenizer.json");
+    safetensors_close(&file);
+    return NULL;
+}
+
+/* Writes a model file; step and the hash of a tokenizer, if not NULL, are noted in it. */
 static inline const char *checkpoint_save_at(const char *path, const MegalodonBackend *backend, MegalodonModel *model,
-                                             const MegalodonConfig *config, const char *step) {
+                                             const MegalodonConfig *config, const char *step, const char *tokenizer) {
     CheckpointList list = {.backend = backend, .model = model};
     JsonWriter json = {0};
     checkpoint_put_config(&json, config);
     SafetensorsPair metadata[] = {{"format", CHECKPOINT_MODEL_FORMAT}, {"config", json.text},
-                                  {step ? "step" : NULL, step}, {NULL, NULL}};
+                                  {NULL, NULL}, {NULL, NULL}, {NULL, NULL}};
+    int pairs = 2;
+    if (step) metadata[pairs++] = (SafetensorsPair){"step", step};
+    if (tokenizer) metadata[pairs] = (SafetensorsPair){"tokenizer", tokenizer};
     const char *error = json.error ? errorf("%s: config: %s", path, json.error)
                                    : checkpoint_list(&list, config, MEGALODON_PARAM, 1, 0, "");
     if (error) free(list.items);
@@ -446,7 +474,7 @@ static inline const char *checkpoint_save_at(const char *path, const MegalodonBa
 /* Writes a model file: PATH is the old file or the new one at every moment. */
 static inline const char *checkpoint_save(const char *path, const MegalodonBackend *backend, MegalodonModel *model,
                                           const MegalodonConfig *config) {
-    return checkpoint_save_at(path, backend, model, config, NULL);
+    return checkpoint_save_at(path, backend, model, config, NULL, NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -762,6 +790,15 @@ static inline void checkpoint_prune(const char *run, int64_t step, int keep) {
     free(entries);
 }
 
+/* Writes a text file that is there whole or not at all. */
+static inline const char *checkpoint_write_text(const char *path, const char *text) {
+    SafetensorsOutput output;
+    const char *error = safetensors_begin(&output, path);
+    if (error) return error;
+    fputs(text, output.file);                        /* commit sees it if this fails */
+    return safetensors_commit(&output);
+}
+
 /* Makes `latest` say a name. */
 static inline const char *checkpoint_point_latest(const char *run, const char *name) {
     SafetensorsOutput output;
@@ -776,7 +813,8 @@ static inline const char *checkpoint_point_latest(const char *run, const char *n
 /* Writes the files of one step into a directory. */
 static inline const char *checkpoint_write_files(const char *directory, const MegalodonBackend *backend,
                                                  MegalodonModel *model, const MegalodonConfig *config,
-                                                 const char *step, const SafetensorsPair *facts, bool with_state) {
+                                                 const char *step, const SafetensorsPair *facts, bool with_state,
+                                                 const CheckpointTokenizer *tokenizer) {
     char path[SAFETENSORS_MAX_PATH];
     size_t count = 0;
     while (facts[count].key) count++;
@@ -785,11 +823,13 @@ static inline const char *checkpoint_write_files(const char *directory, const Me
     all[0] = (SafetensorsPair){"step", step};
     memcpy(all + 1, facts, (count + 1) * sizeof *all);
     const char *error = checkpoint_join(path, directory, "model.safetensors");
-    if (!error) error = checkpoint_save_at(path, backend, model, config, step);
+    if (!error) error = checkpoint_save_at(path, backend, model, config, step, tokenizer ? tokenizer->hash : NULL);
     if (!error) error = checkpoint_join(path, directory, "trainer.safetensors");
     if (!error) error = checkpoint_trainer_save(path, backend, model, config, all);
     if (!error && with_state) error = checkpoint_join(path, directory, "state.safetensors");
     if (!error && with_state) error = checkpoint_state_save(path, backend, model, config);
+    if (!error && tokenizer) error = checkpoint_join(path, directory, "tokenizer.json");
+    if (!error && tokenizer) error = checkpoint_write_text(path, tokenizer->json);
     free(all);
     return error;
 }
@@ -813,11 +853,12 @@ static inline const char *checkpoint_read_back(const char *directory) {
 
 /* Writes the checkpoint of a training run after `step` updates into the directory `run`, which is created if need be,
  * and then deletes all but the newest `keep` (0: keeps all). facts: what else resuming needs, strings with distinct
- * keys other than "format" and "step". with_state: training carries the model's state from batch to batch. Error:
- * what failed; the checkpoints before are as they were. */
-static inline const char *checkpoint_write(const char *run, int64_t step, int keep, const MegalodonBackend *backend,
-                                           MegalodonModel *model, const MegalodonConfig *config,
-                                           const SafetensorsPair *facts, bool with_state) {
+ * keys other than "format" and "step". with_state: training carries the model's state from batch to batch. tokenizer:
+ * NULL for a model of bytes. Error: what failed; the checkpoints before are as they were. */
+static inline const char *checkpoint_write_with(const char *run, int64_t step, int keep,
+                                                const MegalodonBackend *backend, MegalodonModel *model,
+                                                const MegalodonConfig *config, const SafetensorsPair *facts,
+                                                bool with_state, const CheckpointTokenizer *tokenizer) {
     char name[CHECKPOINT_MAX_NAME], number[32];
     char path[SAFETENSORS_MAX_PATH], temporary[SAFETENSORS_MAX_PATH];
     if (step < 0) return errorf("%s: a step cannot be negative", run);
@@ -832,7 +873,7 @@ static inline const char *checkpoint_write(const char *run, int64_t step, int ke
         return errorf("%.80s...: this path is too long", path);
     if (mkdir(temporary, 0777) != 0) return errorf("%s: cannot create the directory: %s", temporary, strerror(errno));
     snprintf(number, sizeof number, "%" PRId64, step);
-    error = checkpoint_write_files(temporary, backend, model, config, number, facts, with_state);
+    error = checkpoint_write_files(temporary, backend, model, config, number, facts, with_state, tokenizer);
     if (!error && *checkpoint_verifies()) error = checkpoint_read_back(temporary);
     if (!error && rename(temporary, path) != 0) error = errorf("%s: cannot rename: %s", temporary, strerror(errno));
     if (error) {
@@ -843,6 +884,13 @@ static inline const char *checkpoint_write(const char *run, int64_t step, int ke
     if (!error) error = checkpoint_point_latest(run, name);
     if (!error) checkpoint_prune(run, step, keep);
     return error;
+}
+
+/* The same for a model of bytes. */
+static inline const char *checkpoint_write(const char *run, int64_t step, int keep, const MegalodonBackend *backend,
+                                           MegalodonModel *model, const MegalodonConfig *config,
+                                           const SafetensorsPair *facts, bool with_state) {
+    return checkpoint_write_with(run, step, keep, backend, model, config, facts, with_state, NULL);
 }
 
 /* Loads what checkpoint_write wrote: parameters, moments and, where there is one, the state. `path` is a run's

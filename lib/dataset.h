@@ -191,10 +191,14 @@ static inline const char *dataset_open_npy(Dataset *ds, int i, int *width) {
  * Opening.
  */
 
-static inline bool dataset_is_npy(const char *path) {
-    size_t n = strlen(path);
-    return n > 4 && strcmp(path + n - 4, ".npy") == 0;
+static inline bool dataset_has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n > m && strcmp(path + n - m, ending) == 0;
 }
+static inline bool dataset_is_npy(const char *path) { return dataset_has_ending(path, ".npy"); }
+
+/* A file of JSON objects, one a line, is no dataset: examples.h and ./tokenize read it. */
+static inline bool dataset_is_jsonl(const char *path) { return dataset_has_ending(path, ".jsonl"); }
 
 /* Adds one regular file. Takes over `path`. */
 static inline const char *dataset_add(Dataset *ds, char *path) {
@@ -214,6 +218,9 @@ static inline const char *dataset_add(Dataset *ds, char *path) {
     files[i].bytes = info.st_size;
     files[i].count = files[i].bytes;
     bool text = !dataset_is_npy(path);
+    if (dataset_is_jsonl(path))
+        return errorf("%s: holds examples, not a text; name it alone to ./train --data or ./tokenize --data, which read "
+                      "its lines, or give it another ending if its bytes are the text", path);
     const char *error = text ? NULL : dataset_open_npy(ds, i, &width);
     if (error) return error;
     if (i == 0) {
@@ -330,7 +337,8 @@ static inline const char *dataset_window(Dataset *ds, int64_t offset, int64_t le
             /* Byte by byte, so that a big-endian machine reads the same numbers. */
             for (int b = ds->width - 1; b >= 0; b--) token = token << 8 | block[t * ds->width + b];
             if (token >= (uint32_t)ds->vocab_size)
-                return errorf("%s: token %lld is %lu, but the model knows only 0 to %d; choose --vocab-size to fit",
+                return errorf("%s: token %lld is %lu, but the model knows only 0 to %d; it needs another --vocab-size, or "
+                              "the data was made by another tokenizer",
                               file->path, (long long)(at + t), (unsigned long)token, ds->vocab_size - 1);
             out[t] = (int32_t)token;
         }
@@ -339,6 +347,20 @@ static inline const char *dataset_window(Dataset *ds, int64_t offset, int64_t le
         length -= n;
     }
     return NULL;
+}
+
+/* Reads all tokens once, or of large data evenly spread windows that add up to DATASET_HASH_BYTES, so that a token
+ * outside of the vocabulary is found before a run and not hours later. Error: as dataset_window. */
+static inline const char *dataset_check(Dataset *ds) {
+    enum { WINDOW = 1 << 14 };
+    int32_t window[WINDOW];
+    int64_t stride = WINDOW, most = DATASET_HASH_BYTES / ds->width;
+    const char *error = NULL;
+    if (ds->vocab_size > 255 && ds->text) return NULL;       /* every byte is a token */
+    if (ds->size > most) stride = ds->size / (most / WINDOW);
+    for (int64_t at = 0; at < ds->size && !error; at += stride)
+        error = dataset_window(ds, at, ds->size - at < WINDOW ? ds->size - at : WINDOW, window);
+    return error;
 }
 
 /* A number that tells whether this is the same data as last time: over the sizes of all files and their bytes, or

@@ -39,6 +39,7 @@ typedef struct EvaluationText {
     int file;                        /* in the dataset                                     */
     int64_t first;                   /* its first token, counted from the dataset's        */
     int64_t predictions, first_block;
+    int64_t bytes;                   /* of text that the predicted tokens stand for; 0: not known */
 } EvaluationText;
 
 typedef struct Evaluation {

@@ -59,6 +59,7 @@ typedef struct ReportRow {
     int64_t step, steps;             /* steps done, and all that there will be               */
     int64_t tokens;                  /* seen since the very start                            */
     double loss;                     /* nats a token                                         */
+    double bytes_per_token;          /* of text, in the targets of that loss; NAN: not known */
     double val_loss, val_bpb;        /* held out: nats a token, bits a byte                  */
     double grad_norm, lr;            /* the norm is the one before clipping                  */
     double ms, tokens_per_s;
@@ -71,7 +72,6 @@ typedef struct ReportRow {
 
 typedef struct Report {
     bool terminal, quiet;
-    bool text;                       /* tokens are bytes: losses are also told in bits a byte */
     bool bar_shown;
     double bar_drawn;                /* when, in seconds                                      */
     FILE *csv;
@@ -94,7 +94,7 @@ static inline void report_line(Report *report, const ReportRow *row) {
     if (report->quiet) return;
     int width = snprintf(NULL, 0, "%lld", (long long)row->steps);
     printf("step %*lld/%lld | loss %.4f nats", width, (long long)row->step, (long long)row->steps, row->loss);
-    if (report->text) printf(" | %.4f bits/byte", report_bits(row->loss));
+    if (row->bytes_per_token > 0) printf(" | %.4f bits/byte", report_bits(row->loss) / row->bytes_per_token);
     printf(" | norm %.3f | lr %.3e | %.1f ms | %.0f tok/s | left %s\n", row->grad_norm, row->lr, row->ms,
            row->tokens_per_s, report_duration(row->seconds_left, left));
     fflush(stdout);

@@ -9,8 +9,7 @@
  *     document  |------------- A ------------|---- B ----|
  *     segments  |  T tokens  |  T tokens  |x ..|  ...     x: a short one; dots: padding
  *
- * A document ends at the end of its file, and after the separator, together with a line feed that follows it. The
- * first token of a document is never a target: nothing stands before it.
+ * documents.h tells where documents end. The first token of a document is never a target: nothing stands before it.
  */
 #ifndef LIB_STREAMS_H
 #define LIB_STREAMS_H
@@ -18,19 +17,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "../megalodon.h"
 #include "dataset.h"
+#include "documents.h"
 #include "error.h"
-
-enum { STREAMS_SEPARATOR_MAX = 256 };    /* bytes of a separator */
 
 typedef struct Streams {
     Dataset *data;
     int64_t first, count;            /* the range of the data that is divided                       */
     int B, T;
-    const char *separator;           /* ends a document; NULL: only the end of a file does          */
+    DocumentMark mark;               /* ends a document                                             */
     int64_t *next;                   /* B: token of the data at which a row's next segment starts   */
     bool *fresh;                     /* B: that segment begins a document: its state is empty       */
     int32_t *window;                 /* a segment with its surroundings                             */
@@ -48,17 +45,17 @@ static inline void streams_close(Streams *s) {
     *s = (Streams){0};
 }
 
-/* Divides tokens [first, first + count) of the data; every row starts at the beginning of its stream. separator: at
- * most STREAMS_SEPARATOR_MAX bytes, for data that is text. Error: a stream would not have two tokens, or no memory. */
+/* Divides tokens [first, first + count) of the data; every row starts at the beginning of its stream. Error: a stream
+ * would not have two tokens, or no memory. */
 static inline const char *streams_open(Streams *s, Dataset *data, int64_t first, int64_t count, int B, int T,
-                                       const char *separator) {
-    *s = (Streams){.data = data, .first = first, .count = count, .B = B, .T = T, .separator = separator};
+                                       const DocumentMark *mark) {
+    *s = (Streams){.data = data, .first = first, .count = count, .B = B, .T = T, .mark = *mark};
     if (count / B < 2)
         return errorf("%s: %lld tokens cannot be divided into %d streams, one a row, of at least two tokens; use more "
                       "text or fewer rows", data->path, (long long)count, B);
     s->next = malloc((size_t)B * sizeof *s->next);
     s->fresh = malloc((size_t)B * sizeof *s->fresh);
-    s->window = malloc(((size_t)T + STREAMS_SEPARATOR_MAX + 2) * sizeof *s->window);
+    s->window = malloc(((size_t)T + DOCUMENT_MARK_MAX + 2) * sizeof *s->window);
     if (!s->next || !s->fresh || !s->window) {
         streams_close(s);
         return errorf("no memory for %d streams in segments of %d tokens", B, T);
@@ -75,7 +72,7 @@ static inline const char *streams_open(Streams *s, Dataset *data, int64_t first,
  * and *end where a document ends in any case: at the end of the file or of the stream. */
 static inline const char *streams_load(Streams *s, int row, int *before, int *size, int64_t *end) {
     const DatasetFile *file = &s->data->files[dataset_file_of(s->data, s->next[row])];
-    int64_t at = s->next[row], low = at - (s->separator ? (int64_t)strlen(s->separator) : 0), high = at + s->T + 1;
+    int64_t at = s->next[row], low = at - s->mark.count, high = at + s->T + 1;
     *end = file->first + file->count;
     if (*end > streams_end(s, row)) *end = streams_end(s, row);
     if (low < file->first) low = file->first;
@@ -83,21 +80,6 @@ static inline const char *streams_load(Streams *s, int row, int *before, int *si
     *before = (int)(at - low);
     *size = (int)(high - low);
     return dataset_window(s->data, low, high - low, s->window);
-}
-
-/* Index in window[0, size) of the first end of a document after `before`: just behind a separator and its line feed.
- * `size` where there is none. Whether a document ends at a place depends on the text around it alone, not on where the
- * segments before were cut. */
-static inline int streams_document_end(const Streams *s, int before, int size) {
-    int length = s->separator ? (int)strlen(s->separator) : 0;
-    for (int i = 0; length > 0 && i + length <= size; i++) {
-        int k = 0, end = i + length;
-        while (k < length && s->window[i + k] == (uint8_t)s->separator[k]) k++;
-        if (k < length) continue;
-        if (end < size && s->window[end] == '\n') end++;
-        if (end > before) return end;
-    }
-    return size;
 }
 
 /* Fills one row of a batch, T tokens and T targets, with its next segment and moves the row on. *fresh: the segment
@@ -109,7 +91,8 @@ static inline const char *streams_next(Streams *s, int row, int32_t *tokens, int
         int64_t at = s->next[row], limit;
         const char *error = streams_load(s, row, &before, &size, &limit);
         if (error) return error;
-        int end = streams_document_end(s, before, size);
+        /* Whether a document ends at a place depends on the text around it alone, not on where segments were cut. */
+        int end = document_end(&s->mark, s->window, before, size);
         /* The document ends inside the window unless the window was cut by T alone. */
         bool ends = end < size || at + size - before == limit;
         int length = end - before < s->T ? end - before : s->T;

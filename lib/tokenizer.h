@@ -919,13 +919,13 @@ static inline const char *tokenizer_find_whole(Tokenizer *tok) {
     return ok ? NULL : "no memory for a token of the vocabulary";
 }
 
-/* Reads a tokenizer.json. tokenizer_free() gives its memory back. Error: the file, what was expected and what was
- * found; nothing is left to free then. */
-static inline const char *tokenizer_load(const char *path, Tokenizer *tok) {
+/* Reads a tokenizer.json from memory; `path` names it in messages. tokenizer_free() gives the memory back, and `text` is
+ * not needed afterwards. Error: what was expected and what was found; nothing is left to free then. */
+static inline const char *tokenizer_parse(const char *path, const char *text, size_t length, Tokenizer *tok) {
     Json json;
     memset(tok, 0, sizeof *tok);
-    const char *error = json_parse_file(&json, path);
-    if (error) return error;
+    const char *error = json_parse(&json, text, length);
+    if (error) return errorf("%s: %s", path, error);
     tokenizer_init_letters(tok);
     error = tokenizer_read_kind(tok, json.root);
     if (!error) error = tokenizer_read_lists(tok, json.root);
@@ -934,6 +934,43 @@ static inline const char *tokenizer_load(const char *path, Tokenizer *tok) {
     json_free(&json);
     if (error) tokenizer_free(tok);
     return error;
+}
+
+/* The same from a file. */
+static inline const char *tokenizer_load(const char *path, Tokenizer *tok) {
+    char *text;
+    size_t length;
+    memset(tok, 0, sizeof *tok);
+    const char *error = json_read_text(path, &text, &length);
+    if (error) return error;
+    error = tokenizer_parse(path, text, length, tok);
+    free(text);
+    return error;
+}
+
+/* A number that tells one tokenizer from another: over everything that encoding and decoding depend on. The same
+ * tokenizer written again, with other spaces or in another order of keys, has the same number. */
+static inline uint64_t tokenizer_hash(const Tokenizer *tok) {
+    const uint64_t prime = 0x100000001b3u;
+    uint64_t hash = 0xcbf29ce484222325u, merges = 0;         /* FNV-1a; merges stand in no order, so they are added */
+    uint8_t kind[] = {(uint8_t)tok->pattern, tok->pattern == TOKENIZER_CL100K ? (uint8_t)tok->digits : 0,
+                      tok->add_prefix_space, tok->ignore_merges};
+    for (size_t i = 0; i < sizeof kind; i++) hash = (hash ^ kind[i]) * prime;
+    for (int32_t id = 0; id < tok->size; id++) {
+        const TokenizerToken *token = &tok->tokens[id];
+        hash = (hash ^ token->length ^ (uint64_t)token->spelled << 32 ^ (uint64_t)token->special << 33) * prime;
+        for (uint32_t i = 0; i < token->length; i++) hash = (hash ^ tok->bytes[token->start + i]) * prime;
+    }
+    for (int i = 0; i < tok->added_count; i++) {
+        const TokenizerAdded *a = &tok->added[i];
+        hash = (hash ^ (uint32_t)a->id) * prime;
+        hash = (hash ^ (uint64_t)(a->single_word | a->lstrip << 1 | a->rstrip << 2 | a->normalized << 3)) * prime;
+    }
+    for (size_t i = 0; i <= tok->merges_mask; i++) {
+        const TokenizerMerge *merge = &tok->merges[i];
+        if (merge->id != TOKENIZER_NO_ID) merges += tokenizer_mix(merge->key ^ tokenizer_mix(merge->rank + 1));
+    }
+    return tokenizer_mix(hash ^ merges);
 }
 
 #endif

@@ -21,13 +21,16 @@
 #include "cema_init.h"
 #include "dataset.h"
 #include "divergence.h"
+#include "documents.h"
 #include "error.h"
+#include "examples.h"
 #include "lock.h"
 #include "model_options.h"
 #include "options.h"
 #include "report.h"
 #include "state.h"
 #include "streams.h"
+#include "vocabulary.h"
 
 /* ------------------------------------------------------------------------------------------------------------
  * Options. The values of all groups but "Files" and "Run" are kept in checkpoints and come back with --resume.
@@ -37,15 +40,19 @@
 #define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
 #define TRAIN_OPTIONS(X) \
     X(TEXT,   data,          NULL,       0, 0, "PATH", "Data", \
-      "what to train on: a text file (each byte is a token), a .npy file of token numbers (uint16 or uint32), or a " \
-      "folder of either, taken in the order of their names") \
+      "what to train on: a text file (each byte is a token), a .npy file of token numbers (uint16 or uint32), a " \
+      "folder of either, taken in the order of their names, or a .jsonl file of prompts and responses, of which only " \
+      "the responses are learnt") \
     X(TEXT,   val,           NULL,       0, 0, "PATH", "Data", \
       "held-out data for the evaluation; without it the end of --data is held out") \
     X(REAL,   val_fraction,  "0.05",     0, 0.9, "X", "Data", \
       "share of --data to hold out where there is no --val; 0: no evaluation") \
     X(TEXT,   document_separator, "<|endoftext|>", 0, 0, "TEXT", "Data", \
-      "with --carry-state: a document ends after this text and the line feed behind it; none: only at the end of " \
-      "its file") \
+      "a document ends after this text and the line feed behind it; in token files after this token of the tokenizer, " \
+      "or the token of this number; none: only at the end of its file. For --carry-state, --within-documents and " \
+      ".jsonl files, where it is put behind each response") \
+    X(FLAG,   within_documents, NULL,    0, 0, "", "Data", \
+      "predict no token across the end of a document; with --carry-state it is always so") \
     X(INT,    batch,         "16",       1, 1 << 20, "ROWS", "Training", "sequences in one forward pass") \
     X(INT,    seq_len,       "512",      1, 1 << 30, "TOKENS", "Training", \
       "tokens in a sequence; any length, also beyond the model's chunk") \
@@ -106,7 +113,10 @@
     X(TEXT,   resume,        NULL,       0, 0, "PATH", "Files", \
       "go on from a checkpoint or from the newest one of a folder, with its options") \
     X(TEXT,   init,          NULL,       0, 0, "PATH", "Files", \
-      "start a new run from the weights and the model of a checkpoint") \
+      "start a new run from the weights and the model of a checkpoint, with a fresh optimiser; for fine-tuning") \
+    X(TEXT,   tokenizer,     NULL,       0, 0, "FILE", "Files", \
+      "the tokenizer.json that made the .npy files of --data, or is to encode its .jsonl; a copy is kept with each " \
+      "checkpoint. With --resume and --init it is the checkpoint's") \
     X(TEXT,   log,           NULL,       0, 0, "FILE", "Files", "a CSV file with a row for every step") \
     X(LONG,   log_every,     "10",       1, LARGE, "STEPS", "Run", "steps between lines of progress") \
     X(INT,    threads,       "0",        0, 4096, "N", "Run", "CPU threads; 0: all cores") \
@@ -127,9 +137,10 @@ static const Option preset_table[] = {
  * The run: everything that main sets up and a step uses.
  */
 
-typedef struct Range {           /* the part of a dataset that is trained on, or held out */
+typedef struct Range {           /* the part of the data that is trained on, or held out */
     Dataset *data;
-    int64_t first, count;        /* tokens */
+    Examples *examples;          /* NULL: the data is no .jsonl file */
+    int64_t first, count;        /* tokens, or examples */
 } Range;
 
 typedef struct Run {
@@ -140,13 +151,20 @@ typedef struct Run {
     MegalodonModel *model;
     MegalodonPrecision precision;
     int threads;
+    Vocabulary vocabulary;       /* what the model's tokens mean                      */
     Dataset data, val;           /* val stays empty where the end of data is held out */
+    Examples examples, val_examples;     /* instead of data and val: .jsonl files     */
+    bool bytes_known;            /* of each token: losses are told in bits a byte, too */
+    DocumentMark mark;           /* ends a document                                   */
     Range training, held_out;    /* held_out.count is 0: no evaluation                */
     uint64_t data_hash, val_hash;
     int32_t *tokens, *targets;   /* accumulate * batch * seq_len each: a whole step   */
-    int32_t *window;             /* seq_len + 1                                       */
+    int32_t *window;             /* seq_len + 1 + DOCUMENT_MARK_MAX                   */
+    double bytes_per_token;      /* of the targets of the last step; NAN: not known   */
     Streams streams;             /* --carry-state: what each row reads                */
     bool *fresh;                 /* accumulate * batch: a row starts from an empty state */
+    int32_t *prompt;             /* --prompt as tokens: of a sample                   */
+    size_t prompt_count;
     StateCopy held;              /* the rows' state while the model does something else */
     int64_t places, padding;     /* tokens of this process's steps; those without a target */
     int64_t step;                /* steps done                                        */
@@ -264,8 +282,10 @@ static inline const char *write_checkpoint(Run *run) {
     }
     facts[count] = (SafetensorsPair){NULL, NULL};
     run->backend->state_shape(run->model, &rows, &n);        /* no rows: stopped before the first step */
-    error = checkpoint_write(run->values.checkpoint_dir, run->step, run->values.keep, run->backend,
-                                         run->model, &run->config, facts, run->values.carry_state && rows > 0);
+    CheckpointTokenizer tokenizer = {run->vocabulary.json, run->vocabulary.hash};
+    error = checkpoint_write_with(run->values.checkpoint_dir, run->step, run->values.keep, run->backend, run->model,
+                                  &run->config, facts, run->values.carry_state && rows > 0,
+                                  tokenizer.json ? &tokenizer : NULL);
     free(next);
     free(fresh);
     return error;
@@ -415,10 +435,10 @@ static inline void restore_run(Run *run, const char *directory) {
 
 /* Options that contradict each other, or that would silently do nothing. */
 static inline void check_options(Run *run) {
-    const OptionSet *set = &run->options;
+    OptionSet *set = &run->options;
     Values *v = &run->values;
     static const char *const pairs[][2] = {{"steps", "tokens"}, {"val", "val-fraction"}, {"resume", "init"},
-                                           {"preset", "resume"}, {"preset", "init"}};
+                                           {"preset", "resume"}, {"preset", "init"}, {"tokenizer", "resume"}};
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++)
         if (options_given(set, pairs[i][0]) && options_given(set, pairs[i][1]))
             die(errorf("--%s and --%s exclude each other; give one of them", pairs[i][0], pairs[i][1]));
@@ -435,15 +455,25 @@ static inline void check_options(Run *run) {
     for (size_t i = 0; i < 2; i++)
         if (options_given(set, idle[i][0]) && v->sample_every == 0)
             die(errorf("--%s does nothing without --%s", idle[i][0], idle[i][1]));
-    if (options_given(set, "document-separator") && !v->carry_state)
-        die("--document-separator does nothing without --carry-state");
-    if (!v->carry_state) run->options.texts[options_index(set, "document-separator")] = NULL;
+    if (v->carry_state && v->within_documents)
+        die("--within-documents does nothing with --carry-state, which never predicts across the end of a document");
     if (options_given(set, "min-lr-ratio") && strcmp(v->schedule, "constant") == 0)
         die("--min-lr-ratio does nothing with --schedule constant");
     if (!v->data) die("--data is missing: name a text file, for example --data data/tinystories_sample.txt");
     if ((double)v->batch * v->seq_len * v->accumulate > LARGE)
         die(errorf("--batch %d, --seq-len %d and --accumulate %d make a step of more tokens than can be counted",
                    v->batch, v->seq_len, v->accumulate));
+    bool examples = dataset_is_jsonl(v->data);
+    if (examples && (v->carry_state || v->within_documents))
+        die(errorf("--%s does nothing for a .jsonl file: each of its examples is a row of its own",
+                   v->carry_state ? "carry-state" : "within-documents"));
+    if (examples && options_given(set, "tokens"))
+        die("--tokens does not go with a .jsonl file, whose rows are padded; give --steps");
+    if (!v->carry_state && !v->within_documents && !examples) {
+        if (options_given(set, "document-separator"))
+            die("--document-separator does nothing without --carry-state, --within-documents or a .jsonl file");
+        set->texts[options_index(set, "document-separator")] = NULL;
+    }
     if (v->tokens) set_number(run, "steps", (v->tokens - 1) / tokens_per_step(run) + 1);
     if (v->steps > INT64_MAX / tokens_per_step(run))
         die(errorf("--steps %" PRId64 " of %" PRId64 " tokens each are more tokens than can be counted", v->steps,
@@ -454,7 +484,17 @@ static inline void check_options(Run *run) {
         die(errorf("--warmup %" PRId64 " is longer than the whole run of %" PRId64 " steps", v->warmup, v->steps));
 }
 
-/* The configuration: from the checkpoint, or from the preset; then the options that change it. */
+/* The tokenizer: the checkpoint's, or the one that is named. A model that has read bytes cannot go on with another
+ * meaning of its tokens, so only a model of no known tokenizer gets one. */
+static inline void load_tokenizer(Run *run, const char *resumed) {
+    const Values *v = &run->values;
+    const char *from = resumed ? resumed : v->init;
+    if (from) die_if(vocabulary_find(&run->vocabulary, from, v->tokenizer));
+    else if (v->tokenizer) die_if(vocabulary_load(&run->vocabulary, v->tokenizer));
+}
+
+/* The configuration: from the checkpoint, or from the preset; then the options that change it. A new model has as many
+ * tokens as its tokenizer, unless it is told otherwise. */
 static inline void choose_model(Run *run, const char *resumed) {
     OptionSet *set = &run->options;
     const char *from = resumed ? resumed : run->values.init;
@@ -465,6 +505,7 @@ static inline void choose_model(Run *run, const char *resumed) {
         const char *preset = run->values.preset ? run->values.preset : megalodon_presets[0].name;
         die_if(megalodon_preset(preset, &run->config));
         die_if(options_set(set, options_index(set, "preset"), preset));
+        if (run->vocabulary.json) run->config.vocab_size = run->vocabulary.size;
     }
     int i = run->model_rows;
 #define X(type, field, fallback, meaning) \
@@ -473,6 +514,7 @@ static inline void choose_model(Run *run, const char *resumed) {
 #undef X
     const char *error = megalodon_validate(&run->config);
     if (error) die(errorf("model: %s", error));
+    die_if(vocabulary_fit(&run->vocabulary, run->config.vocab_size));
     /* The printed configuration shows every field, wherever it came from. */
     i = run->model_rows;
 #define X(type, field, fallback, meaning) show_##type(run, i++, run->config.field);
@@ -480,52 +522,120 @@ static inline void choose_model(Run *run, const char *resumed) {
 #undef X
 }
 
-/* Opens the data, and divides it where the end of it is held out. */
-static inline void open_data(Run *run) {
+/* What ends a document of the data: bytes in text, one token where a tokenizer made it. */
+static inline void choose_mark(Run *run, bool text) {
+    const char *separator = run->values.document_separator;
+    bool given = options_given(&run->options, "document-separator");
+    int64_t number;
+    run->mark = (DocumentMark){.line_feed = -1};
+    if (!run->options.texts[options_index(&run->options, "document-separator")]) return;
+    if (strcmp(separator, "none") == 0) return;
+    if (text) {
+        die_if(document_mark_text(&run->mark, separator));
+        return;
+    }
+    int32_t token = TOKENIZER_NO_ID;
+    if (option_number_is_whole(separator, &number)) {
+        if (number < 0 || number >= run->config.vocab_size)
+            die(errorf("--document-separator %s: expected the number of one of the model's tokens, 0 to %d", separator,
+                       run->config.vocab_size - 1));
+        token = (int32_t)number;
+    } else if (run->vocabulary.json) {
+        token = tokenizer_id(&run->vocabulary.tok, separator);
+    }
+    if (token != TOKENIZER_NO_ID) document_mark_token(&run->mark, token);
+    else if (run->vocabulary.json)
+        die(errorf("--document-separator %s: the tokenizer has no such token; name the one that ends documents, or "
+                   "none", separator));
+    else if (given)
+        die("--document-separator is a text and means nothing where --data holds token numbers: give the number of the "
+            "token that ends documents, or --tokenizer");
+    else run->options.texts[options_index(&run->options, "document-separator")] = NULL;
+}
+
+/* Opens one of --data and --val, and hashes it. */
+static inline void open_part(Run *run, const char *option, const char *path, Dataset *data, Examples *examples,
+                             uint64_t *hash, Range *range) {
+    const Vocabulary *vocabulary = &run->vocabulary;
+    if (dataset_is_jsonl(path)) {
+        if (vocabulary->bytes && vocabulary->size > 256)
+            die(errorf("--%s %s: examples are text, but the model has %d tokens; name the --tokenizer that makes them",
+                       option, path, vocabulary->size));
+        choose_mark(run, vocabulary->bytes);
+        die_if(examples_open(examples, path, vocabulary, &run->mark));
+        *hash = examples->hash;
+        *range = (Range){NULL, examples, 0, examples->count};
+        return;
+    }
+    die_if(dataset_open(data, path, vocabulary_known(vocabulary)));
+    if (data->text && vocabulary->json)
+        die(errorf("--%s %s: is text, but the model reads the tokens of a tokenizer; first turn it into them: "
+                   "./tokenize --tokenizer tokenizer.json --data %s --out tokens.npy", option, path, path));
+    die_if(dataset_check(data));
+    die_if(dataset_hash(data, hash));
+    *range = (Range){data, NULL, 0, data->size};
+}
+
+/* Every example must fit into a row: cutting one off would train on half an answer. A run that is not told how long its
+ * rows are gets the shortest that fit. */
+static inline void fit_examples(Run *run, bool resumed) {
     Values *v = &run->values;
-    int64_t least = (int64_t)v->seq_len + 1;
-    die_if(dataset_open(&run->data, v->data, run->config.vocab_size));
-    die_if(dataset_hash(&run->data, &run->data_hash));
-    run->training = (Range){&run->data, 0, run->data.size};
+    const Examples *longest = &run->examples;
+    if (run->val_examples.longest > longest->longest) longest = &run->val_examples;
+    if (!options_given(&run->options, "seq-len") && !resumed) set_number(run, "seq-len", longest->longest - 1);
+    if (longest->longest - 1 > v->seq_len)
+        die(errorf("%s, line %" PRId64 ": this example has %d tokens, which need a --seq-len of %d, but it is %d; give "
+                   "a larger one, or leave out the longest examples", longest->path, longest->longest_line,
+                   longest->longest, longest->longest - 1, v->seq_len));
+}
+
+/* Opens the data, and divides it where the end of it is held out. */
+static inline void open_data(Run *run, bool resumed) {
+    Values *v = &run->values;
+    open_part(run, "data", v->data, &run->data, &run->examples, &run->data_hash, &run->training);
     if (v->val) {
-        die_if(dataset_open(&run->val, v->val, run->config.vocab_size));
-        die_if(dataset_hash(&run->val, &run->val_hash));
-        run->held_out = (Range){&run->val, 0, run->val.size};
-        if (run->val.text != run->data.text) die("--data and --val must be of one kind: both text, or both .npy");
+        open_part(run, "val", v->val, &run->val, &run->val_examples, &run->val_hash, &run->held_out);
+        if (run->val.text != run->data.text || !run->held_out.examples != !run->training.examples)
+            die("--data and --val must be of one kind: both text, both .npy, or both .jsonl");
         run->options.texts[options_index(&run->options, "val-fraction")] = NULL;     /* it says nothing now */
     } else if (v->val_fraction > 0) {
-        int64_t held_out = (int64_t)((double)run->data.size * v->val_fraction);
+        int64_t held_out = (int64_t)((double)run->training.count * v->val_fraction);
         run->training.count -= held_out;
-        run->held_out = (Range){&run->data, run->training.count, held_out};
+        run->held_out = run->training;
+        run->held_out.first = run->training.count;
+        run->held_out.count = held_out;
+    }
+    if (run->training.examples) fit_examples(run, resumed);
+    else choose_mark(run, run->data.text);
+    run->bytes_known = run->vocabulary.json || run->data.text || run->training.examples;
+    bool evaluates = v->val || v->val_fraction > 0;
+    int64_t least = (int64_t)v->seq_len + 1;
+    if (run->training.examples) {
+        if (evaluates && run->held_out.count < 1)
+            die(errorf("--data %s: %" PRId64 " examples are too few to hold out a share of %g; name held-out examples "
+                       "by --val, or give --val-fraction 0", v->data, run->training.count, v->val_fraction));
+        return;
     }
     if (run->training.count < least)
         die(errorf("--data %s: %" PRId64 " tokens to train on are fewer than one sequence of --seq-len %d and its "
                    "target; use more text or a smaller --seq-len", v->data, run->training.count, v->seq_len));
-    if ((v->val || v->val_fraction > 0) && run->held_out.count < least)
+    if (evaluates && run->held_out.count < least)
         die(errorf("%s: %" PRId64 " held-out tokens are fewer than one sequence of --seq-len %d and its target; use "
                    "more held-out text, a smaller --seq-len, or --val-fraction 0", v->val ? v->val : v->data,
                    run->held_out.count, v->seq_len));
-    run->report.text = run->data.text;
 }
 
 /* --carry-state: gives each row its part of the data to train on. */
 static inline void open_streams(Run *run) {
     const Values *v = &run->values;
-    const char *separator = v->document_separator;
     int T = v->seq_len, C = run->config.chunk_size;
     if (!v->carry_state) return;
     if (T % C != 0)
         die(errorf("--carry-state: --seq-len %d is not a multiple of the model's --chunk-size %d; every segment has "
                    "to end where a chunk does, so that a row can start a new document; use %d or %d", T, C,
                    T < C ? C : T / C * C, (T / C + (T < C ? 2 : 1)) * C));
-    if (!run->data.text && options_given(&run->options, "document-separator") && strcmp(separator, "none") != 0)
-        die("--document-separator is a text and means nothing where --data holds token numbers: there, each file is "
-            "a document");
-    if (strlen(separator) > STREAMS_SEPARATOR_MAX)
-        die(errorf("--document-separator: expected at most %d bytes, found %zu", STREAMS_SEPARATOR_MAX,
-                   strlen(separator)));
-    if (!run->data.text || strcmp(separator, "none") == 0) separator = NULL;
-    die_if(streams_open(&run->streams, &run->data, run->training.first, run->training.count, v->batch, T, separator));
+    die_if(streams_open(&run->streams, &run->data, run->training.first, run->training.count, v->batch, T,
+                        &run->mark));
 }
 
 /* Refuses to mix two runs in one folder: only the run that is resumed may go on in its own. */
@@ -569,13 +679,14 @@ static inline void create_model(Run *run, const char *resumed) {
     MegalodonOptions options = {.max_batch = v->batch, .max_length = v->seq_len, .training = true,
                                 .carry = v->sample_every > 0 || v->carry_state, .precision = run->precision,
                                 .max_bytes = backend_bytes(run->backend)};
-    if (v->sample_every > 0 && run->config.vocab_size > 256)
-        die(errorf("--sample-every: a sample is text, but this model has %d tokens and not the 256 bytes",
-                   run->config.vocab_size));
-    for (const char *c = v->prompt; v->sample_every > 0 && *c; c++)
-        if ((uint8_t)*c >= run->config.vocab_size)
-            die(errorf("--prompt: byte %d is not in the model's vocabulary of %d", (uint8_t)*c,
-                       run->config.vocab_size));
+    if (v->sample_every > 0 && run->vocabulary.bytes && run->config.vocab_size > 256)
+        die(errorf("--sample-every: a sample is text, but this model has %d tokens and not the 256 bytes; name the "
+                   "--tokenizer that tells what they mean", run->config.vocab_size));
+    if (v->sample_every > 0) {
+        const char *error = vocabulary_encode(&run->vocabulary, v->prompt, strlen(v->prompt), &run->prompt,
+                                              &run->prompt_count);
+        if (error) die(errorf("--prompt: %s", error));
+    }
     die_if(run->backend->create(&run->model, &run->config, &options));
     int64_t available = memory_available();
     if (available > 0 && 2 * sizeof *run->tokens * tokens > (size_t)available)
@@ -583,7 +694,7 @@ static inline void create_model(Run *run, const char *resumed) {
                    v->accumulate, tokens, 2 * sizeof *run->tokens * tokens, available));
     run->tokens = malloc(tokens * sizeof *run->tokens);
     run->targets = malloc(tokens * sizeof *run->targets);
-    run->window = malloc(((size_t)v->seq_len + 1) * sizeof *run->window);
+    run->window = malloc(((size_t)v->seq_len + 1 + DOCUMENT_MARK_MAX) * sizeof *run->window);
     run->fresh = calloc(rows, sizeof *run->fresh);
     if (!run->tokens || !run->targets || !run->window || !run->fresh)
         die(errorf("no memory for the %zu tokens of a step", tokens));
@@ -612,11 +723,16 @@ static inline void print_start(Run *run) {
         {"total", m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace}};
     for (int i = 0; i < 7; i++)
         printf("%-12s %-12s %12s\n", i ? "" : "memory", kinds[i].kind, report_bytes(kinds[i].bytes, a));
-    printf("data         %s tokens to train on, %s held out%s\n", report_count(run->training.count, a),
-           report_count(run->held_out.count, b), run->report.text ? "; each byte is a token" : "");
+    bool examples = run->training.examples != NULL;
+    double draws = (double)v->steps * (examples ? (double)v->batch * v->accumulate : (double)tokens_per_step(run));
+    if (run->vocabulary.json)
+        printf("tokenizer    %s tokens; a copy is kept with each checkpoint\n",
+               report_count(tokenizer_vocab_size(&run->vocabulary.tok), a));
+    printf("data         %s %s to train on, %s held out%s\n", report_count(run->training.count, a),
+           examples ? "examples" : "tokens", report_count(run->held_out.count, b),
+           run->vocabulary.bytes && run->bytes_known ? "; each byte is a token" : "");
     printf("run          %s tokens a step, %s in all: %.2f times the data\n", report_count(tokens_per_step(run), a),
-           report_count(v->steps * tokens_per_step(run), c),
-           (double)v->steps * (double)tokens_per_step(run) / (double)run->training.count);
+           report_count(v->steps * tokens_per_step(run), c), draws / (double)run->training.count);
     if (v->carry_state)
         printf("streams      %d rows of %s tokens; a row keeps its state until a document ends\n", v->batch,
                report_count(run->training.count / v->batch, a));
@@ -660,9 +776,10 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     check_options(run);
     die_if(backend_choose(run->values.backend, run->values.precision, &run->backend, &run->precision));
     die_if(backend_threads(run->values.threads, &run->threads));
+    load_tokenizer(run, resumed);
     choose_model(run, resumed);
     check_folder(run, resumed);
-    open_data(run);
+    open_data(run, resumed != NULL);
     open_streams(run);
     lock_folder(run, resumed);
     create_model(run, resumed);
@@ -679,6 +796,10 @@ static inline void end_run(Run *run) {
     run->backend->destroy(run->model);
     dataset_close(&run->data);
     dataset_close(&run->val);
+    examples_close(&run->examples);
+    examples_close(&run->val_examples);
+    vocabulary_close(&run->vocabulary);
+    free(run->prompt);
     free(run->tokens);
     free(run->targets);
     free(run->window);

@@ -304,6 +304,7 @@ static void test_kill(void) {
     MegalodonModel *models[5], *resumed = new_model(&config, 99);
     for (int i = 0; i < 5; i++) models[i] = new_model(&config, (uint64_t)i);
     const char *run = in_folder("run");
+    const CheckpointTokenizer words = {"{\"model\": \"as it was read\"}\n", "0123456789abcdef"};
     int old = 0, new = 0, status = 0;
     for (int k = 0; k < 1000; k++) {
         for (int64_t step = 1; step <= 2; step++)
@@ -314,7 +315,7 @@ static void test_kill(void) {
         if (child == 0) {
             calls = 0;
             last_call = k;
-            _exit(checkpoint_write(run, 3, 2, backend, models[3], &config, facts, false) ? 1 : 0);
+            _exit(checkpoint_write_with(run, 3, 2, backend, models[3], &config, facts, false, &words) ? 1 : 0);
         }
         waitpid(child, &status, 0);
         Safetensors trainer;
@@ -324,6 +325,16 @@ static void test_kill(void) {
             error = checkpoint_fact_int64(&trainer, "step", &step);
             check(!error && (step == 2 || step == 3) && holds(resumed, &config, step),
                   "killed before call %d: what is there is not step 2 or 3", k);
+            /* The tokenizer of step 3 is there with it, whole, and the model names it; step 2 has none. */
+            char path[SAFETENSORS_MAX_PATH], hash[CHECKPOINT_HASH], *text = NULL;
+            size_t length = 0;
+            bool there = false;
+            must(checkpoint_tokenizer(run, path, &there, hash));
+            check(there == (step == 3) && !strcmp(hash, there ? words.hash : ""), "killed before call %d: step %d %s a "
+                  "tokenizer, \"%s\"", k, (int)step, there ? "has" : "lacks", hash);
+            if (there) must(json_read_text(path, &text, &length));
+            check(!there || !strcmp(text, words.json), "killed before call %d: the tokenizer is not whole", k);
+            free(text);
             old += step == 2;
             new += step == 3;
             safetensors_close(&trainer);

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "../lib/dataset.h"
+#include "../lib/documents.h"
 #include "test.h"
 
 static char root[] = "/tmp/test_dataset.XXXXXX";
@@ -37,7 +38,7 @@ static size_t make_npy(uint8_t *out, const char *header, const void *data, size_
     out[8] = (uint8_t)n;
     out[9] = (uint8_t)(n >> 8);
     memcpy(out + 10, header, n);
-    memcpy(out + 10 + n, data, bytes);
+    if (bytes > 0) memcpy(out + 10 + n, data, bytes);
     return 10 + n + bytes;
 }
 
@@ -225,6 +226,137 @@ static void test_damage(void) {
     }
 }
 
+/* A file far larger than memory: nothing of it is held but what is asked for. The file has holes instead of blocks. */
+static void test_large(void) {
+    const int64_t count = (int64_t)100 << 30;                /* tokens of two bytes: 200 GiB */
+    char header[128];
+    int32_t window[8];
+    uint64_t hash;
+    Dataset ds;
+    snprintf(header, sizeof header, "{'descr': '<u2', 'fortran_order': False, 'shape': (%lld,), }\n", (long long)count);
+    write_npy("large.npy", header, NULL, 0);
+    off_t start = (off_t)(10 + strlen(header));
+    const uint8_t last[] = {7, 0, 1, 2};
+    int file = open(path_of("large.npy"), O_WRONLY);
+    bool made = file >= 0 && ftruncate(file, start + 2 * (off_t)count) == 0 &&
+                pwrite(file, last, 4, start + 2 * (off_t)count - 4) == 4;
+    if (file >= 0) close(file);
+    if (!made) {
+        test_skip("a file of 200 GiB with holes: this disk cannot have one");
+    } else {
+        const char *error = dataset_open(&ds, path_of("large.npy"), 1000);
+        if (check(!error, "%s", error)) {
+            check(ds.size == count, "200 GiB: %lld tokens", (long long)ds.size);
+            error = dataset_window(&ds, count - 3, 3, window);
+            check(!error && window[0] == 0 && window[1] == 7 && window[2] == 513, "the last tokens: %d %d %d, %s",
+                  (int)window[0], (int)window[1], (int)window[2], error);
+            error = dataset_check(&ds);                      /* parts of it, in a moment */
+            check(!error, "%s", error);
+            check(!dataset_hash(&ds, &hash), "hash");
+            dataset_close(&ds);
+        }
+    }
+    unlink(path_of("large.npy"));
+}
+
+/* Every token of data that is not huge is looked at before a run. */
+static void test_vocabulary(void) {
+    enum { N = 50000 };
+    static uint16_t tokens[N];
+    char header[128];
+    Dataset ds;
+    snprintf(header, sizeof header, "{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }\n", N);
+    for (int place = 0; place < N; place += place < 4 ? 1 : 12345) {
+        static uint8_t file[2 * N + 128], bytes[2 * N];
+        for (int i = 0; i < N; i++) tokens[i] = (uint16_t)(i == place ? 300 : i % 300);
+        for (int i = 0; i < N; i++) bytes[2 * i] = (uint8_t)tokens[i], bytes[2 * i + 1] = (uint8_t)(tokens[i] >> 8);
+        write_file("check.npy", file, make_npy(file, header, bytes, sizeof bytes));
+        char hint[64];
+        snprintf(hint, sizeof hint, "token %d is 300, but the model knows only 0 to 299", place);
+        const char *error = dataset_open(&ds, path_of("check.npy"), 300);
+        if (!check(!error, "%s", error)) continue;
+        error = dataset_check(&ds);
+        check(error && strstr(error, hint), "expected \"%s\" in %s", hint, error);
+        ds.vocab_size = 301;
+        check(!dataset_check(&ds), "all tokens are known, but the check says no");
+        dataset_close(&ds);
+    }
+    write_file("bytes", "abc\xff", 4);
+    check(!dataset_open(&ds, path_of("bytes"), 256) && !dataset_check(&ds), "bytes");
+    ds.vocab_size = 255;
+    check(dataset_check(&ds) != NULL, "the byte 255 is one of 255 tokens");
+    dataset_close(&ds);
+    write_file("lines.jsonl", "{}\n", 3);
+    expect_refused("lines.jsonl", "holds examples");
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Documents: which predictions go across an end. Each of the texts is told again by a second, slow search.
+ */
+
+/* Is place i of text[0, n), i >= 1, the first of a document? */
+static bool begins(const char *text, int n, int i, const char *mark) {
+    int m = (int)strlen(mark);
+    for (int end = i - 1; m > 0 && end <= i; end++)          /* the mark ends before the place, or before its line feed */
+        if (end >= m && memcmp(text + end - m, mark, (size_t)m) == 0) {
+            bool feed = end < n && text[end] == '\n';
+            if (end == i ? !feed : feed) return true;
+        }
+    return false;
+}
+
+static void expect_left_out(Dataset *ds, const DocumentMark *mark, const char *const *files, const char *text) {
+    int n[2] = {(int)strlen(files[0]), (int)strlen(files[1])}, size = n[0] + n[1], wrong = 0, left_out = 0;
+    static int32_t window[1024];
+    int32_t targets[256];
+    for (int T = 1; T < size; T += T < 5 ? 1 : 7) {
+        for (int start = 0; start + T < size; start++) {
+            for (int t = 0; t < T; t++) targets[t] = 1000 + t;
+            const char *error = documents_leave_out(mark, ds, start, T, window, targets);
+            if (!check(!error, "%s", error)) return;
+            for (int t = 0; t < T; t++) {
+                int at = start + t + 1, file = at >= n[0];
+                bool first = at == n[0] || begins(files[file], n[file], at - file * n[0], text);
+                wrong += targets[t] != (first ? MEGALODON_IGNORE : 1000 + t);
+                left_out += first;
+            }
+        }
+    }
+    check(wrong == 0, "mark \"%s\": %d targets wrong", text, wrong);
+    check(left_out > 100, "mark \"%s\": only %d targets were left out", text, left_out);
+}
+
+static void test_documents(void) {
+    static const char *const files[] = {"alpha beta##\ngamma##delta##\n##eps##\n\nzeta eta##",
+                                        "\none##two three###four#five#\nsix##\n"};
+    Dataset ds;
+    DocumentMark mark;
+    check(mkdir(path_of("documents"), 0777) == 0, "mkdir");
+    write_file("documents/1", files[0], strlen(files[0]));
+    write_file("documents/2", files[1], strlen(files[1]));
+    const char *error = dataset_open(&ds, path_of("documents"), 256);
+    if (!check(!error, "%s", error)) return;
+    const char *const marks[] = {"##", "#", " ", "a##\ng", "zzz"};
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
+        check(!document_mark_text(&mark, marks[i]), "mark %zu", i);
+        if (i < 3) expect_left_out(&ds, &mark, files, marks[i]);
+    }
+    /* A token is one without a line feed. */
+    int32_t targets[80], window[512];
+    document_mark_token(&mark, '#');
+    for (int t = 0; t < 30; t++) targets[t] = 0;
+    error = documents_leave_out(&mark, &ds, 0, 30, window, targets);
+    for (int t = 0; t < 30; t++)
+        check(!error && targets[t] == (files[0][t] == '#' ? MEGALODON_IGNORE : 0), "token mark: target %d is %d", t,
+              (int)targets[t]);
+    char long_mark[300];
+    memset(long_mark, 'x', sizeof long_mark);
+    long_mark[257] = 0;
+    error = document_mark_text(&mark, long_mark);
+    check(error && strstr(error, "at most 256 bytes"), "a mark of 257 bytes: %s", error);
+    dataset_close(&ds);
+}
+
 int main(void) {
     test_begin("dataset");
     if (!check(mkdtemp(root) != NULL, "no folder for the test")) return test_end();
@@ -239,6 +371,9 @@ int main(void) {
     test_npy();
     test_bad_headers();
     test_damage();
+    test_large();
+    test_vocabulary();
+    test_documents();
     char command[64];
     snprintf(command, sizeof command, "rm -rf %s", root);
     check(system(command) == 0, "cleaning up");

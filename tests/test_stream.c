@@ -251,12 +251,14 @@ static void check_streams(int B, int T) {
     char whole[256];
     Dataset data;
     Streams s;
+    DocumentMark mark;
     int32_t *tokens = must_allocate((size_t)T * sizeof *tokens), *targets = must_allocate((size_t)T * sizeof *targets);
     snprintf(whole, sizeof whole, "%s%s", texts[0], texts[1]);
     must(dataset_open(&data, in_folder("texts"), 256));
     int64_t size = (int64_t)strlen(whole);
     check(size == data.size && is_end(size), "the text of the test has %lld bytes", (long long)size);
-    must(streams_open(&s, &data, 0, size, B, T, "##"));
+    must(document_mark_text(&mark, "##"));
+    must(streams_open(&s, &data, 0, size, B, T, &mark));
     for (int row = 0; row < B; row++) {
         int64_t begin = streams_begin(&s, row), end = streams_end(&s, row), at = begin;
         int wrong = 0, round = 0, t;
@@ -277,7 +279,7 @@ static void check_streams(int B, int T) {
     }
     check(streams_seek(&s, 0, size, true) != NULL || B == 1, "a place in another row's stream passes");
     streams_close(&s);
-    check(streams_open(&s, &data, 0, size, (int)size, T, "##") != NULL, "streams of one token pass");
+    check(streams_open(&s, &data, 0, size, (int)size, T, &mark) != NULL, "streams of one token pass");
     dataset_close(&data);
     free(tokens);
     free(targets);

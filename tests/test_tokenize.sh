@@ -61,6 +61,21 @@ encode "220 documents" data/tinystories_valid.txt
 good "" --tokenizer $tokenizer --decode "$dir/ids.npy" --out -
 cmp -s "$dir/out" "$dir/text" && ok || fail "--out - writes another text"
 
+# JSONL: each line is a document; without a tokenizer its texts alone are written.
+printf '{"text": "one\\n"}\r\n\n{"text": "two \\u00e9<|endoftext|>three"}\n {"text": ""}\n{"text":"four"}' > "$dir/lines.jsonl"
+encode "4 documents" "$dir/lines.jsonl"
+same 'one<|endoftext|>two \303\251<|endoftext|>three<|endoftext|>four<|endoftext|>' "$dir/text"
+good "3 documents" --data "$dir/lines.jsonl" --out "$dir/lines.txt"
+same 'one\n<|endoftext|>\ntwo \303\251<|endoftext|>three\n<|endoftext|>\nfour\n<|endoftext|>\n' "$dir/lines.txt"
+printf '{"text": "one"}\n{"text": 2}\n' > "$dir/bad.jsonl"
+bad "line 2: expected {" --tokenizer $tokenizer --data "$dir/bad.jsonl" --out "$dir/new.npy"
+printf '{"text": "one"}\nx\n' > "$dir/bad.jsonl"
+bad "line 2: column 1: expected a value" --tokenizer $tokenizer --data "$dir/bad.jsonl" --out "$dir/new.npy"
+printf '{"prompt": "one", "response": "two"}\n' > "$dir/bad.jsonl"
+bad "a response is no text" --tokenizer $tokenizer --data "$dir/bad.jsonl" --out "$dir/new.npy"
+bad "--exact does not go with" --tokenizer $tokenizer --data "$dir/lines.jsonl" --out "$dir/new.npy" --exact
+bad "without --tokenizer" --data "$dir/lines.jsonl" --out "$dir/new.npy"
+
 bad "--tokenizer is missing" --data "$dir/a.txt" --out "$dir/new.npy"
 bad "either --data" --tokenizer $tokenizer --out "$dir/new.npy"
 bad "either --data" --tokenizer $tokenizer --data a --decode b.npy --out "$dir/new.npy"
