@@ -188,6 +188,15 @@ enum Kept { SAVED, CHEAP, LOGITS };
 constexpr size_t LOGIT_BYTES = (size_t)128 << 20, CUBLAS_WORKSPACE = (size_t)32 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
+/* What the launches of a pass without a backward depend on. n: tokens before in the chunk. */
+struct PassShape {
+    int B, T, n;
+    bool targets;
+    bool operator==(const PassShape &other) const {
+        return B == other.B && T == other.T && n == other.n && targets == other.targets;
+    }
+};
+
 /* What the two precisions share, and what the table's functions see. */
 struct MegalodonModel {
     MegalodonConfig config;
@@ -223,9 +232,10 @@ struct MegalodonModel {
     int32_t *tokens, *targets; /* on the device */
     EmbeddingPlan plan;        /* arrays on the device */
     std::vector<int32_t> token_counts;
-    /* Generation repeats one short pass: it is recorded once for its batch size and replayed. */
-    cudaGraphExec_t step_graph;
-    int step_rows; /* batch size of the recorded pass; 0: none */
+    /* Generation, and reading a stream, repeat one pass of many short kernels: a pass that is made a second
+     * time is recorded, and from then on replayed. */
+    cudaGraphExec_t graph;
+    PassShape recorded, previous; /* the graph's pass, and that of the last forward; B 0: none */
     virtual ~MegalodonModel() {}
 };
 
@@ -1110,7 +1120,7 @@ static void cuda_destroy(MegalodonModel *m) {
     CHECK_CUBLAS(cublasDestroy(m->context.cublas));
     CHECK_CUBLAS(cublasLtDestroy(m->context.cublas_lt));
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
-    if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+    if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
     CHECK_CUDA(cudaStreamDestroy(m->context.stream));
     for (void *arena : m->arenas) CHECK_CUDA(cudaFree(arena));
     if (m->host_upload) CHECK_CUDA(cudaFreeHost(m->host_upload));
@@ -1260,21 +1270,33 @@ template <typename T> static void refresh_weights(Model<T> *m) {
     m->weights_changed = false;
 }
 
-template <typename T> static void replay_step(Model<T> *m) {
-    if (m->step_rows != m->batch.B) {
+template <typename T> static void make_pass(Model<T> *m) {
+    if (is_decode_step(m)) decode_pass(m);
+    else forward_pass(m);
+}
+
+/* The pass of a forward without a backward. A step finds its place in the chunk on the device, so that its
+ * shape has none. */
+template <typename T> static void replay_pass(Model<T> *m) {
+    PassShape shape = {m->batch.B, m->batch.T, is_step(m) ? 0 : m->state_in.n, m->batch.targets != nullptr};
+    if (!(m->recorded == shape)) {
+        bool again = m->previous == shape;
+        m->previous = shape;
+        if (!again) {
+            make_pass(m);
+            return;
+        }
         cudaGraph_t graph;
-        if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+        if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
         CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
-        if (is_decode_step(m))
-            decode_pass(m);
-        else
-            forward_pass(m);
+        make_pass(m);
         CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&m->step_graph, graph, 0));
+        CHECK_CUDA(cudaGraphInstantiate(&m->graph, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
-        m->step_rows = m->batch.B;
+        m->recorded = shape;
     }
-    CHECK_CUDA(cudaGraphLaunch(m->step_graph, m->context.stream));
+    m->previous = shape;
+    CHECK_CUDA(cudaGraphLaunch(m->graph, m->context.stream));
 }
 
 template <typename T>
@@ -1288,8 +1310,8 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     if (is_token_step(m)) {
         token_pass(m);
         CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
-    } else if (is_step(m)) {
-        replay_step(m);
+    } else if (!m->options.training && !m->options.keep_activations && !batch->dropout) {
+        replay_pass(m);
     } else {
         forward_pass(m);
     }

@@ -567,6 +567,33 @@ static void check_generation(const Candidate *candidate, const char *what, const
     pair_destroy(&pair);
 }
 
+/* ---- reading: calls of one length, which a backend may record and repeat ---- */
+
+/* Calls of a chunk, of less than a chunk and of a chunk again from another place, with a loss now and then. */
+static void check_reading(const Candidate *candidate, const char *what, const MegalodonConfig *config) {
+    Pair pair = pair_create(candidate, what, config, false);
+    int C = config->chunk_size, lengths[] = {C, C, C, C, 3, 3, C, C, C, 1, 1, C, C, C}, B = 2;
+    double worst = 0;
+    for (int i = 0; i < (int)(sizeof lengths / sizeof *lengths); i++) {
+        MegalodonBatch batch = random_batch(config, B, lengths[i], 70 + (uint64_t)i);
+        MegalodonLoss loss[2];
+        if (i % 4 != 3 && i < 11) batch.targets = NULL;
+        batch.carry = i > 0;
+        for (int side = 0; side < 2; side++)
+            must(pair.backend[side]->forward(pair.model[side], &batch, &loss[side]));
+        worst = fmax(worst, check_last_logits(&pair, pair.model, "call by call"));
+        double want = loss[REFERENCE].nll_sum;
+        check(fabs(loss[OURS].nll_sum - want) <= candidate->forward * want,
+              "%s, %s, call %d of %d tokens: the loss is %.9g, expected %.9g", candidate->name, what, i, lengths[i],
+              loss[OURS].nll_sum, want);
+        int rows, n;
+        pair.backend[REFERENCE]->state_shape(pair.model[REFERENCE], &rows, &n);
+        check_kind(&pair, MEGALODON_STATE, &batch, n, "state", NULL);
+    }
+    printf("%-10s %-26s call by call: last logits differ by at most %.1e\n", candidate->name, what, worst);
+    pair_destroy(&pair);
+}
+
 /* ---- the program ---- */
 
 /* Sizes that large models have: whole tiles of the matrix units. */
@@ -622,6 +649,8 @@ static void check_candidate(const Candidate *candidate) {
     tiled.swiglu = tiled.norm_affine = false;
     tiled_full.rescale_nffn = tiled_full.share_emb = tiled_full.scale_emb = true;
     check_state(candidate, "tiles", &tiled, 5);
+    check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
+    check_reading(candidate, "odd sizes", &odd);
     for (int B = 1; B <= MAX_B; B += 2) {
         check_generation(candidate, "tiles", &tiled, B);
         check_generation(candidate, "tiles, swiglu, tied", &tiled_full, B);
