@@ -81,10 +81,10 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -94,7 +94,7 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
 	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
-bench: $(BUILD)/bench ## measure the matrix product, a training step and generation on this machine
+bench: $(BUILD)/bench ## measure training, generation and every component next to what this machine can do
 	@$(BUILD)/bench
 
 golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="FILE..."
@@ -137,6 +137,8 @@ $(BUILD)/megalodon_double.o: megalodon.c $(BUILD)/flags
 
 $(BUILD)/megalodon_cuda.o: megalodon.cu $(BUILD)/flags
 	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/bench_cuda.o: dev/bench_cuda.cu $(BUILD)/flags
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -c $< -o $@
 
 $(BIN)/train: $(BUILD)/train.o $(MODEL_OBJECTS)
 	$(LINK)
@@ -160,7 +162,11 @@ $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS
 $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 	$(LINK)
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
-$(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS)
+$(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)
 	$(LINK) -ldl
+
+# Kernel ladders: versions of one kernel under one harness. They run on a GPU only and are not part of `all`.
+$(BUILD)/ladder_%: dev/ladder_%.cu $(BUILD)/flags
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $@.d $< -o $@
 
 -include $(wildcard $(BUILD)/*.d)

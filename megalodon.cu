@@ -6,7 +6,8 @@
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
  *   cuda/matmul.cuh        cuBLAS, the linear layer
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
- *   cuda/pointwise.cuh     cuda/decode.cuh, cuda/token.cuh: one token a row, the kernels of generation
+ *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
+ *   cuda/decode.cuh        one token a row, the kernels of generation; cuda/token.cuh: all of them in one
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
@@ -22,6 +23,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/loss.cuh"
 #include "cuda/megalodon_cuda.h"
 #include "cuda/norms.cuh"
 #include "cuda/pointwise.cuh"
@@ -185,7 +187,10 @@ template <typename T> struct State {
 
 enum Kept { SAVED, CHEAP, LOGITS };
 
-constexpr size_t LOGIT_BYTES = (size_t)128 << 20, CUBLAS_WORKSPACE = (size_t)32 << 20;
+/* Memory for logits. In training each block of them reads and writes the gradient of the whole output matrix,
+ * so that few large blocks are faster. */
+constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t)512 << 20;
+constexpr size_t CUBLAS_WORKSPACE = (size_t)32 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
 /* What the launches of a pass without a backward depend on. n: tokens before in the chunk. */
@@ -209,6 +214,8 @@ struct MegalodonModel {
     std::vector<int64_t> offset;
     int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
+    int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
+    bool gradients_unset; /* they count as zero, whatever is in memory: the next backward's products write */
     bool weights_changed; /* by set, since the working copy and CEMA's coefficients were made */
     std::vector<LayerParams<float>> masters, dlayers;
     ModelParams<float> dtop;
@@ -245,7 +252,7 @@ template <typename T> struct Model : MegalodonModel {
     ModelParams<T> top;
     std::vector<LayerActs<T>> acts;
     ModelActs<T> top_acts;
-    float *logit_lse; /* (B,T) */
+    std::vector<AttentionWeights<T>> attention_weights; /* of each layer, in training */
     T *last;          /* (B,D) final_norm of the last position */
     State<T> state, state_in, dstate_in, dstate_out;
 };
@@ -292,25 +299,29 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* An activation's own memory for the largest batch. CHEAP ones have none unless all are kept: whoever
+/* The CHEAP activations that training keeps all the same: those that cost the most time for their bytes. Any
+ * of u, v, m, n, ar and hidden may stand here, or none. */
+static constexpr bool keeps(const char *field) { return same(field, "u") || same(field, "v"); }
+
+/* An activation's own memory for the largest batch. CHEAP ones have none unless they are kept: whoever
  * computes one borrows scratch. Without a backward, layers share: `earlier` is what an earlier layer has
  * (NULL: take). */
 template <typename P>
-static P *take_activation(const MegalodonModel *m, Arena *arena, const char *shape, Kept kept,
-                          MegalodonPresence presence, P *earlier) {
+static P *take_activation(const MegalodonModel *m, Arena *arena, const char *field, const char *shape,
+                          Kept kept, MegalodonPresence presence, P *earlier) {
     const MegalodonOptions *o = &m->options;
-    if (!is_present(&m->config, presence) || (kept != SAVED && !o->keep_activations)) return nullptr;
+    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(field));
+    if (!is_present(&m->config, presence) || !own) return nullptr;
     if (earlier && !o->keep_activations && !o->training) return earlier;
     return take<P>(arena, element_count(m, shape, o->max_batch, o->max_length, 0));
 }
 
 template <typename T> static void layout_activations(Model<T> *m, Arena *arena) {
-    int64_t rows = (int64_t)m->options.max_batch * m->options.max_length;
     for (int l = 0; l < m->config.num_layers; l++) {
         /* A block reads the output of the one before while it writes its own: those alternate between two
          * buffers. */
 #define X(field, name, shape, kept, presence)                                                               \
-    m->acts[l].field = take_activation(m, arena, shape, kept, presence,                                     \
+    m->acts[l].field = take_activation(m, arena, #field, shape, kept, presence,                             \
                                        l < (same(#field, "out") ? 2 : 1)                                    \
                                            ? (decltype(m->acts[l].field))nullptr                            \
                                            : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
@@ -319,11 +330,18 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
     }
 #define X(field, name, shape, kept, presence)                                                               \
     m->top_acts.field =                                                                                     \
-        take_activation(m, arena, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
+        take_activation(m, arena, #field, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
     MEGALODON_MODEL_ACTS(X)
 #undef X
-    m->logit_lse = take<float>(arena, rows);
     m->last = take<T>(arena, (int64_t)m->options.max_batch * m->config.model_dim);
+    if (!m->options.training) return;
+    int64_t keys = m->options.carry || m->options.max_length > m->config.chunk_size ? m->config.chunk_size
+                                                                                     : m->options.max_length;
+    for (AttentionWeights<T> &weights : m->attention_weights) {
+        int64_t rows = (int64_t)m->options.max_batch * m->options.max_length * m->config.num_heads;
+        weights.pitch = weights_pitch(keys);
+        weights.data = take<KeptWeight<T>>(arena, rows * weights.pitch);
+    }
 }
 
 template <typename T> static void take_state(const Model<T> *m, Arena *arena, State<T> *state) {
@@ -455,9 +473,14 @@ static Dropout dropout_at(const MegalodonModel *m, double p, int layer, Megalodo
     return make_dropout(p, megalodon_dropout_key(m->batch.seed, m->batch.step, layer, site));
 }
 
-/* Memory for a CHEAP activation: its own if all are kept, else scratch. */
+/* Memory for a CHEAP activation: its own if it is kept, else scratch. */
 template <typename T> static T *room(MegalodonModel *m, T *own, int64_t count) {
     return own ? own : take<T>(&m->context, count);
+}
+/* Memory for something of the backward: that of an activation that nobody reads any more, or scratch if all
+ * are kept. */
+template <typename T> static T *over(MegalodonModel *m, T *activation, int64_t count) {
+    return m->options.keep_activations ? take<T>(&m->context, count) : activation;
 }
 
 static int64_t tokens_before(const MegalodonModel *m, int n) { return m->carried ? n : 0; }
@@ -501,7 +524,8 @@ template <typename T> static void model_attention(Model<T> *m, int l, const T *v
                        m->state_in.count, B, H, Z / H, E / H, C);
         return;
     }
-    attention_forward(&m->context, a->a, a->lse, a->q, attention_keys(m, l, v), dropout);
+    attention_forward(&m->context, a->a, a->lse, m->attention_weights[l], a->q, attention_keys(m, l, v),
+                      dropout);
     if (!keeps_state(m)) return;
     const LayerState<T> *in = &m->state_in.layers[l], *out = &m->state.layers[l];
     attention_state_forward(&m->context, out->k, in->k, a->k, n, C, B, steps, Z, C);
@@ -535,7 +559,7 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
     model_attention(m, l, v);
     linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
-    T *ar = a->ar ? a->ar : v; // v is not needed any more
+    T *ar = a->ar || a->v ? room(m, a->ar, rows * E) : v; // else v is not needed any more
     silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E,
                       dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
 
@@ -586,6 +610,7 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     Context *context = &m->context;
     ScratchScope scope(context);
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, F = c->ffn_hidden_dim;
+    bool add = !m->gradients_unset;
 
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
     const T *df = dx;
@@ -597,18 +622,20 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
     T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
-    linear_backward<T>(context, df1, false, nullptr, nullptr, df, nullptr, w->fc2_weight, rows, D, F);
-    swiglu_backward<T>(context, df1, df3, hidden, df1, a->f1, a->f3, rows, F,
+    linear_backward_input(context, df1, false, df, w->fc2_weight, rows, D, F);
+    swiglu_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, df1, a->f1, a->f3, rows, F,
                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
-    linear_backward<T>(context, nullptr, false, dw->fc2_weight, nullptr, df, hidden, nullptr, rows, D, F);
-    linear_backward<T>(context, dy, false, nullptr, nullptr, df1, nullptr, w->fc1_weight, rows, F, D);
-    if (c->swiglu)
-        linear_backward<T>(context, dy, true, nullptr, nullptr, df3, nullptr, w->fc3_weight, rows, F, D);
-    layernorm_backward<T>(context, dy, n, dw->ffnnorm_weight, dw->ffnnorm_bias, dy, a->y_mean, a->y_rstd,
-                          a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D);
-    linear_backward<T>(context, nullptr, false, dw->fc1_weight, nullptr, df1, n, nullptr, rows, F, D);
-    if (c->swiglu)
-        linear_backward<T>(context, nullptr, false, dw->fc3_weight, nullptr, df3, n, nullptr, rows, F, D);
+    linear_backward_weight(context, dw->fc2_weight, add, df, hidden, rows, D, F);
+    linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
+    if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
+    /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
+    bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
+    layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
+                          drops ? nullptr : dw->wh1_bias, dy, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
+                          w->ffnnorm_bias, rows, D);
+    linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, F, D);
+    if (c->swiglu) linear_backward_weight(context, dw->fc3_weight, add, df3, n, rows, F, D);
+    add_sums(context);
 }
 
 /* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
@@ -627,6 +654,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
             E = c->value_dim;
     int64_t C = c->chunk_size, G = c->norm_num_groups, n = tokens_before(m, m->state_in.n);
     float eps = (float)c->norm_eps;
+    bool add = !m->gradients_unset;
 
     /* y = dropout(m Wh1^T + bh1 + ar Wh2^T) + x,  ar = dropout(a silu(rr)) */
     const T *dh = dy;
@@ -636,25 +664,25 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         dropout_forward<T>(context, dropped, dy, rows, D, dropout);
         dh = dropped;
     }
-    T *dm = take<T>(context, rows * D), *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
-    linear_backward<T>(context, da, false, nullptr, nullptr, dh, nullptr, w->wh2_weight, rows, D, E);
+    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
+    linear_backward_input(context, da, false, dh, w->wh2_weight, rows, D, E);
     {
         ScratchScope gated(context);
         T *ar = room(m, a->ar, rows * E);
-        silu_gate_backward<T>(context, drr, da, ar, dw->wr_bias, da, a->rr, a->a, rows, E,
+        silu_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, da, a->rr, a->a, rows, E,
                               dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
-        linear_backward<T>(context, nullptr, false, dw->wh2_weight, nullptr, dh, ar, nullptr, rows, D, E);
+        linear_backward_weight(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     }
-    linear_backward<T>(context, dm, false, nullptr, dw->wh1_bias, dh, nullptr, w->wh1_weight, rows, D, D);
-    linear_backward<T>(context, dm, true, nullptr, nullptr, drr, nullptr, w->wr_weight, rows, E, D);
+    if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
 
-    /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z */
-    T *v = room(m, a->v, rows * E), *dv = take<T>(context, rows * E), *dzz = take<T>(context, rows * Z);
-    silu_forward(context, v, a->vv, rows * E);
+    /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z. rr and a have been read for the last
+     * time. */
+    T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E), *dzz = take<T>(context, rows * Z);
+    if (!a->v) silu_forward(context, v, a->vv, rows * E);
     {
         ScratchScope queries(context);
         T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);
-        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, a->lse, a->q,
+        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, m->attention_weights[l], a->q,
                               attention_keys(m, l, (const T *)v),
                               dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION));
         if (m->have_dstate_out) {
@@ -665,21 +693,25 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
                             query_shape(m), eps);
     }
     silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
-    linear_backward<T>(context, dm, true, nullptr, nullptr, dzz, nullptr, w->wz_weight, rows, Z, D);
 
     /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
-    T *mm = room(m, a->m, rows * D);
-    rmsnorm_backward<T>(context, dm, mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D,
-                        dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
-    linear_backward<T>(context, nullptr, false, dw->wh1_weight, nullptr, dh, mm, nullptr, rows, D, D);
-    linear_backward<T>(context, nullptr, false, dw->wr_weight, nullptr, drr, mm, nullptr, rows, E, D);
-    linear_backward<T>(context, nullptr, false, dw->wz_weight, nullptr, dzz, mm, nullptr, rows, Z, D);
+    T *dm = take<T>(context, rows * D), *mm = room(m, a->m, rows * D);
+    linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
+    linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
+    linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
+    rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
+                        w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
+    linear_backward_weight(context, dw->wr_weight, add, drr, mm, rows, E, D);
+    linear_backward_weight(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
     T *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
-    timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D, G,
-                          eps);
-    linear_backward<T>(context, du, false, dw->wv_weight, nullptr, dv, u, w->wv_weight, rows, E, D);
+    if (!a->u)
+        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
+                              G, eps);
+    linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
+    linear_backward_weight(context, dw->wv_weight, add, dv, u, rows, E, D);
     cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,
                      dw->cema_gamma, dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l],
                      master->cema_alpha, master->cema_delta, master->cema_theta, master->cema_omega, B,
@@ -687,53 +719,76 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
                              dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
                              x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
+    add_sums(context);
 }
 
 /* ---- the head ---- */
 
-template <typename T> static int64_t logit_rows(const Model<T> *m, int64_t rows) {
-    int64_t fit = (int64_t)(LOGIT_BYTES / sizeof(T)) / m->config.vocab_size;
+/* The loss is the last thing of a forward and its gradient the first of the backward. In training both are made
+ * in the forward, while a block's logits are there, so that no logits are computed twice or held for all
+ * tokens. The scale of the gradient is known to the backward only, and is applied there. Until then the two
+ * gradients lie at the bottom of the scratch stack, which nothing else uses between a forward and its
+ * backward. */
+template <typename T> struct HeadGradients {
+    T *dfinal;      /* (B,T,D) */
+    float *dweight; /* (V,D) */
+};
+template <typename T> static HeadGradients<T> take_head_gradients(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    REQUIRE(m->context.scratch_used == 0);
+    T *dfinal = take<T>(&m->context, (int64_t)m->batch.B * m->batch.T * c->model_dim);
+    return HeadGradients<T>{dfinal, take<float>(&m->context, (int64_t)c->vocab_size * c->model_dim)};
+}
+
+/* How many rows of logits fit into the memory for them; a block is about as large and never larger. */
+template <typename T> static int64_t most_logit_rows(const Model<T> *m, int64_t rows) {
+    size_t bytes = m->options.training ? TRAINING_LOGIT_BYTES : LOGIT_BYTES;
+    int64_t fit = (int64_t)(bytes / sizeof(T)) / m->config.vocab_size;
     if (fit < SMALLEST_LOGIT_ROWS) fit = SMALLEST_LOGIT_ROWS;
-    if (fit >= rows) return rows;
-    return ceil_div(ceil_div(rows, ceil_div(rows, fit)), 8) * 8; // blocks of about the same size
+    return fit < rows ? fit : rows;
 }
 
-/* logits = final Wout^T, a block of rows at a time:  nll = cross_entropy(logits, targets) */
-template <typename T> static void head_forward(Model<T> *m, const T *final) {
+/* logits = final Wout^T, a block of rows at a time:  nll = cross_entropy(logits, targets); in training also
+ * dlogits = softmax(logits) - onehot(targets);  dfinal = dlogits Wout;  dWout = dlogits^T final */
+template <typename T> static void head_forward(Model<T> *m, HeadGradients<T> grad, const T *final) {
     const MegalodonConfig *c = &m->config;
-    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size,
-            block = logit_rows(m, rows);
-    if (!m->batch.targets && !m->top_acts.logits) return;
-    ScratchScope scope(&m->context);
-    T *memory = m->top_acts.logits ? nullptr : take<T>(&m->context, (block + 8) * V);
+    Context *context = &m->context;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size;
+    T *kept = m->top_acts.logits;
+    if (!m->batch.targets && !kept) return;
+    ScratchScope scope(context);
+    int64_t most = most_logit_rows(m, rows), block = ceil_div(ceil_div(rows, ceil_div(rows, most)), 8) * 8;
+    if (block > most) block = most; // blocks of about the same size, a multiple of 8 where it can be
+    T *memory = take<T>(context, most * V);
     for (int64_t r = 0; r < rows; r += block) {
         int64_t count = rows - r < block ? rows - r : block;
-        T *logits = m->top_acts.logits ? m->top_acts.logits + r * V : memory;
-        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count,
-                          V, D);
-        if (m->batch.targets)
-            cross_entropy_forward<T>(&m->context, m->top_acts.nll + r, m->logit_lse + r, logits,
-                                     m->targets + r, count, V);
+        T *logits = kept ? kept + r * V : memory;
+        linear_forward<T>(context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count, V,
+                          D);
+        if (!m->batch.targets) continue;
+        if (!m->options.training) {
+            cross_entropy_forward<T>(context, m->top_acts.nll + r, nullptr, logits, m->targets + r, count, V);
+            continue;
+        }
+        loss_and_gradient<T>(context, memory, m->top_acts.nll + r, logits, m->targets + r, count, V);
+        linear_backward_input(context, grad.dfinal + r * D, false, memory, m->top.output_weight, count, V, D);
+        linear_backward_weight(context, grad.dweight, r > 0, memory, final + r * D, count, V, D);
     }
 }
 
-/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;  dWout
- * += ... */
-template <typename T> static void head_backward(Model<T> *m, T *dfinal, const T *final, float scale) {
+/* The scale of the loss on the gradients that head_forward left. Returns dfinal, which stays at the bottom of
+ * scratch. */
+template <typename T> static T *head_backward(Model<T> *m, float scale) {
     const MegalodonConfig *c = &m->config;
-    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size,
-            block = logit_rows(m, rows);
-    ScratchScope scope(&m->context);
-    T *logits = take<T>(&m->context, (block + 8) * V);
-    for (int64_t r = 0; r < rows; r += block) {
-        int64_t count = rows - r < block ? rows - r : block;
-        linear_forward<T>(&m->context, logits, final + r * D, m->top.output_weight, nullptr, nullptr, count,
-                          V, D);
-        cross_entropy_backward<T>(&m->context, logits, nullptr, scale, logits, m->logit_lse + r,
-                                  m->targets + r, count, V);
-        linear_backward<T>(&m->context, dfinal + r * D, false, m->dtop.output_weight, nullptr, logits,
-                           final + r * D, m->top.output_weight, count, V, D);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size;
+    {
+        ScratchScope scope(&m->context);
+        HeadGradients<T> grad = take_head_gradients(m);
+        scale_in_place(&m->context, grad.dfinal, scale, rows * D);
+        copy_scaled(&m->context, m->dtop.output_weight, grad.dweight, scale,
+                    !m->gradients_unset || c->share_emb, V * D);
     }
+    return take<T>(&m->context, rows * D);
 }
 
 /* ---- whole passes: no error, no wait, so that a dry run can make them too ---- */
@@ -743,6 +798,8 @@ template <typename T> static void forward_pass(Model<T> *m) {
     Context *context = &m->context;
     ScratchScope scope(context);
     int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim;
+    HeadGradients<T> head = {};
+    if (m->options.training) head = take_head_gradients(m);
     T *x = m->top_acts.embed;
     embedding_forward<T>(context, x, m->tokens, m->top.embed_weight, embedding_scale(c), rows, D,
                          dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
@@ -764,7 +821,7 @@ template <typename T> static void forward_pass(Model<T> *m) {
                m->carried ? m->state_in.count : nullptr, steps, (int)B);
     copy_rows(context, m->last, (size_t)D * sizeof(T), final + (steps - 1) * D,
               (size_t)(steps * D) * sizeof(T), (size_t)D * sizeof(T), (size_t)B);
-    head_forward<T>(m, final);
+    head_forward<T>(m, head, final);
 }
 
 /* ---- one token a row ---- */
@@ -906,14 +963,8 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
     float eps = (float)c->norm_eps;
     ModelActs<T> *a = &m->top_acts;
     const T *last = m->acts[c->num_layers - 1].out;
-    T *dx = take<T>(context, rows * D), *dy = take<T>(context, rows * D);
-    {
-        ScratchScope head(context);
-        T *final = room(m, a->final, rows * D);
-        timestepnorm_again<T>(context, final, a->final_mean, a->final_var, last, m->top.final_weight,
-                              m->top.final_bias, rows, D, G, eps);
-        head_backward<T>(m, dx, final, (float)scale);
-    }
+    if (m->gradients_unset) clear(context, m->grads, (size_t)m->sums_size * sizeof(float));
+    T *dx = head_backward(m, (float)scale), *dy = take<T>(context, rows * D);
     timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr,
                              din ? m->dstate_in.final_var : nullptr, m->dtop.final_weight,
                              m->dtop.final_bias, dx, m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
@@ -921,6 +972,7 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                              a->final_mean, a->final_var, last, m->state_in.count,
                              m->carried ? m->state_in.final_mean : nullptr, m->top.final_weight, B, steps, D,
                              G, eps);
+    add_sums(context);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_backward<T>(m, l, dx, dy);
         mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
@@ -943,7 +995,7 @@ static void token_pass(MegalodonModel *m) {
 template <typename T> static size_t measure_scratch(Model<T> *m) {
     Context *context = &m->context;
     context->dry_run = true;
-    context->scratch = nullptr;
+    context->scratch = no_scratch();
     context->scratch_used = context->scratch_peak = 0;
     static const int32_t some_target = 0;
     const int lengths[] = {1, m->options.max_length};
@@ -1040,16 +1092,27 @@ static void prepare_token_step(Model<bf16> *m) {
 }
 static void prepare_token_step(Model<float> *) {} // only bf16 has it
 
+/* Is the gradient one matrix product? Then the first one after zero_gradients need not be added to zeros. */
+static bool has_product_gradient(const MegalodonTensor *tensor) {
+    return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
+}
+
 template <typename T> static const char *build(Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     size_t L = (size_t)c->num_layers;
     m->params.resize((size_t)megalodon_tensors(c, MEGALODON_PARAM, 1, 1, 0, nullptr, 0));
     megalodon_tensors(c, MEGALODON_PARAM, 1, 1, 0, m->params.data(), (int)m->params.size());
-    for (const MegalodonTensor &tensor : m->params) {
-        m->offset.push_back(m->arena_size);
-        m->arena_size += ceil_div(tensor.size, ARENA_ALIGN) * ARENA_ALIGN;
+    m->offset.resize(m->params.size());
+    for (int products = 0; products < 2; products++) {
+        for (size_t i = 0; i < m->params.size(); i++) {
+            if (has_product_gradient(&m->params[i]) != (bool)products) continue;
+            m->offset[i] = m->arena_size;
+            m->arena_size += ceil_div(m->params[i].size, ARENA_ALIGN) * ARENA_ALIGN;
+        }
+        if (!products) m->sums_size = m->arena_size;
     }
     m->masters.resize(L), m->dlayers.resize(L), m->layers.resize(L), m->acts.resize(L), m->coef.resize(L);
+    m->attention_weights.resize(L);
     State<T> *states[] = {&m->state, &m->state_in, &m->dstate_in, &m->dstate_out};
     for (State<T> *state : states) state->layers.resize(L);
     m->token_counts.resize((size_t)c->vocab_size);
@@ -1231,7 +1294,14 @@ template <typename T> static void begin_state(Model<T> *m) {
     m->state.n = (int)((tokens_before(m, m->state_in.n) + m->batch.T) % m->config.chunk_size);
 }
 
-/* Sends tokens, targets and the plan of the embedding's gradient. */
+/* Sends `bytes` of the upload from offset `from` on. */
+static void upload(MegalodonModel *m, size_t from, size_t bytes) {
+    CHECK_CUDA(cudaMemcpyAsync(m->device_upload + from, m->host_upload + from, bytes, cudaMemcpyHostToDevice,
+                               m->context.stream));
+    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+}
+
+/* Sends tokens and targets. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
@@ -1242,17 +1312,20 @@ static void upload_batch(MegalodonModel *m) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
         used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
     }
-    if (m->options.training && m->batch.targets) {
-        EmbeddingPlan plan = {
-            on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
-        plan_embedding(&plan, m->batch.tokens, (int64_t)rows, m->config.vocab_size, m->token_counts.data());
-        m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
-        m->plan.num_partials = plan.num_partials;
-        used = m->upload_bytes;
-    }
-    CHECK_CUDA(
-        cudaMemcpyAsync(m->device_upload, m->host_upload, used, cudaMemcpyHostToDevice, m->context.stream));
-    CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    upload(m, 0, used);
+}
+
+/* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy with
+ * the forward meanwhile. */
+static void upload_plan(MegalodonModel *m) {
+    EmbeddingPlan plan = {
+        on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
+    plan_embedding(&plan, m->batch.tokens, (int64_t)m->batch.B * m->batch.T, m->config.vocab_size,
+                   m->token_counts.data());
+    m->plan.num_segments = plan.num_segments, m->plan.num_groups = plan.num_groups;
+    m->plan.num_partials = plan.num_partials;
+    size_t from = (size_t)((char *)m->plan.order - m->device_upload);
+    upload(m, from, m->upload_bytes - from);
 }
 
 static void refresh_coefficients(MegalodonModel *m) {
@@ -1317,6 +1390,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     }
     m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
+    if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;
     *loss = MegalodonLoss{0, 0};
     if (!batch->targets) return nullptr;
@@ -1363,14 +1437,19 @@ template <typename T> static const char *backward_model(Model<T> *m, double scal
     if (m->carried && m->options.state_gradients)
         m->dstate_in.B = m->state_in.B, m->dstate_in.n = m->state_in.n;
     backward_pass(m, scale);
+    m->gradients_unset = false;
     return nullptr;
 }
 static const char *cuda_backward(MegalodonModel *m, double scale) {
     return ON_MODEL(m, backward_model, scale);
 }
 
-static void cuda_zero_gradients(MegalodonModel *m) {
-    if (m->grads) clear(&m->context, m->grads, (size_t)m->arena_size * sizeof(float));
+static void cuda_zero_gradients(MegalodonModel *m) { m->gradients_unset = true; }
+
+/* Writes the zeros that zero_gradients promised, before anything but a backward reads gradients. */
+static void settle_gradients(MegalodonModel *m) {
+    if (m->gradients_unset && m->grads) clear(&m->context, m->grads, (size_t)m->arena_size * sizeof(float));
+    m->gradients_unset = false;
 }
 
 /* The numbers [begin, end) of the arenas, and of the bf16 copy. */
@@ -1393,6 +1472,7 @@ static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const Me
 /* AdamW with decoupled decay on every parameter, or on all but CEMA's, gradients clipped by the global norm. */
 static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
     if (!m->options.training) return errorf("a model made for inference cannot be updated");
+    settle_gradients(m);
     int64_t chunks = ceil_div(m->arena_size, NORM_CHUNK);
     LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
            m->arena_size);
@@ -1514,6 +1594,7 @@ static const char *view_of(Model<T> *m, MegalodonKind kind, const char *name, Vi
     int i = find_param(m, name);
     if (i < 0) return errorf("this configuration has no parameter named '%s'", name);
     if (!arena) return errorf("a model made for inference has no gradient or moment of '%s'", name);
+    if (kind == MEGALODON_GRAD) settle_gradients(m);
     const MegalodonTensor &tensor = m->params[(size_t)i];
     *view = View{arena + m->offset[(size_t)i], MEGALODON_F32, 1, tensor.size, tensor.size};
     return nullptr;
@@ -1751,7 +1832,7 @@ FORWARD(linear) {
 }
 BACKWARD(linear) {
     SIZES_OF(s);
-    linear_backward<T>(x, R(g[1]), false, S(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[2]), rows, E, D);
+    linear_backward<T>(x, R(g[1]), S(g[2]), S(g[3]), R(g[0]), R(a[1]), R(a[2]), rows, E, D);
 }
 
 FORWARD(znorm) {
@@ -1804,12 +1885,21 @@ template <typename T> static AttentionKeys<T> component_keys(void *const *a, con
     return AttentionKeys<T>{R(a[3]), R(a[4]), R(a[5]), R(a[6]), a[5] ? n : 0, n, B, steps, H, z, e, C};
 }
 FORWARD(attention) {
-    attention_forward<T>(x, R(a[0]), S(a[1]), R(a[2]), component_keys<T>(a, s),
-                         make_dropout(s->config.attention_dropout, s->key));
+    attention_forward<T>(x, R(a[0]), S(a[1]), AttentionWeights<T>{nullptr, 0}, R(a[2]),
+                         component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
 }
+/* A model keeps the weights from its forward; one call has to compute them again. */
 BACKWARD(attention) {
-    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), S(a[1]), R(a[2]),
-                          component_keys<T>(a, s), make_dropout(s->config.attention_dropout, s->key));
+    SIZES_OF(s);
+    ScratchScope scope(x);
+    Dropout dropout = make_dropout(c->attention_dropout, s->key);
+    AttentionWeights<T> weights = {nullptr, weights_pitch(C)};
+    weights.data = take<KeptWeight<T>>(x, rows * H * weights.pitch);
+    T *out = take<T>(x, rows * E);
+    float *lse = take<float>(x, rows * H);
+    attention_forward<T>(x, out, lse, weights, R(a[2]), component_keys<T>(a, s), dropout);
+    attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), weights, R(a[2]),
+                          component_keys<T>(a, s), dropout);
 }
 
 FORWARD(gate) {
@@ -1827,8 +1917,8 @@ FORWARD(layernorm) {
 }
 BACKWARD(layernorm) {
     SIZES_OF(s);
-    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), R(g[0]), S(a[1]), S(a[2]), R(a[3]), R(a[4]),
-                          R(a[5]), rows, D);
+    layernorm_backward<T>(x, R(g[3]), nullptr, S(g[4]), S(g[5]), nullptr, R(g[0]), S(a[1]), S(a[2]), R(a[3]),
+                          R(a[4]), R(a[5]), rows, D);
 }
 
 FORWARD(swiglu) {
@@ -1886,7 +1976,7 @@ static Context *component_context(void) {
 template <typename F> static void call_component(F &&f) {
     Context *x = component_context();
     char *scratch = x->scratch;
-    x->dry_run = true, x->scratch = nullptr, x->scratch_used = x->scratch_peak = 0;
+    x->dry_run = true, x->scratch = no_scratch(), x->scratch_used = x->scratch_peak = 0;
     f(x);
     x->dry_run = false, x->scratch = scratch, x->scratch_used = 0;
     if (x->scratch_peak > x->scratch_bytes) {
@@ -1927,6 +2017,7 @@ static void call_backward(MegalodonComponentId id, F f, void *const *g, void *co
             }
         }
         f(x, grads, a, s);
+        add_sums(x);
         for (int i = 0; i < MEGALODON_MAX_ARGS; i++)
             if (narrow[i]) convert(x, (T *)g[i], (const float *)grads[i], sizes[i]);
     });

@@ -3,8 +3,9 @@
  *
  * Values are wide (e is 2048 where z is 256), so the two products with v are large matrix products, at home
  * in cuBLAS. A chunk's queries are taken a quarter at a time, each against the keys up to its own end: of
- * the scores above the diagonal only those inside a quarter are computed. Scores exist for a few chunks at a
- * time, in scratch memory.
+ * the scores above the diagonal only those inside a quarter are computed. Scores exist for many chunks at a
+ * time, in scratch memory. Their softmax, the weights, is kept for the backward: as half floats where
+ * activations are bf16, since what the backward makes of a weight's rounding would be seen in dq and dk.
  *
  * Chunks that lie regularly in memory form a span, whose products are batched:
  *     n > 0:  the rest of the chunk that the state began  |  whole chunks  |  the beginning of the last chunk
@@ -13,10 +14,14 @@
 #ifndef CUDA_ATTENTION_CUH
 #define CUDA_ATTENTION_CUH
 
+#include <cuda_fp16.h>
+
 #include "matmul.cuh"
 
-constexpr size_t SCORE_BYTES = (size_t)256 << 20; /* about how much scratch the scores may take */
-enum { SMALLEST_QUERY_BLOCK = 128, SOFTMAX_THREADS = 128, SCORE_VEC = 4 };
+constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the scores may take */
+/* The warps of a softmax block own SOFTMAX_WARPS short rows or, all together, a long one; a thread holds
+ * SCORES_HELD vectors of a row in registers. */
+enum { SMALLEST_QUERY_BLOCK = 128, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
 
 /* Where the keys and values of a call come from: n tokens of the chunk in the state, `capacity` rows of
  * memory for each row of the batch, and this call's steps tokens. k (B,T,H,z), v (B,T,H,e), k_in
@@ -45,11 +50,25 @@ template <typename F> static void for_each_span(int64_t B, int64_t steps, int64_
     if (tail) f(Span{steps - tail, steps, B, tail, 0});
 }
 
-/* Bytes of one chunk's scores: `blocks` float matrices of a query block, `wholes` matrices of T of the whole
- * chunk. */
+/* The kept weights of a call, (H, B T, pitch): row t of head h has a weight for each key of its chunk so far,
+ * times KEPT_SCALE, which makes normal half floats of all that matter. The pitch is a multiple of 8 and at
+ * least the largest number of keys. data NULL: not wanted. */
+template <typename T> using KeptWeight = std::conditional_t<std::is_same<T, bf16>::value, __half, float>;
+template <typename T> struct AttentionWeights {
+    KeptWeight<T> *data;
+    int64_t pitch;
+};
+constexpr float KEPT_SCALE = 4096.0f;
+static inline int64_t weights_pitch(int64_t keys) { return ceil_div(keys, 8) * 8; }
+
+__host__ __device__ inline float to_float(__half x) { return __half2float(x); }
+template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
+
+/* Bytes of one item's scores: a float matrix for a block of queries, and a matrix of T for a block of queries
+ * or for all of them. */
 struct ScoreShape {
-    int64_t queries, block, columns; /* of one item; columns are rounded up so that rows stay aligned */
-    size_t block_bytes, whole_bytes;
+    int64_t queries, block, columns; /* columns are rounded up so that rows stay aligned */
+    size_t float_block, block_bytes, whole_bytes;
 };
 template <typename T> static ScoreShape score_shape(int64_t queries, int64_t keys, int64_t C) {
     ScoreShape s;
@@ -57,29 +76,40 @@ template <typename T> static ScoreShape score_shape(int64_t queries, int64_t key
     s.queries = queries;
     s.block = quarter > SMALLEST_QUERY_BLOCK ? quarter : SMALLEST_QUERY_BLOCK;
     if (s.block > queries) s.block = queries;
-    s.columns = ceil_div(keys, 8) * 8;
-    s.block_bytes = (size_t)(s.block * s.columns) * sizeof(float);
+    s.columns = weights_pitch(keys);
+    s.float_block = (size_t)(s.block * s.columns) * sizeof(float);
+    s.block_bytes = (size_t)(s.block * s.columns) * sizeof(T);
     s.whole_bytes = (size_t)(s.queries * s.columns) * sizeof(T);
     return s;
 }
 
+/* Scratch of an item in the forward (scores and weights) and in the backward (gradients of the weights, then
+ * of the scores, and the weights). */
+static inline size_t forward_bytes(const ScoreShape &s) { return s.float_block + s.block_bytes; }
+static inline size_t backward_bytes(const ScoreShape &s) { return s.float_block + 2 * s.whole_bytes; }
+
 /* Scratch for the scores of any span of a call no larger than this one: grows with B, T and n > 0, nothing
- * else. */
-template <typename T> static size_t score_scratch(const AttentionKeys<T> &a, int blocks, int wholes) {
+ * else. item_bytes: one of the two functions above. */
+template <typename T, typename F> static size_t score_scratch(const AttentionKeys<T> &a, F item_bytes) {
     int64_t queries = a.steps < a.C ? a.steps : a.C, keys = a.n > 0 ? a.C : queries;
-    ScoreShape s = score_shape<T>(queries, keys, a.C);
-    size_t item = (size_t)blocks * s.block_bytes + (size_t)wholes * s.whole_bytes + SCRATCH_ALIGN;
+    size_t item = item_bytes(score_shape<T>(queries, keys, a.C)) + SCRATCH_ALIGN;
     size_t all = (size_t)(a.B * (a.steps / a.C + 1)) * item;
     size_t limit = item > SCORE_BYTES ? item : SCORE_BYTES;
     return all < limit ? all : limit;
 }
+/* How many items of a span are taken at a time: groups of about the same size. */
+static inline int64_t score_group(int64_t items, size_t bytes, size_t item_bytes) {
+    int64_t most = (int64_t)(bytes / (item_bytes + SCRATCH_ALIGN));
+    return ceil_div(items, ceil_div(items, most > 1 ? most : 1));
+}
 
-/* What a softmax kernel knows about its rows. */
+/* What a softmax kernel knows about its rows. All matrices are given from the block's first query on. */
 struct SoftmaxRows {
     int64_t row, stride;      /* token of the first item's first query of this block; tokens between items */
     int first_query, queries; /* of the block, counted from the span's first query */
     int old, columns, pitch;  /* keys of the state; keys in use; distance between rows of scores */
-    int64_t whole_batch;      /* distance between items in the matrices of whole chunks */
+    int64_t batch;            /* of the matrices of T between items: weights and dscores, with the same pitch */
+    int64_t kept_pitch, kept_batch; /* distances between rows and items of the kept weights */
     int steps, H, h, C;
     Dropout dropout;
 };
@@ -107,78 +137,145 @@ __device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows 
     if (s.dropout.threshold) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
-/* computes: weights = keep softmax(scores) over the keys that a query may see, 0 for the others; lse
- * launch:   grid (queries of the block, items), block 128: a block owns a row of scores
- * traffic:  (4 + sizeof(T)) bytes a score; the second reading comes from the cache
- * needs:    rows of scores and weights start at multiples of 8 elements
- * numerics: float, fixed order: deterministic */
-template <typename T>
-__global__ void softmax_forward_kernel(T *weights, float *lse, const float *scores, SoftmaxRows s) {
-    __shared__ float shared[SOFTMAX_THREADS / WARP_SIZE];
-    int query = (int)blockIdx.x, item = (int)blockIdx.y, seen = s.old + s.first_query + query + 1;
-    int64_t at = ((int64_t)item * s.queries + query) * s.pitch, row = s.row + item * s.stride + query;
-    float largest = -INFINITY, sum = 0, value[SCORE_VEC], keep[SCORE_VEC];
-    for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j, -INFINITY);
-        float here = value[0]; // j < seen
-#pragma unroll
-        for (int i = 1; i < SCORE_VEC; i++) here = fmaxf(here, value[i]);
-        if (here > largest) {
-            sum *= __expf(largest - here);
-            largest = here;
-        }
-#pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) sum += __expf(value[i] - largest); // exp(-inf) is 0
-    }
-    float top = block_max(largest, shared);
-    float total = block_sum(largest == -INFINITY ? 0.0f : sum * __expf(largest - top), shared),
-          scale = 1.0f / total;
-    for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j, -INFINITY);
-        keep_weights(keep, s, row, j);
-#pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) value[i] = __expf(value[i] - top) * scale * keep[i];
-        store<SCORE_VEC>(weights + at + j, value);
-    }
-    if (threadIdx.x == 0) lse[row * s.H + s.h] = top + logf(total);
+template <int WARPS> __device__ inline float row_sum(float x, float *shared) {
+    if constexpr (WARPS == 1) return warp_sum(x);
+    return block_sum(x, shared);
+}
+template <int WARPS> __device__ inline float row_max(float x, float *shared) {
+    if constexpr (WARPS == 1) return warp_max(x);
+    return block_max(x, shared);
 }
 
-/* with w = exp(score - lse), f the dropout factors and dw = f (da v^T):  dscore = w (dw - sum w dw);
- * weights = w f computes: dscores and, for dv, the weights again, into the matrices of whole chunks
- * launch:   grid (queries of the block, items), block 128: a block owns a row of scores
- * traffic:  (8 + 2 sizeof(T)) bytes a score; the second reading comes from the cache
+/* computes: w = softmax(scores) over the keys that a query may see, 0 for the others, into `kept` (NULL: not
+ *           wanted);  weights = w f, f the dropout factors;  lse
+ * launch:   grid (queries of the block / 4, items), block 128: a warp owns a row; WARPS > 1: grid (queries,
+ *           items), and all WARPS warps own a row
+ * traffic:  (6 + sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
  * needs:    rows start at multiples of 8 elements
  * numerics: float, fixed order: deterministic */
-template <typename T>
-__global__ void softmax_backward_kernel(T *dscores, T *weights, const float *scores, const float *dweights,
-                                        const float *lse, SoftmaxRows s) {
-    __shared__ float shared[SOFTMAX_THREADS / WARP_SIZE];
-    int query = (int)blockIdx.x, item = (int)blockIdx.y, seen = s.old + s.first_query + query + 1;
-    int64_t at = ((int64_t)item * s.queries + query) * s.pitch, row = s.row + item * s.stride + query;
-    int64_t to = item * s.whole_batch + (int64_t)(s.first_query + query) * s.pitch;
-    float row_lse = lse[row * s.H + s.h], sum = 0, value[SCORE_VEC], grad[SCORE_VEC], keep[SCORE_VEC];
-    for (int j = (int)threadIdx.x * SCORE_VEC; j < seen; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j, -INFINITY);
-        load_scores(grad, dweights + at + j, seen - j, 0.0f);
-        keep_weights(keep, s, row, j);
+template <typename T, int WARPS>
+__global__ void softmax_forward_kernel(T *weights, KeptWeight<T> *kept, float *lse, const float *scores,
+                                       SoftmaxRows s) {
+    __shared__ float shared[WARPS];
+    constexpr int LANES = WARPS * WARP_SIZE, STEP = LANES * SCORE_VEC;
+    int query = WARPS == 1 ? (int)(blockIdx.x * SOFTMAX_WARPS + threadIdx.x / WARP_SIZE) : (int)blockIdx.x;
+    if (query >= s.queries) return; // a whole row's threads leave
+    int item = (int)blockIdx.y, first = (int)threadIdx.x % LANES * SCORE_VEC;
+    int seen = s.old + s.first_query + query + 1;
+    int64_t row = s.row + item * s.stride + query, to = item * s.batch + (int64_t)query * s.pitch;
+    const float *from = scores + ((int64_t)item * s.queries + query) * s.pitch;
+    float held[SCORES_HELD][SCORE_VEC], largest = -INFINITY, sum = 0;
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) sum += __expf(value[i] - row_lse) * grad[i] * keep[i];
+    for (int i = 0; i < SCORES_HELD; i++) {
+        int j = first + i * STEP;
+        if (j < s.columns) load_scores(held[i], from + j, seen - j, -INFINITY);
     }
-    sum = block_sum(sum, shared);
-    for (int j = (int)threadIdx.x * SCORE_VEC; j < s.columns; j += SOFTMAX_THREADS * SCORE_VEC) {
-        load_scores(value, scores + at + j, seen - j, -INFINITY);
-        load_scores(grad, dweights + at + j, seen - j, 0.0f);
-        keep_weights(keep, s, row, j);
+    auto each_vector = [&](auto &&visit) {
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) {
-            float w = __expf(value[i] - row_lse); // 0 for a key that is not seen
-            grad[i] = w * (keep[i] * grad[i] - sum);
-            value[i] = w * keep[i];
+        for (int i = 0; i < SCORES_HELD; i++)
+            if (first + i * STEP < s.columns) visit(first + i * STEP, held[i]);
+        for (int j = first + SCORES_HELD * STEP; j < s.columns; j += STEP) {
+            float value[SCORE_VEC];
+            load_scores(value, from + j, seen - j, -INFINITY);
+            visit(j, value);
         }
-        store<SCORE_VEC>(dscores + to + j, grad);
-        store<SCORE_VEC>(weights + to + j, value);
-    }
+    };
+    each_vector([&](int, const float (&value)[SCORE_VEC]) {
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) largest = fmaxf(largest, value[i]);
+    });
+    float top = row_max<WARPS>(largest, shared);
+    each_vector([&](int, const float (&value)[SCORE_VEC]) {
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) sum += __expf(value[i] - top); // exp(-inf) is 0
+    });
+    float total = row_sum<WARPS>(sum, shared), scale = 1.0f / total;
+    if (first == 0) lse[row * s.H + s.h] = top + logf(total);
+    each_vector([&](int j, const float (&value)[SCORE_VEC]) {
+        float w[SCORE_VEC], keep[SCORE_VEC];
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) w[i] = __expf(value[i] - top) * scale;
+        keep_weights(keep, s, row, j);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) keep[i] *= w[i], w[i] *= KEPT_SCALE;
+        store<SCORE_VEC>(weights + to + j, keep);
+        if (kept) store<SCORE_VEC>(kept + item * s.kept_batch + query * s.kept_pitch + j, w);
+    });
 }
+
+/* weights = w f, f the dropout factors, with dw = f (da v^T):  dscore = w (dw - sum w dw)
+ * computes: dscores and, for dv, the weights again
+ * launch:   as softmax_forward_kernel
+ * traffic:  (6 + 2 sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
+ * needs:    rows start at multiples of 8 elements; keys not seen have weight 0
+ * numerics: float, fixed order: deterministic */
+template <typename T, int WARPS>
+__global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight<T> *kept,
+                                        const float *dweights, SoftmaxRows s) {
+    __shared__ float shared[WARPS];
+    constexpr int LANES = WARPS * WARP_SIZE, STEP = LANES * SCORE_VEC;
+    int query = WARPS == 1 ? (int)(blockIdx.x * SOFTMAX_WARPS + threadIdx.x / WARP_SIZE) : (int)blockIdx.x;
+    if (query >= s.queries) return; // a whole row's threads leave
+    int item = (int)blockIdx.y, first = (int)threadIdx.x % LANES * SCORE_VEC;
+    int seen = s.old + s.first_query + query + 1;
+    int64_t row = s.row + item * s.stride + query, to = item * s.batch + (int64_t)query * s.pitch;
+    const float *from = dweights + ((int64_t)item * s.queries + query) * s.pitch;
+    kept += item * s.kept_batch + query * s.kept_pitch;
+    float held[SCORES_HELD][SCORE_VEC], held_grad[SCORES_HELD][SCORE_VEC], sum = 0;
+    auto load_vector = [&](float (&w)[SCORE_VEC], float (&grad)[SCORE_VEC], int j) {
+        load<SCORE_VEC>(w, kept + j);
+        load_scores(grad, from + j, seen - j, 0.0f);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) w[i] *= 1 / KEPT_SCALE;
+    };
+#pragma unroll
+    for (int i = 0; i < SCORES_HELD; i++)
+        if (first + i * STEP < s.columns) load_vector(held[i], held_grad[i], first + i * STEP);
+    auto each_vector = [&](auto &&visit) {
+#pragma unroll
+        for (int i = 0; i < SCORES_HELD; i++)
+            if (first + i * STEP < s.columns) visit(first + i * STEP, held[i], held_grad[i]);
+        for (int j = first + SCORES_HELD * STEP; j < s.columns; j += STEP) {
+            float w[SCORE_VEC], grad[SCORE_VEC];
+            load_vector(w, grad, j);
+            visit(j, w, grad);
+        }
+    };
+    each_vector([&](int j, const float (&w)[SCORE_VEC], const float (&grad)[SCORE_VEC]) {
+        float keep[SCORE_VEC];
+        keep_weights(keep, s, row, j);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) sum += w[i] * grad[i] * keep[i];
+    });
+    sum = row_sum<WARPS>(sum, shared);
+    each_vector([&](int j, const float (&w)[SCORE_VEC], const float (&grad)[SCORE_VEC]) {
+        float keep[SCORE_VEC], value[SCORE_VEC];
+        keep_weights(keep, s, row, j);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) value[i] = w[i] * (keep[i] * grad[i] - sum);
+        store<SCORE_VEC>(dscores + to + j, value);
+#pragma unroll
+        for (int i = 0; i < SCORE_VEC; i++) value[i] = w[i] * keep[i];
+        store<SCORE_VEC>(weights + to + j, value);
+    });
+}
+
+/* Launches one of the two with as many warps a row as hold it in registers, at most 8. */
+#define LAUNCH_SOFTMAX(kernel, context, shape, items, ...)                                                  \
+    do {                                                                                                    \
+        constexpr int HELD = WARP_SIZE * SCORE_VEC * SCORES_HELD;                                           \
+        SoftmaxRows rows = shape;                                                                           \
+        dim3 grid((unsigned)rows.queries, (unsigned)(items)), short_grid = grid;                            \
+        short_grid.x = blocks_for(rows.queries, SOFTMAX_WARPS);                                             \
+        if (rows.columns <= HELD)                                                                           \
+            LAUNCH((kernel<T, 1>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__, rows);      \
+        else if (rows.columns <= 2 * HELD)                                                                  \
+            LAUNCH((kernel<T, 2>), grid, 2 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+        else if (rows.columns <= 4 * HELD)                                                                  \
+            LAUNCH((kernel<T, 4>), grid, 4 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+        else                                                                                                \
+            LAUNCH((kernel<T, 8>), grid, 8 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+    } while (0)
 
 /* The keys (or values) of a span and their distances: this call's own, or the state's and this call's side
  * by side. */
@@ -200,32 +297,40 @@ template <typename T> static Matrix<T> shifted(Matrix<T> m, int64_t item, int64_
     return m;
 }
 
+/* The kept weights of a span's queries. */
+template <typename T>
+static Matrix<KeptWeight<T>> span_weights(const AttentionWeights<T> &kept, const AttentionKeys<T> &a,
+                                          const Span &span, int64_t h) {
+    if (!kept.data) return Matrix<KeptWeight<T>>{};
+    return matrix(kept.data + (h * a.B * a.steps + span.row) * kept.pitch, kept.pitch,
+                  span.stride * kept.pitch);
+}
+
+/* batch: distance between the items' matrices of T; kept: from the first item's first query on */
 template <typename T>
 static SoftmaxRows softmax_rows(const AttentionKeys<T> &a, const Span &span, const ScoreShape &shape,
-                                int64_t item, int64_t h, int64_t first_query, int64_t queries,
-                                Dropout dropout) {
+                                int64_t item, int64_t h, int64_t first_query, int64_t queries, int64_t batch,
+                                const Matrix<KeptWeight<T>> &kept, Dropout dropout) {
     SoftmaxRows s;
     s.row = span.row + item * span.stride + first_query, s.stride = span.stride;
     s.first_query = (int)first_query, s.queries = (int)queries;
     s.old = (int)span.old, s.columns = (int)(span.old + first_query + queries), s.pitch = (int)shape.columns;
-    s.whole_batch = shape.queries * shape.columns;
+    s.batch = batch;
+    s.kept_pitch = kept.row_stride, s.kept_batch = kept.batch_stride;
     s.steps = (int)a.steps, s.H = (int)a.H, s.h = (int)h, s.C = (int)a.C;
     s.dropout = dropout;
     return s;
 }
 
 template <typename T>
-static void span_forward(Context *context, T *out, float *lse, const T *query, const AttentionKeys<T> &a,
-                         const Span &span, char *memory, size_t bytes, T *k_together, T *v_together,
-                         Dropout dropout) {
+static void span_forward(Context *context, T *out, float *lse, const AttentionWeights<T> &kept,
+                         const T *query, const AttentionKeys<T> &a, const Span &span, char *memory,
+                         size_t bytes, T *k_together, T *v_together, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
     ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
-    size_t item_bytes = shape.block_bytes + (size_t)(shape.block * shape.columns) * sizeof(T);
-    int64_t most = (int64_t)(bytes / (item_bytes + SCRATCH_ALIGN)),
-            groups = ceil_div(span.items, most > 1 ? most : 1);
-    int64_t group = ceil_div(span.items, groups);
+    int64_t group = score_group(span.items, bytes, forward_bytes(shape));
     float *scores = (float *)memory;
-    T *weights = (T *)(memory + (size_t)group * shape.block_bytes);
+    T *weights = (T *)(memory + (size_t)group * shape.float_block);
     Matrix<const T> k = span_keys(context, a, span, a.k, a.k_in, k_together, Z);
     Matrix<const T> v = span_keys(context, a, span, a.v, a.v_in, v_together, E);
     Matrix<const T> q = matrix(query + span.row * Z, Z, span.stride * Z);
@@ -235,31 +340,34 @@ static void span_forward(Context *context, T *out, float *lse, const T *query, c
             int64_t items = group < span.items - item ? group : span.items - item;
             for (int64_t first = 0; first < span.queries; first += shape.block) {
                 int64_t queries = shape.block < span.queries - first ? shape.block : span.queries - first;
-                int64_t keys = span.old + first + queries;
-                Matrix<float> s = matrix(scores, shape.columns, queries * shape.columns);
-                Matrix<const T> w = matrix((const T *)weights, shape.columns, queries * shape.columns);
+                int64_t keys = span.old + first + queries, batch = queries * shape.columns;
                 matmul(context, false, true, queries, keys, a.z, 1.0f, shifted(q, item, first, h * a.z),
-                       shifted(k, item, 0, h * a.z), 0.0f, s, items);
-                LAUNCH((softmax_forward_kernel<T>), dim3((unsigned)queries, (unsigned)items),
-                       SOFTMAX_THREADS, context, weights, lse, scores,
-                       softmax_rows(a, span, shape, item, h, first, queries, dropout));
-                matmul(context, false, false, queries, a.e, keys, 1.0f, w, shifted(v, item, 0, h * a.e),
-                       0.0f, shifted(o, item, first, h * a.e), items);
+                       shifted(k, item, 0, h * a.z), 0.0f, matrix(scores, shape.columns, batch), items);
+                Matrix<KeptWeight<T>> own = span_weights(kept, a, span, h);
+                if (own.data) own = shifted(own, item, first, 0);
+                LAUNCH_SOFTMAX(softmax_forward_kernel, context,
+                               softmax_rows(a, span, shape, item, h, first, queries, batch, own, dropout),
+                               items, weights, own.data, lse, scores);
+                matmul(context, false, false, queries, a.e, keys, 1.0f,
+                       matrix((const T *)weights, shape.columns, batch), shifted(v, item, 0, h * a.e), 0.0f,
+                       shifted(o, item, first, h * a.e), items);
             }
         }
 }
 
-/* out (B,T,H,e); lse (B,T,H) saved: log sum exp of each query's scores; query (B,T,H,z) */
+/* out (B,T,H,e); lse (B,T,H) saved: log sum exp of each query's scores; kept: the weights, saved too (data
+ * NULL: not wanted); query (B,T,H,z) */
 template <typename T>
-static void attention_forward(Context *context, T *out, float *lse, const T *query,
-                              const AttentionKeys<T> &a, Dropout dropout) {
+static void attention_forward(Context *context, T *out, float *lse, const AttentionWeights<T> &kept,
+                              const T *query, const AttentionKeys<T> &a, Dropout dropout) {
     ScratchScope scope(context);
-    size_t bytes = score_scratch(a, 1, 1);
+    size_t bytes = score_scratch(a, forward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *k_together = a.n ? take<T>(context, a.B * a.C * a.H * a.z) : nullptr;
     T *v_together = a.n ? take<T>(context, a.B * a.C * a.H * a.e) : nullptr;
     for_each_span(a.B, a.steps, a.n, a.C, [&](const Span &span) {
-        span_forward(context, out, lse, query, a, span, memory, bytes, k_together, v_together, dropout);
+        span_forward(context, out, lse, kept, query, a, span, memory, bytes, k_together, v_together,
+                     dropout);
     });
 }
 
@@ -280,17 +388,16 @@ static void split_gradient(Context *context, T *now, T *state, const T *together
 template <typename T> struct SpanGradients { Matrix<T> q, k, v; };
 
 template <typename T>
-static void span_backward(Context *context, const SpanGradients<T> &grad, const T *dout, const float *lse,
-                          const T *query, Matrix<const T> k, Matrix<const T> v, const AttentionKeys<T> &a,
-                          const Span &span, char *memory, size_t bytes, Dropout dropout) {
+static void span_backward(Context *context, const SpanGradients<T> &grad, const T *dout,
+                          const AttentionWeights<T> &kept, const T *query, Matrix<const T> k,
+                          Matrix<const T> v, const AttentionKeys<T> &a, const Span &span, char *memory,
+                          size_t bytes, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
     ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
-    size_t item_bytes = 2 * (shape.block_bytes + shape.whole_bytes);
-    int64_t most = (int64_t)(bytes / (item_bytes + SCRATCH_ALIGN)),
-            groups = ceil_div(span.items, most > 1 ? most : 1);
-    int64_t group = ceil_div(span.items, groups), whole = shape.queries * shape.columns;
-    float *scores = (float *)memory, *dweights = (float *)(memory + (size_t)group * shape.block_bytes);
-    T *dscores = (T *)(memory + 2 * (size_t)group * shape.block_bytes), *weights = dscores + group * whole;
+    int64_t group = score_group(span.items, bytes, backward_bytes(shape));
+    int64_t whole = shape.queries * shape.columns;
+    float *dweights = (float *)memory;
+    T *dscores = (T *)(memory + (size_t)group * shape.float_block), *weights = dscores + group * whole;
     Matrix<const T> q = matrix(query + span.row * Z, Z, span.stride * Z),
                     da = matrix(dout + span.row * E, E, span.stride * E);
     Matrix<const T> ds = matrix((const T *)dscores, shape.columns, whole),
@@ -298,17 +405,17 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
     for (int64_t h = 0; h < a.H; h++)
         for (int64_t item = 0; item < span.items; item += group) {
             int64_t items = group < span.items - item ? group : span.items - item;
-            /* By blocks of queries: the scores and their gradients, and dq = dscores k. */
+            /* By blocks of queries: the gradients of weights and scores, and dq = dscores k. */
             for (int64_t first = 0; first < span.queries; first += shape.block) {
                 int64_t queries = shape.block < span.queries - first ? shape.block : span.queries - first;
                 int64_t keys = span.old + first + queries, batch = queries * shape.columns;
-                matmul(context, false, true, queries, keys, a.z, 1.0f, shifted(q, item, first, h * a.z),
-                       shifted(k, item, 0, h * a.z), 0.0f, matrix(scores, shape.columns, batch), items);
                 matmul(context, false, true, queries, keys, a.e, 1.0f, shifted(da, item, first, h * a.e),
                        shifted(v, item, 0, h * a.e), 0.0f, matrix(dweights, shape.columns, batch), items);
-                LAUNCH((softmax_backward_kernel<T>), dim3((unsigned)queries, (unsigned)items),
-                       SOFTMAX_THREADS, context, dscores, weights, scores, dweights, lse,
-                       softmax_rows(a, span, shape, item, h, first, queries, dropout));
+                Matrix<KeptWeight<T>> own = shifted(span_weights(kept, a, span, h), item, first, 0);
+                LAUNCH_SOFTMAX(softmax_backward_kernel, context,
+                               softmax_rows(a, span, shape, item, h, first, queries, whole, own, dropout),
+                               items, dscores + first * shape.columns, weights + first * shape.columns,
+                               own.data, dweights);
                 matmul(context, false, false, queries, a.z, keys, 1.0f, shifted(ds, 0, first, 0),
                        shifted(k, item, 0, h * a.z), 0.0f, shifted(grad.q, item, first, h * a.z), items);
             }
@@ -327,14 +434,14 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
 }
 
 /* dquery, dk, dv, dk_in, dv_in as query, k, v, k_in, v_in (dk_in, dv_in NULL: not wanted); all are written.
- * Scores are computed again from q, k and lse. */
+ * kept: the forward's weights. */
 template <typename T>
 static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_in, T *dv_in, const T *dout,
-                               const float *lse, const T *query, const AttentionKeys<T> &a,
+                               const AttentionWeights<T> &kept, const T *query, const AttentionKeys<T> &a,
                                Dropout dropout) {
     ScratchScope scope(context);
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    size_t bytes = score_scratch(a, 2, 2);
+    size_t bytes = score_scratch(a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *together[4] = {}; // k, v and their gradients
     for (int i = 0; i < 4 && a.n; i++) together[i] = take<T>(context, a.B * a.C * (i % 2 ? E : Z));
@@ -347,7 +454,7 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
                           : matrix(dk + span.row * Z, Z, span.stride * Z);
         grad.v = span.old ? matrix(together[3], E, v.batch_stride)
                           : matrix(dv + span.row * E, E, span.stride * E);
-        span_backward(context, grad, dout, lse, query, k, v, a, span, memory, bytes, dropout);
+        span_backward(context, grad, dout, kept, query, k, v, a, span, memory, bytes, dropout);
         if (!span.old) return;
         split_gradient(context, dk, dk_in, together[2], a, span, Z);
         split_gradient(context, dv, dv_in, together[3], a, span, E);

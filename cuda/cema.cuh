@@ -1,32 +1,40 @@
 /* cema.cuh - the complex exponential moving average: N complex states a channel, each h_t = q h_{t-1} + p
  * u_t, and y_t = Re(sum_k c_k h_t[k]) + omega u_t with c = gamma / sqrt(N).
  *
- * Eight lanes share a channel, R states each (N <= 8 R), and take eight steps at a time. With s the state
- * before a group of steps, x_0 .. x_7 its inputs, and k_l = Re(sum p c q^l) (+ omega at l = 0)
- *     s'  = q^8 s + sum_m q^(7-m) x_m         y_m = Re(q^(m+1) (p c s)) + sum_{i<=m} k_(m-i) x_i
- * so that only one complex product in eight steps waits for another, and the sum over i is a channel's, not
- * a state's. A butterfly that halves the steps while it adds the lanes leaves lane m with the whole of step
- * m. The powers of q are made in double, once for each thread. The kernels keep h / p; p is at least 1e-18
- * in that division, far below what a float sum could show.
+ * Sixteen steps at a time, on the tensor cores. With h the states before a group of steps, u_0 .. u_15 its
+ * inputs, and k_l = Re(sum_k p c q^l) (+ omega at l = 0)
+ *     y_m = sum_{i<=m} k_(m-i) u_i + Re(sum_k c q^(m+1) h)        h' = q^16 h + sum_m p q^(15-m) u_m
+ * so that three small matrices of a channel - inputs to outputs, states to outputs, inputs to states - and one
+ * complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment of a
+ * row of the batch is a strip, and a warp owns sixteen strips of one channel:
  *
- * Tiles of 64 steps and 32 channels pass through shared memory: global memory is read and written along
- * channels while a lane walks along time; the next tile's loads are under way while one is computed. Where
- * rows and channels do not fill the device, time is cut into segments: a first kernel finds the state that
- * each segment would end with had it begun with zero, and the second begins each one with what all segments
- * before it left, s = q^length s + end.
+ *     rows of a product: 16 strips | columns: 16 steps, or 16 states as pairs (re, im) | matrices: registers
  *
- * Backward without any state of the forward. The output's dependence on the input is symmetric in time: with
- *     nu_t    = dy_t + q nu_{t+1}                 (backward in time, complex)
- *     kappa_t = nu_{t+1} + q kappa_{t+1}          (d nu_t / d q)
- * the loss's linear form sum_t dy_t Re(c h_t) is Re(c sum_t p u_t nu_t), so that
- *     du_t = p Re(c nu_t) + omega dy_t     dc = sum p u nu     dq = c sum p u kappa     dp = Re(c sum u nu)
- * and a state that came in acts like an input p u_{-1} = h_in. A real pair's gradient of Re(z w) by w is (Re
- * z, -Im z). The gradient of the outgoing state, G, adds rho_t = q rho_{t+1}, rho_{T-1} = conj G, and its
- * derivative sigma the same way. A group of eight steps, counted from its end (so m = 0 is the latest), has
- *     sum u nu    += nu V            V  = sum u_m q^(m+1)
- *     sum u kappa += kappa V + nu V' V' = dV/dq
- * besides what meets inside the group: sum_l r_l q^l, where r_l = sum u_m dy_(m-l) is added up for a whole
- * channel and multiplied by the powers of q once, at the end. r_0 is the gradient of omega.
+ * An accumulator of mma.m16n8k16 holds for a thread the pair (re, im) of one state of two strips, which is
+ * also how the next product wants its operand: states never leave their thread. A bf16 input is exact; floats
+ * (states, matrices, float inputs) are split into bf16 parts whose sum they are: two parts hold 16 bits, three
+ * 24. The products of two parts that are both small are left out. The sums are float, and the recurrence
+ * itself, q^16 h + ..., is done outside of the tensor cores, which cut off what they should round.
+ *
+ * Tiles pass through shared memory, which turns them round: global memory is read and written along channels,
+ * a product along time. The next tile's loads are under way while one is computed. A first kernel finds the
+ * state that each segment would end with had it begun with zero, e; the others begin each segment with what
+ * all segments before it left.
+ *
+ * Backward without any state of the forward, by the same kernels going back in time. The output's dependence
+ * on the input is symmetric in time, so du comes out of dy as y does out of u; only where p and c stand
+ * changes, and what goes in and comes out are the gradients of the last state and of the first, conjugate
+ * (the gradient of Re(z w) by w, as a pair, is (Re z, -Im z)):
+ *     W' = q^16 W + sum_m c q^(16-m) dy_m         du_m = sum_{i<=m} k_(m-i) dy_i + Re(sum_k p q^m W)
+ * For the parameters, let nu_t = dy_t + q nu_{t+1} and zeta = d nu / d ln q. The loss's linear form is
+ * Re(c sum_t p u_t nu_t), and with A = sum u nu and K = dA / dq
+ *     dc = p A     dq = c p K     dp = Re(c A)     (and an incoming state acts like an input p u_{-1} = h_in)
+ * A group of sixteen steps back in time adds, with nu and zeta those after it in time,
+ *     A += q V nu + sum_l r_l q^l         V = sum_m u_m q^m,  V^ = dV / d ln q
+ *     K += V nu + V^ nu + V zeta + sum_l l r_l q^(l-1)
+ * where r_l = sum u_m dy_(m-l), steps counted back in time, is what meets inside groups: products of u and dy
+ * on the tensor cores, added up for a whole channel and multiplied by the powers of q once, at the end. r_0 is
+ * the gradient of omega.
  */
 #ifndef CUDA_CEMA_CUH
 #define CUDA_CEMA_CUH
@@ -34,17 +42,16 @@
 #include "common.cuh"
 
 enum {
-    CEMA_LANES = 8,     /* lanes of a channel, and steps of a group */
-    CEMA_CHANNELS = 32, /* of a block */
-    CEMA_THREADS = CEMA_LANES * CEMA_CHANNELS,
-    CEMA_STEPS = 64,             /* of a tile */
-    CEMA_PITCH = CEMA_STEPS + 4, /* 16-byte reads of a warp's four channels find different banks */
-    CEMA_WARPS_PER_SM = 16,
-    CEMA_MAX_STATES = 64,
+    CEMA_GROUP = 16,    /* steps of a group */
+    CEMA_STRIPS = 16,   /* of a warp */
+    CEMA_CHANNELS = 16, /* of a block, a warp each */
+    CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
+    CEMA_TILE = 2 * CEMA_GROUP, /* the lengths of segments are multiples of it */
+    CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
+    CEMA_STATES = 16,                          /* of a launch; more take several */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
-constexpr float CEMA_SMALLEST_P = 1e-18f;
 
 /* Arrays (D,N), computed once for each value of the parameters. */
 struct CemaCoefficients {
@@ -86,137 +93,11 @@ static inline void cema_coefficients(Context *context, CemaCoefficients out, con
            (int)D, (int)N);
 }
 
-/* Adds part[i] over the lanes of a channel, for eight steps at once: lane i gets step i. Seven shuffles. */
-__device__ inline float transpose_sum(float (&part)[CEMA_LANES], int lane) {
-#pragma unroll
-    for (int width = CEMA_LANES / 2; width > 0; width /= 2) {
-        bool upper = lane & width;
-#pragma unroll
-        for (int i = 0; i < width; i++) {
-            float keep = upper ? part[i + width] : part[i], give = upper ? part[i] : part[i + width];
-            part[i] = keep + __shfl_xor_sync(FULL_MASK, give, width);
-        }
-    }
-    return part[0];
-}
-
-/* Time cut into segments of `length` steps, a multiple of a tile's. rows: the most segments of all rows of a
- * batch together, for any batch and length, so that a dry run of the largest batch takes enough scratch. */
-struct CemaSegments { int64_t count, length, rows; };
-static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
-    int64_t row_warps = ceil_div(D, CEMA_CHANNELS) * (CEMA_THREADS / WARP_SIZE);
-    int64_t rows = (int64_t)context->num_sms * CEMA_WARPS_PER_SM / row_warps;
-    int64_t wanted = rows / B > 1 ? rows / B : 1;
-    int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_STEPS) * CEMA_STEPS;
-    return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
-}
-
-/* Where a thread stands, and the segment of its block. */
-struct CemaPlace {
-    int channel, lane, d; /* channel of the block, lane of the channel, channel of the model */
-    int b, segment, begin, end;
-    int64_t row; /* of (segment, b) */
-    __device__ CemaPlace(int segment_here, int length, int steps) {
-        channel = (int)threadIdx.x / CEMA_LANES, lane = (int)threadIdx.x % CEMA_LANES;
-        d = (int)blockIdx.x * CEMA_CHANNELS + channel, b = (int)blockIdx.z, segment = segment_here;
-        begin = segment * length, end = min(begin + length, steps);
-        row = (int64_t)segment * gridDim.z + b;
-    }
-};
-
-/* A thread moves two channels and four steps of a tile between global and shared memory. `paired`: the two
- * channels may be read at once; otherwise, D is odd or an address is, they are read one by one. */
-template <typename T> struct CemaShare { Packed<T, 2> pair[4]; };
-struct CemaMover {
-    int column, step, d;
-    __device__ CemaMover() {
-        column = 2 * ((int)threadIdx.x % (CEMA_CHANNELS / 2));
-        step = 4 * ((int)threadIdx.x / (CEMA_CHANNELS / 2));
-        d = (int)blockIdx.x * CEMA_CHANNELS + column;
-    }
-};
-static_assert(CEMA_STEPS == 4 * CEMA_THREADS / (CEMA_CHANNELS / 2), "the threads cover a tile");
-
-/* Outside the tensor: zero. */
-template <typename T>
-__device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int b, int first,
-                                  int steps, int D, bool paired) {
-    int t = first + mover.step;
-    const T *from = x + ((int64_t)b * steps + t) * D + mover.d;
-#pragma unroll
-    for (int k = 0; k < 4; k++, from += D) {
-        held.pair[k].v[0] = held.pair[k].v[1] = from_float<T>(0.0f);
-        if (t + k >= steps || mover.d >= D) continue;
-        if (paired)
-            held.pair[k] = *reinterpret_cast<const Packed<T, 2> *>(from);
-        else {
-            held.pair[k].v[0] = from[0];
-            if (mover.d + 1 < D) held.pair[k].v[1] = from[1];
-        }
-    }
-}
-
-template <typename T>
-__device__ inline void cema_put(float (*tile)[CEMA_PITCH], const CemaShare<T> &held,
-                                const CemaMover &mover) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float value[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) value[k] = to_float(held.pair[k].v[i]);
-        store<4>(&tile[mover.column + i][mover.step], value);
-    }
-}
-
-/* y (+)= the tile */
-template <typename T>
-__device__ inline void cema_write(T *y, bool accumulate, const float (*tile)[CEMA_PITCH],
-                                  const CemaMover &mover, int b, int first, int steps, int D, bool paired) {
-    float value[2][4], pair[2];
-    load<4>(value[0], &tile[mover.column][mover.step]);
-    load<4>(value[1], &tile[mover.column + 1][mover.step]);
-    CemaShare<T> before;
-    if (accumulate) cema_fetch(before, (const T *)y, mover, b, first, steps, D, paired);
-    int t = first + mover.step;
-    T *to = y + ((int64_t)b * steps + t) * D + mover.d;
-#pragma unroll
-    for (int k = 0; k < 4; k++, to += D) {
-        if (t + k >= steps || mover.d >= D) continue;
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            pair[i] = value[i][k] + (accumulate ? to_float(before.pair[k].v[i]) : 0.0f);
-        if (paired)
-            store<2>(to, pair);
-        else {
-            to[0] = from_float<T>(pair[0]);
-            if (mover.d + 1 < D) to[1] = from_float<T>(pair[1]);
-        }
-    }
-}
-
-/* Eight steps of a channel in the order in which a scan meets them. */
-template <bool BACKWARD> __device__ inline void cema_group(float (&x)[CEMA_LANES], const float *from) {
-    float low[4], high[4];
-    load<4>(low, from), load<4>(high, from + 4);
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x[BACKWARD ? 7 - i : i] = low[i], x[BACKWARD ? 3 - i : 4 + i] = high[i];
-}
-
-template <int R> struct CemaStates { float re[R], im[R]; };
-/* (D,N) coefficients of a lane's states; what lies beyond N or D is `otherwise`. */
-template <int R>
-__device__ inline void cema_load(float (&to)[R], const float *from, int d, int first, int D, int N,
-                                 float otherwise) {
-#pragma unroll
-    for (int r = 0; r < R; r++)
-        to[r] = d < D && first + r < N ? from[(int64_t)d * N + first + r] : otherwise;
-}
-
 struct CemaComplex { double re, im; };
 __device__ inline CemaComplex operator*(CemaComplex a, CemaComplex b) {
     return CemaComplex{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
+__device__ inline CemaComplex operator*(double a, CemaComplex b) { return CemaComplex{a * b.re, a * b.im}; }
 __device__ inline CemaComplex cema_power(CemaComplex q, int n) {
     CemaComplex power = {1, 0};
     for (; n > 0; n /= 2, q = q * q)
@@ -224,561 +105,972 @@ __device__ inline CemaComplex cema_power(CemaComplex q, int n) {
     return power;
 }
 
-/* What a lane knows of its states: p, and q^(m+1) at power[m]. */
-template <int R> struct CemaLane {
-    float p[R];
-    CemaStates<R> power[CEMA_LANES];
-    __device__ CemaLane(const CemaCoefficients &coef, int d, int first_state, int D, int N) {
-        cema_load<R>(p, coef.p, d, first_state, D, N, 1.0f);
-        cema_load<R>(power[0].re, coef.q_re, d, first_state, D, N, 0.0f);
-        cema_load<R>(power[0].im, coef.q_im, d, first_state, D, N, 0.0f);
+/* One state's coefficients; 0 beyond N and D. */
+struct CemaState {
+    double p;
+    CemaComplex q, c;
+    __device__ CemaState(const CemaCoefficients &coef, int d, int k, int D, int N) : p(0), q{0, 0}, c{0, 0} {
+        if (d >= D || k >= N) return;
+        int64_t i = (int64_t)d * N + k;
+        p = coef.p[i], q = CemaComplex{coef.q_re[i], coef.q_im[i]};
+        c = CemaComplex{coef.c_re[i], coef.c_im[i]};
+    }
+};
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Products on the tensor cores. In a fragment of mma.m16n8k16, lane = 4 group + pair holds
+ *     rows a (16,16):   rows group, group + 8; columns 2 pair, 2 pair + 1, and those + 8
+ *     table b (16,8):   column group; rows 2 pair, 2 pair + 1, and those + 8
+ *     sum c (16,8):     rows group, group + 8; columns 2 pair, 2 pair + 1
+ * with two neighbours of bf16 in a word. Everything is split into PARTS of bf16.
+ */
+template <int PARTS> struct CemaRows { uint32_t a[PARTS][4]; };
+template <int PARTS> struct CemaTable { uint32_t b[PARTS][2]; };
+
+/* How many parts an input, a table of outputs (and the states they are made from), a table that leads to
+ * states and one that leads to gradients of parameters consist of. */
+template <typename T> struct CemaParts {
+    static constexpr int INPUT = std::is_same<T, float>::value ? 3 : 1;
+    static constexpr int OUTPUT = std::is_same<T, float>::value ? 3 : 2;
+    static constexpr int STATE = 3;
+    static constexpr int GRADIENT = OUTPUT;
+};
+
+/* part[i][at] for two neighbours: each part is what the ones before it left, rounded. */
+template <int PARTS, int WORDS>
+__device__ inline void cema_split(uint32_t (&part)[PARTS][WORDS], int at, float low, float high) {
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            CemaComplex q = {power[0].re[r], power[0].im[r]}, now = q;
+    for (int i = 0; i < PARTS; i++) {
+        __nv_bfloat162 rounded = __floats2bfloat162_rn(low, high);
+        uint32_t bits = *reinterpret_cast<uint32_t *>(&rounded);
+        part[i][at] = bits;
+        low -= __uint_as_float(bits << 16), high -= __uint_as_float(bits & 0xFFFF0000u);
+    }
+}
+
+/* A lane's four entries of a table, in the order of the fragment. */
+template <int PARTS>
+__device__ inline void cema_table(CemaTable<PARTS> &table, double v0, double v1, double v2, double v3) {
+    cema_split(table.b, 0, (float)v0, (float)v1);
+    cema_split(table.b, 1, (float)v2, (float)v3);
+}
+
+/* c += a b, one part of each */
+__device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* sum += rows table, small terms first */
+template <int A, int B>
+__device__ inline void cema_multiply(float (&sum)[4], const CemaRows<A> &rows, const CemaTable<B> &table) {
 #pragma unroll
-            for (int m = 1; m < CEMA_LANES; m++) {
-                now = now * q;
-                power[m].re[r] = (float)now.re, power[m].im[r] = (float)now.im;
+    for (int both = (A > B ? A : B) - 1; both >= 0; both--)
+#pragma unroll
+        for (int i = 0; i < A; i++)
+            if (both - i >= 0 && both - i < B) tensor_product(sum, rows.a[i], table.b[both - i]);
+}
+
+/* Rows and columns of an 8 x 8 matrix, two neighbours in a word, change places. */
+__device__ inline uint32_t tensor_transpose(uint32_t word) {
+    uint32_t out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+    return out;
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Strips of time, and how they pass through shared memory
+ */
+
+/* Time of each row of a batch cut into `count` segments of `length` steps, of which the first begins at
+ * `offset` (zero, or before the first step). Segment s of row b is strip b count + s. reverse: time runs
+ * backward, so that step 0 is the last. */
+struct CemaStrips {
+    int B, count, length, offset;
+    bool reverse;
+};
+
+struct CemaStrip {
+    int b, segment;
+    int skip, steps; /* its own steps from `skip` up to `steps` exist */
+    int64_t first;   /* row of the tensor where its step 0 is */
+    __device__ CemaStrip(const CemaStrips &strips, int index, int all_steps) {
+        b = index / strips.count, segment = index % strips.count;
+        int begin = segment * strips.length + strips.offset;
+        skip = max(-begin, 0), steps = b < strips.B ? min(strips.length, all_steps - begin) : 0;
+        first = (int64_t)b * all_steps + (strips.reverse ? all_steps - 1 - begin : begin);
+    }
+};
+
+/* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this one
+ * and any number of steps, so that a dry run of the largest batch takes enough scratch. */
+struct CemaSegments { int64_t count, length, rows; };
+static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
+    int64_t blocks = (int64_t)context->num_sms / ceil_div(D, CEMA_CHANNELS);
+    int64_t rows = (blocks > 1 ? blocks : 1) * CEMA_STRIPS, wanted = rows / B > 1 ? rows / B : 1;
+    int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
+    return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
+}
+static inline CemaStrips cema_strips(const CemaSegments &segments, int64_t B, int64_t count, bool reverse) {
+    return CemaStrips{(int)B, (int)count, (int)segments.length, 0, reverse};
+}
+static inline unsigned cema_blocks(const CemaStrips &strips) {
+    return blocks_for((int64_t)strips.B * strips.count, CEMA_STRIPS);
+}
+
+/* How many steps, in whole tiles, every strip has. */
+__device__ inline int cema_even_steps(const CemaStrips &strips, int all_steps, int tile) {
+    int last = all_steps - (strips.count - 1) * strips.length;
+    return min(strips.length, last) / tile * tile;
+}
+
+/* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a unit.
+ * The order of units makes the threads of a warp that write one channel's strips or read one channel as a
+ * fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight channels
+ * neighbouring pairs of rows change places, because a mover's two halves write both kinds at a time. */
+template <typename T> using CemaUnit = Packed<T, 2>;
+__device__ inline int cema_unit(int slot, int channel, int row, int pair) {
+    row ^= channel < CEMA_CHANNELS / 2 ? 0 : 2;
+    int half = (pair / 4 + row / 4) % 2;
+    return (slot * CEMA_CHANNELS + channel) * CEMA_UNITS + row * (CEMA_GROUP / 2) + half * 4 + pair % 4;
+}
+
+/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits until
+ * they are put into shared memory. */
+template <typename T> struct CemaShare {
+    static constexpr int WORDS = 2 * (int)sizeof(T);
+    uint32_t word[2][WORDS];
+};
+struct CemaMover {
+    int slot, row, pair, half, d; /* d: the first of its channels */
+    int step, turn;               /* of the tile: its first, and +1 or -1 to the second */
+    int skip, steps;
+    int64_t first, stride; /* elements: where step 0 and d are, and from a step to the next */
+    /* flip: the steps of a group stand in shared memory from the last to the first. */
+    __device__ CemaMover(const CemaStrips &strips, int all_steps, int D) {
+        int thread = (int)threadIdx.x;
+        half = thread % 2, pair = thread / 2 % 8, row = thread / 16 % CEMA_STRIPS;
+        slot = thread / (16 * CEMA_STRIPS);
+        d = (int)blockIdx.x * CEMA_CHANNELS + half * 8;
+        step = 2 * pair, turn = 1;
+        CemaStrip strip(strips, (int)blockIdx.y * CEMA_STRIPS + row, all_steps);
+        skip = strip.skip, steps = strip.steps;
+        first = strip.first * D + d, stride = strips.reverse ? -D : D;
+    }
+    __device__ void flip() { step = CEMA_GROUP - 1 - 2 * pair, turn = -1; }
+};
+static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNELS / 8),
+              "the threads cover two slots");
+
+/* A tile's steps from tile_first on; zero outside the strip. wide: rows may be read in units of 16 bytes. */
+template <typename T>
+__device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int tile_first,
+                                  int D, bool wide) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int s = tile_first + mover.step + k * mover.turn;
+        const T *from = x + mover.first + s * mover.stride;
+        bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+#pragma unroll
+        for (int i = 0; i < CemaShare<T>::WORDS; i++) held.word[k][i] = 0;
+        if (!here) continue;
+        if (wide) {
+#pragma unroll
+            for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
+                Packed<uint32_t, 4> part = packed<4>(reinterpret_cast<const uint32_t *>(from) + i);
+#pragma unroll
+                for (int j = 0; j < 4; j++) held.word[k][i + j] = part.v[j];
             }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (mover.d + i >= D) continue;
+                if constexpr (sizeof(T) == 2)
+                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i] << i % 2 * 16;
+                else
+                    held.word[k][i] = reinterpret_cast<const uint32_t *>(from)[i];
+            }
+        }
+    }
+}
+
+/* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
+__device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+template <typename T>
+__device__ inline void cema_put(CemaUnit<T> *tile, const CemaShare<T> &held, const CemaMover &mover) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
+        if constexpr (sizeof(T) == 2) {
+            uint32_t a = held.word[0][i / 2], b = held.word[1][i / 2];
+            *reinterpret_cast<uint32_t *>(to) = i % 2 ? cema_highs(a, b) : cema_lows(a, b);
+        } else {
+            *to = CemaUnit<T>{{__uint_as_float(held.word[0][i]), __uint_as_float(held.word[1][i])}};
+        }
+    }
+}
+
+/* The tile's outputs as words of global memory */
+template <typename T>
+__device__ inline void cema_take(CemaShare<T> &out, const CemaUnit<T> *tile, const CemaMover &mover) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const CemaUnit<T> *a = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair),
+                          *b = tile + cema_unit(mover.slot, mover.half * 8 + i + 1, mover.row, mover.pair);
+        if constexpr (sizeof(T) == 2) {
+            uint32_t even = *reinterpret_cast<const uint32_t *>(a), odd = *reinterpret_cast<const uint32_t *>(b);
+            out.word[0][i / 2] = cema_lows(even, odd), out.word[1][i / 2] = cema_highs(even, odd);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                out.word[k][i] = __float_as_uint(a->v[k]), out.word[k][i + 1] = __float_as_uint(b->v[k]);
+        }
+    }
+}
+
+template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const CemaShare<T> &before) {
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int i = 0; i < CemaShare<T>::WORDS; i++) {
+            if constexpr (sizeof(T) == 2) {
+                uint32_t a = out.word[k][i], b = before.word[k][i];
+                __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(a << 16) + __uint_as_float(b << 16),
+                                                           __uint_as_float(a & 0xFFFF0000u) +
+                                                               __uint_as_float(b & 0xFFFF0000u));
+                out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
+            } else {
+                out.word[k][i] = __float_as_uint(__uint_as_float(out.word[k][i]) +
+                                                 __uint_as_float(before.word[k][i]));
+            }
+        }
+}
+
+template <typename T>
+__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first, int D,
+                                  bool wide) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int s = tile_first + mover.step + k * mover.turn;
+        T *to = y + mover.first + s * mover.stride;
+        if (s < mover.skip || s >= mover.steps || mover.d >= D) continue;
+        if (wide) {
+#pragma unroll
+            for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
+                Packed<uint32_t, 4> part;
+#pragma unroll
+                for (int j = 0; j < 4; j++) part.v[j] = out.word[k][i + j];
+                *reinterpret_cast<Packed<uint32_t, 4> *>(reinterpret_cast<uint32_t *>(to) + i) = part;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (mover.d + i >= D) continue;
+                if constexpr (sizeof(T) == 2)
+                    reinterpret_cast<uint16_t *>(to)[i] = (uint16_t)(out.word[k][i / 2] >> i % 2 * 16);
+                else
+                    reinterpret_cast<uint32_t *>(to)[i] = out.word[k][i];
+            }
+        }
+    }
+}
+
+/* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two rows
+ * are strips of their own; J states are its own, and it holds J columns of tables that lead to states, the (re,
+ * im)[group % 2] of one state each. */
+struct CemaPlace {
+    int channel, d, group, pair;
+    int row[2];     /* among the strips of the grid */
+    int low, upper; /* units of the lower and upper eight steps of its first row */
+    int states;     /* the first of the launch */
+    __device__ explicit CemaPlace(int first_state) : states(first_state) {
+        int lane = (int)threadIdx.x % WARP_SIZE;
+        channel = (int)threadIdx.x / WARP_SIZE, d = (int)blockIdx.x * CEMA_CHANNELS + channel;
+        group = lane / 4, pair = lane % 4;
+        row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
+        low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
+    }
+    __device__ int state(int j) const { return states + 4 * j + pair; }
+    __device__ int column(int j) const { return states + 4 * j + group / 2; }
+    /* A lane's i-th word of a fragment of rows. */
+    __device__ int unit(int slot, int i) const {
+        return (i / 2 ? upper : low) + i % 2 * (CEMA_UNITS / 2) + slot * CEMA_CHANNELS * CEMA_UNITS;
+    }
+};
+
+/* The channel's strips and steps as a fragment. */
+template <typename T>
+__device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const CemaUnit<T> *tile,
+                                 const CemaPlace &place, int slot) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        CemaUnit<T> unit = tile[place.unit(slot, i)];
+        if constexpr (CemaParts<T>::INPUT == 1)
+            rows.a[0][i] = *reinterpret_cast<uint32_t *>(&unit);
+        else
+            cema_split(rows.a, i, unit.v[0], unit.v[1]);
+    }
+}
+
+/* powers[e] = q^(2 pair + {0, 1, 8, 9}) */
+__device__ inline void cema_powers(CemaComplex (&powers)[4], CemaComplex q, int pair) {
+    CemaComplex q8 = cema_power(q, 8);
+    powers[0] = cema_power(q, 2 * pair), powers[1] = powers[0] * q;
+    powers[2] = powers[0] * q8, powers[3] = powers[1] * q8;
+}
+__device__ inline double cema_part(CemaComplex z, int im) { return im ? z.im : z.re; }
+
+/* J complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
+template <int J> struct CemaPairs { float v[J][4]; };
+
+/* q^16 of a thread's states */
+template <int J> struct CemaTurn {
+    float re[J], im[J];
+    __device__ CemaTurn(const CemaCoefficients &coef, const CemaPlace &place, int D, int N) {
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            CemaComplex power =
+                cema_power(CemaState(coef, place.d, place.state(j), D, N).q, CEMA_GROUP);
+            re[j] = (float)power.re, im[j] = (float)power.im;
         }
     }
 };
 
-/* c p, with 0 beyond N and D */
-template <int R>
-__device__ inline CemaStates<R> cema_output_factor(const CemaCoefficients &coef, const float (&p)[R], int d,
-                                                   int first_state, int D, int N) {
-    CemaStates<R> pc;
-    cema_load<R>(pc.re, coef.c_re, d, first_state, D, N, 0.0f);
-    cema_load<R>(pc.im, coef.c_im, d, first_state, D, N, 0.0f);
-#pragma unroll
-    for (int r = 0; r < R; r++) pc.re[r] *= p[r], pc.im[r] *= p[r];
-    return pc;
+/* h = q^16 h + add; i: which row */
+template <int J>
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+    float re = h[2 * i], im = h[2 * i + 1];
+    h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
+    h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
+}
+/* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
+template <int J>
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn<J> &turn,
+                                       int j, const float (&add)[4]) {
+    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]), im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
+    slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
+    slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* taps[i] = k_(lane - i), what input i of a group adds to the lane's own step; 0 for i > lane. */
-template <int R>
-__device__ inline void cema_taps(float (&taps)[CEMA_LANES], const CemaLane<R> &lane, const CemaStates<R> &pc,
-                                 float omega, int own) {
-#pragma unroll
-    for (int i = 0; i < CEMA_LANES; i++) taps[i] = 0;
-#pragma unroll
-    for (int lag = 0; lag < CEMA_LANES; lag++) {
-        float k = 0;
-#pragma unroll
-        for (int r = 0; r < R; r++)
-            k += lag == 0 ? pc.re[r]
-                          : pc.re[r] * lane.power[lag ? lag - 1 : 0].re[r] -
-                                pc.im[r] * lane.power[lag ? lag - 1 : 0].im[r];
-        k = lanes_sum(k, CEMA_LANES) + (lag == 0 ? omega : 0.0f);
-#pragma unroll
-        for (int i = 0; i < CEMA_LANES; i++)
-            if (own - i == lag) taps[i] = k;
-    }
-}
-
-/* s = q^8 s + sum_m q^(7-m) x_m */
-template <int R>
-__device__ inline void cema_advance(CemaStates<R> &s, const CemaLane<R> &lane,
-                                    const float (&x)[CEMA_LANES]) {
-    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = x[7], im = power[0].im[r] * x[6];
-        re = fmaf(power[0].re[r], x[6], re);
-#pragma unroll
-        for (int m = 5; m >= 0; m--) {
-            re = fmaf(power[6 - m].re[r], x[m], re);
-            im = fmaf(power[6 - m].im[r], x[m], im);
+/* What all segments before a strip left, h = q^length h + factor end and the slope beside it; ends (segments,B,
+ * D,N,2). Slopes are by ln q. */
+struct CemaStart {
+    CemaComplex h, slope;
+    __device__ CemaStart(CemaComplex begin, const float *ends, const float *slopes, CemaComplex factor,
+                         CemaComplex q, const CemaStrips &strips, int b, int segment, int64_t at,
+                         int64_t states)
+        : h(begin), slope{0, 0} {
+        if (segment == 0) return;
+        CemaComplex power = cema_power(q, strips.length);
+        for (int i = 0; i < segment; i++) {
+            const float *end = ends + (((int64_t)i * strips.B + b) * states + at) * 2;
+            if (slopes) {
+                const float *add = slopes + (end - ends);
+                slope.re += strips.length * h.re, slope.im += strips.length * h.im;
+                slope = power * slope;
+                slope.re += add[0], slope.im += add[1];
+            }
+            CemaComplex add = factor * CemaComplex{end[0], end[1]};
+            h = power * h;
+            h.re += add.re, h.im += add.im;
         }
-        re = fmaf(-power[7].im[r], s.im[r], fmaf(power[7].re[r], s.re[r], re));
-        s.im[r] = fmaf(power[7].im[r], s.re[r], fmaf(power[7].re[r], s.im[r], im));
-        s.re[r] = re;
     }
-}
+};
 
-/* part[m] = the lane's share of Re(q^(m+1) (pc s)) */
-template <int R>
-__device__ inline void cema_outputs(float (&part)[CEMA_LANES], const CemaLane<R> &lane,
-                                    const CemaStates<R> &pc, const CemaStates<R> &s) {
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = pc.re[r] * s.re[r] - pc.im[r] * s.im[r], im = pc.re[r] * s.im[r] + pc.im[r] * s.re[r];
-#pragma unroll
-        for (int m = 0; m < CEMA_LANES; m++)
-            part[m] = fmaf(lane.power[m].re[r], re,
-                           fmaf(-lane.power[m].im[r], im, r == 0 ? 0.0f : part[m]));
-    }
-}
-
-/* z = q z + add */
-template <int R>
-__device__ inline void cema_turn(CemaStates<R> &z, const CemaStates<R> &q, const CemaStates<R> &add) {
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = fmaf(-q.im[r], z.im[r], fmaf(q.re[r], z.re[r], add.re[r]));
-        z.im[r] = fmaf(q.im[r], z.re[r], fmaf(q.re[r], z.im[r], add.im[r]));
-        z.re[r] = re;
-    }
-}
-template <int R> __device__ inline void cema_turn(CemaStates<R> &z, const CemaStates<R> &q, float add) {
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = fmaf(-q.im[r], z.im[r], fmaf(q.re[r], z.re[r], add));
-        z.im[r] = fmaf(q.im[r], z.re[r], q.re[r] * z.im[r]);
-        z.re[r] = re;
-    }
-}
-
-/* kappa and nu over eight steps back:  kappa = q^8 kappa + 8 q^7 nu + sum_m (7-m) q^(6-m) dy_m */
-template <int R>
-__device__ inline void cema_advance_back(CemaStates<R> &kappa, CemaStates<R> &nu, const CemaLane<R> &lane,
-                                         const float (&dy)[CEMA_LANES]) {
-    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
-    float weighted[CEMA_LANES - 1];
-#pragma unroll
-    for (int m = 0; m < CEMA_LANES - 1; m++) weighted[m] = (float)(7 - m) * dy[m];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = weighted[6], im = power[0].im[r] * weighted[5], nu_re = 8 * nu.re[r],
-              nu_im = 8 * nu.im[r];
-        re = fmaf(power[0].re[r], weighted[5], re);
-#pragma unroll
-        for (int m = 4; m >= 0; m--) {
-            re = fmaf(power[5 - m].re[r], weighted[m], re);
-            im = fmaf(power[5 - m].im[r], weighted[m], im);
-        }
-        re = fmaf(-power[6].im[r], nu_im, fmaf(power[6].re[r], nu_re, re));
-        im = fmaf(power[6].im[r], nu_re, fmaf(power[6].re[r], nu_im, im));
-        re = fmaf(-power[7].im[r], kappa.im[r], fmaf(power[7].re[r], kappa.re[r], re));
-        kappa.im[r] = fmaf(power[7].im[r], kappa.re[r], fmaf(power[7].re[r], kappa.im[r], im));
-        kappa.re[r] = re;
-    }
-    cema_advance<R>(nu, lane, dy);
-}
-
-/* computes: ends[row, d, k] = the state that a segment ends with, from zero: h / p, or nu and kappa
- * launch:   grid (ceil(D / 32), segments - 1, B), block 256: 8 lanes own a channel of a segment; the last
- *           segment, backward the first, is left out
- * traffic:  B T D sizeof(T) bytes; arithmetic bounds it: 2.5 N fused multiply-adds an element, backward 5 N
- * needs:    N <= 8 R; `length` a multiple of 64
- * numerics: float; fixed order: deterministic */
-template <typename T, int R, bool BACKWARD>
-__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 ? 2 : 1)
-    cema_ends_kernel(float *ends, const T *x, CemaCoefficients coef, int length, int steps, int D, int N,
-                     bool paired) {
-    alignas(16) __shared__ float tile[2][CEMA_CHANNELS][CEMA_PITCH];
-    CemaPlace place((int)blockIdx.y + (BACKWARD ? 1 : 0), length, steps);
-    CemaMover mover;
-    int first_state = place.lane * R, tiles = (place.end - place.begin + CEMA_STEPS - 1) / CEMA_STEPS;
-    CemaLane<R> lane(coef, place.d, first_state, D, N);
-    CemaStates<R> state = {}, slope = {};
+/* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
+ *           ln q
+ * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
+ * traffic:  B count length D sizeof(T) bytes
+ * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
+ *           with steps before step 0, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of
+ *           16 bytes; any other D and x without
+ * numerics: as at the head of this file; fixed order: deterministic */
+template <typename T, int J>
+__global__ void __launch_bounds__(CEMA_THREADS, 1)
+    cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
+                     int first_state, int steps, int D, int N, bool wide) {
+    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
+    constexpr int STATE = CemaParts<T>::STATE;
+    alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
+    CemaPlace place(first_state);
+    CemaMover mover(strips, steps, D);
     CemaShare<T> held;
-    int first = place.begin + (BACKWARD ? (tiles - 1) * CEMA_STEPS : 0);
-    int stride = BACKWARD ? -CEMA_STEPS : CEMA_STEPS;
-    cema_fetch(held, x, mover, place.b, first, steps, D, paired);
-    for (int i = 0; i < tiles; i++, first += stride) {
-        cema_put(tile[i % 2], held, mover);
+    bool moves = mover.slot < SLOTS;
+    mover.step += mover.slot * CEMA_GROUP;
+    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    CemaTable<STATE> plain[J], hat[J];
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        CemaComplex powers[4];
+        int im = place.group % 2, last = CEMA_GROUP - 1 - 2 * place.pair;
+        cema_powers(powers, CemaState(coef, place.d, place.column(j), D, N).q, 3 - place.pair);
+        double v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = cema_part(powers[3 - i], im);
+        cema_table(plain[j], v[0], v[1], v[2], v[3]);
+        cema_table(hat[j], last * v[0], (last - 1) * v[1], (last - 8) * v[2], (last - 9) * v[3]);
+    }
+    CemaTurn<J> turn(coef, place, D, N);
+    CemaPairs<J> e = {}, slope = {};
+    if (moves) cema_put(tiles[0], held, mover);
+    for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
-        if (i + 1 < tiles) cema_fetch(held, x, mover, place.b, first + stride, steps, D, paired);
-#pragma unroll 2
-        for (int s = 0; s < CEMA_STEPS; s += CEMA_LANES) {
-            float value[CEMA_LANES];
-            cema_group<BACKWARD>(value,
-                                 &tile[i % 2][place.channel][BACKWARD ? CEMA_STEPS - CEMA_LANES - s : s]);
-            if constexpr (BACKWARD)
-                cema_advance_back<R>(slope, state, lane, value);
-            else
-                cema_advance<R>(state, lane, value);
+        bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
+        if (more) cema_fetch(held, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            CemaRows<CemaParts<T>::INPUT> rows;
+            cema_rows<T>(rows, tiles[now], place, slot);
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                float add[4] = {}, add_slope[4] = {};
+                cema_multiply(add, rows, plain[j]);
+                if (slopes) {
+                    cema_multiply(add_slope, rows, hat[j]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) cema_turn(e.v[j], i, turn, j, add);
+            }
+        }
+        if (more) cema_put(tiles[now ^ 1], held, mover);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        CemaStrip strip(strips, place.row[i], steps);
+        if (strip.steps == 0 || place.d >= D) continue;
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int k = place.state(j);
+            if (k >= N) continue;
+            int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
+            ends[at] = e.v[j][2 * i], ends[at + 1] = e.v[j][2 * i + 1];
+            if (slopes) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
         }
     }
+}
+
+/* The matrices of a scan: inputs to outputs, states to outputs, inputs to states. */
+template <typename T, int J> struct CemaScan {
+    CemaTable<CemaParts<T>::OUTPUT> taps[2], out[J / 2][2];
+    CemaTable<CemaParts<T>::STATE> in[J];
+};
+
+/* Forward, inputs enter the state by p q^(15-m) and the state the output by c q q^m; back in time, by c q
+ * q^(15-m) and p q^m. */
+__device__ inline CemaComplex cema_way_in(const CemaState &s, bool reverse) {
+    return reverse ? s.c * s.q : CemaComplex{s.p, 0};
+}
+__device__ inline CemaComplex cema_way_out(const CemaState &s, bool reverse) {
+    return reverse ? CemaComplex{s.p, 0} : s.c * s.q;
+}
+
+template <typename T, int J>
+__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaCoefficients &coef, double omega,
+                                        const CemaPlace &place, bool reverse, int D, int N) {
+    double k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        CemaState column(coef, place.d, place.column(j), D, N);
+        CemaComplex powers[4], in = cema_way_in(column, reverse);
+        int im = place.group % 2;
+        cema_powers(powers, column.q, 3 - place.pair);
+        cema_table(scan.in[j], cema_part(in * powers[3], im), cema_part(in * powers[2], im),
+                   cema_part(in * powers[1], im), cema_part(in * powers[0], im));
+        CemaState own(coef, place.d, place.state(j), D, N);
+        CemaComplex low = cema_power(own.q, place.group), high = low * cema_power(own.q, 8), pc = own.p * own.c,
+                    out = cema_way_out(own, reverse);
+        k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
+        low = out * low, high = out * high;
+        cema_split(scan.out[j / 2][0].b, j % 2, (float)low.re, (float)-low.im);
+        cema_split(scan.out[j / 2][1].b, j % 2, (float)high.re, (float)-high.im);
+    }
+    float k[2] = {(float)(lanes_sum(k_low, 4) + (place.group == 0 ? omega : 0.0)), (float)lanes_sum(k_high, 4)};
+#pragma unroll
+    for (int o = 0; o < 2; o++) {
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int lag = 8 * o + place.group - 2 * place.pair - i % 2 - i / 2 * 8, from = 4 * (lag & 7);
+            float low = __shfl_sync(FULL_MASK, k[0], from), high = __shfl_sync(FULL_MASK, k[1], from);
+            v[i] = lag < 0 ? 0.0f : lag < 8 ? low : high;
+        }
+        cema_table(scan.taps[o], v[0], v[1], v[2], v[3]);
+    }
+}
+
+/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h + in x. */
+template <typename T, int J>
+__device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoefficients &coef,
+                                 const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
+                                 int N) {
+    CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
-    constexpr int WIDTH = BACKWARD ? 4 : 2;
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        if (first_state + r >= N) continue;
-        float *end = ends + ((place.row * D + place.d) * N + first_state + r) * WIDTH;
-        end[0] = state.re[r], end[1] = state.im[r];
-        if constexpr (BACKWARD) end[2] = slope.re[r], end[3] = slope.im[r];
-    }
-}
-
-/* h after one more step of input u */
-template <int R>
-__device__ inline float cema_step(CemaStates<R> &h, const CemaStates<R> &q, const CemaStates<R> &pc,
-                                  float u) {
-    float sum = 0;
-    cema_turn<R>(h, q, u);
-#pragma unroll
-    for (int r = 0; r < R; r++) sum += pc.re[r] * h.re[r] - pc.im[r] * h.im[r];
-    return sum;
-}
-
-/* computes: y_t = Re(sum c h_t) + omega u_t, h_t = q h_{t-1} + p u_t, and the last h
- * launch:   grid (ceil(D / 32), segments, B), block 256: 8 lanes own a channel of a segment
- * traffic:  2 B T D sizeof(T) bytes; arithmetic bounds it: 4.8 N fused multiply-adds an element
- * needs:    N <= 8 R; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory unless there
- *           are several segments; ends from cema_ends_kernel, NULL if there is one segment
- * numerics: float, powers of q in double; fixed order: deterministic */
-template <typename T, int R>
-__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 ? 2 : 1)
-    cema_forward_kernel(T *y, float *h_out, const T *u, const float *h_in, const float *ends,
-                        CemaCoefficients coef, const float *omega, int length, int steps, int D, int N,
-                        bool paired) {
-    alignas(16) __shared__ float tile[2][CEMA_CHANNELS][CEMA_PITCH];
-    CemaPlace place((int)blockIdx.y, length, steps);
-    CemaMover mover;
-    CemaShare<T> held;
-    cema_fetch(held, u, mover, place.b, place.begin, steps, D, paired);
-    int d = place.d, first_state = place.lane * R;
-    CemaLane<R> lane(coef, d, first_state, D, N);
-#pragma unroll
-    for (int r = 0; r < R; r++) lane.p[r] = fmaxf(lane.p[r], CEMA_SMALLEST_P);
-    CemaStates<R> pc = cema_output_factor<R>(coef, lane.p, d, first_state, D, N), h;
-    float taps[CEMA_LANES], omega_d = d < D ? omega[d] : 0.0f;
-    cema_taps<R>(taps, lane, pc, omega_d, place.lane);
-    int64_t state = (((int64_t)place.b * D + d) * N + first_state) * 2;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        bool real = d < D && first_state + r < N;
-        h.re[r] = real && h_in ? h_in[state + 2 * r] / lane.p[r] : 0.0f;
-        h.im[r] = real && h_in ? h_in[state + 2 * r + 1] / lane.p[r] : 0.0f;
-        if (!real || place.segment == 0) continue;
-        CemaComplex now = {h.re[r], h.im[r]}, q = {lane.power[0].re[r], lane.power[0].im[r]};
-        CemaComplex power = cema_power(q, length);
-        for (int i = 0; i < place.segment; i++) {
-            const float *end =
-                ends + ((((int64_t)i * gridDim.z + place.b) * D + d) * N + first_state + r) * 2;
-            now = power * now;
-            now.re += end[0], now.im += end[1];
+    for (int j = 0; j < J; j++) {
+        CemaState s(coef, place.d, place.state(j), D, N);
+        CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
+        for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
+            double value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
+            now = s.q * now;
+            now.re += in.re * value, now.im += in.im * value;
         }
-        h.re[r] = (float)now.re, h.im[r] = (float)now.im;
-    }
-    for (int first = place.begin, buffer = 0; first < place.end; first += CEMA_STEPS, buffer ^= 1) {
-        float(*now)[CEMA_PITCH] = tile[buffer];
-        cema_put(now, held, mover);
-        __syncthreads(); // the tile is whole
-        if (first + CEMA_STEPS < place.end)
-            cema_fetch(held, u, mover, place.b, first + CEMA_STEPS, steps, D, paired);
-        int count = min((int)CEMA_STEPS, place.end - first), s = 0;
-#pragma unroll 2
-        for (; s + CEMA_LANES <= count; s += CEMA_LANES) {
-            float value[CEMA_LANES], part[CEMA_LANES];
-            cema_group<false>(value, &now[place.channel][s]);
-            cema_outputs<R>(part, lane, pc, h);
-            cema_advance<R>(h, lane, value);
-            float total = transpose_sum(part, place.lane);
-#pragma unroll
-            for (int i = 0; i < CEMA_LANES; i++) total = fmaf(taps[i], value[i], total);
-            __syncwarp(); // all lanes of the channel have read these steps: the outputs may take their place
-            now[place.channel][s + place.lane] = total;
-        }
-        if (s < count) {
-            /* Past the end the state must stay as it is: the last steps one by one. */
-            float part[CEMA_LANES];
-#pragma unroll
-            for (int j = 0; j < CEMA_LANES; j++)
-                part[j] =
-                    s + j < count ? cema_step<R>(h, lane.power[0], pc, now[place.channel][s + j]) : 0.0f;
-            float total = transpose_sum(part, place.lane);
-            __syncwarp(); // as above
-            float *own = &now[place.channel][s + place.lane];
-            *own = fmaf(omega_d, *own, total);
-        }
-        __syncthreads(); // the outputs are whole
-        cema_write(y, false, now, mover, place.b, first, steps, D, paired);
-    }
-    if (!h_out || d >= D || place.end < steps) return;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        if (first_state + r >= N) continue;
-        h_out[state + 2 * r] = h.re[r] * lane.p[r];
-        h_out[state + 2 * r + 1] = h.im[r] * lane.p[r];
+        h.v[j][2 * i] = (float)now.re, h.v[j][2 * i + 1] = (float)now.im;
     }
 }
 
-/* Picks R for N. Calls it as f(R). */
-#define WITH_CEMA_STATES(N, f)                                                                              \
-    do {                                                                                                    \
-        REQUIRE((N) <= CEMA_MAX_STATES);                                                                    \
-        if ((N) > 32)                                                                                       \
-            f(8);                                                                                           \
-        else if ((N) > 16)                                                                                  \
-            f(4);                                                                                           \
-        else if ((N) > 8)                                                                                   \
-            f(2);                                                                                           \
-        else                                                                                                \
-            f(1);                                                                                           \
-    } while (0)
-
-/* May the two channels of a mover be read at once? Absent (null) pointers do not object. */
-template <typename T, typename... P> static bool cema_pairs(int64_t D, const P *...pointers) {
-    return D % 2 == 0 && ((uintptr_t)pointers | ...) % (2 * sizeof(T)) == 0;
+/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group left go
+ * on; all rows have unless RAGGED. */
+template <bool RAGGED, typename T, int J>
+__device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
+                                       const CemaTurn<J> &turn, const CemaPlace &place, int slot,
+                                       const int (&left)[2]) {
+    CemaRows<CemaParts<T>::INPUT> rows;
+    cema_rows<T>(rows, tile, place, slot);
+    float y[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < J / 2; half++) {
+        CemaRows<CemaParts<T>::OUTPUT> states;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            cema_split(states.a, i, h.v[2 * half + i / 2][i % 2 * 2], h.v[2 * half + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+        for (int o = 0; o < 2; o++) cema_multiply(y[o], states, scan.out[half][o]);
+    }
+#pragma unroll
+    for (int o = 0; o < 2; o++) cema_multiply(y[o], rows, scan.taps[o]);
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        float add[4] = {};
+        cema_multiply(add, rows, scan.in[j]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        tile[place.unit(slot, i)] = CemaUnit<T>{
+            {from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
 }
 
-/* y, u (B,T,D); h_out, h_in (B,D,N,2) float; omega (D). */
+/* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
+ *           the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
+ * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
+ * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
+ * needs:    4 J states at first_state; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
+ *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
+ * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
+template <typename T, int J>
+__global__ void __launch_bounds__(CEMA_THREADS, 1)
+    cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
+                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state, int steps,
+                     int D, int N, bool wide) {
+    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
+    alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
+    CemaPlace place(first_state);
+    CemaMover mover(strips, steps, D);
+    CemaShare<T> held, before;
+    bool moves = mover.slot < SLOTS;
+    mover.step += mover.slot * CEMA_GROUP;
+    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    CemaScan<T, J> scan;
+    cema_scan_tables(scan, coef, omega && place.d < D ? (double)omega[place.d] : 0.0, place, strips.reverse, D, N);
+    CemaTurn<J> turn(coef, place, D, N);
+    CemaPairs<J> h = {};
+    float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
+    int row_steps[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        CemaStrip strip(strips, place.row[i], steps);
+        row_steps[i] = strip.steps;
+        if (strip.steps == 0 || place.d >= D) continue;
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int k = place.state(j);
+            if (k >= N) continue;
+            int64_t at = (int64_t)place.d * N + k;
+            const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
+            CemaState s(coef, place.d, k, D, N);
+            CemaStart start(CemaComplex{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr,
+                            cema_way_in(s, strips.reverse), s.q, strips, strip.b, strip.segment, at,
+                            (int64_t)D * N);
+            h.v[j][2 * i] = (float)start.h.re, h.v[j][2 * i + 1] = (float)start.h.im;
+        }
+    }
+    if (moves) cema_put(tiles[0], held, mover);
+    int now = 0, first = 0, longest = min(strips.length, steps);
+    auto next = [&](auto ragged) {
+        __syncthreads(); // this tile is whole, and so are the outputs of the one before
+        bool more = moves && first + TILE < longest, done = moves && first > 0;
+        if (more) cema_fetch(held, x, mover, first + TILE, D, wide);
+        if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            int begin = first + slot * CEMA_GROUP, left[2] = {row_steps[0] - begin, row_steps[1] - begin};
+            cema_scan_group<ragged.value>(tiles[now], h, scan, turn, place, slot, left);
+        }
+        if (done) {
+            CemaShare<T> out;
+            cema_take(out, tiles[now ^ 1], mover);
+            if (accumulate) cema_add(out, before);
+            cema_write(y, out, mover, first - TILE, D, wide);
+        }
+        if (more) cema_put(tiles[now ^ 1], held, mover);
+        first += TILE, now ^= 1;
+    };
+    for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
+    while (first < longest) next(std::true_type());
+    __syncthreads(); // the last outputs are whole
+    int last = (longest - 1) / TILE * TILE;
+    if (moves) {
+        CemaShare<T> out;
+        cema_take(out, tiles[now ^ 1], mover);
+        if (accumulate) cema_fetch(before, (const T *)y, mover, last, D, wide), cema_add(out, before);
+        cema_write(y, out, mover, last, D, wide);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        CemaStrip strip(strips, place.row[i], steps);
+        if (!h_out || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
+        cema_tail(h, x, coef, place, strips, i, steps, D, N);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int k = place.state(j);
+            if (k >= N) continue;
+            float *out = h_out + (((int64_t)strip.b * D + place.d) * N + k) * 2;
+            out[0] = h.v[j][2 * i], out[1] = sign * h.v[j][2 * i + 1];
+        }
+    }
+}
+
+/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with J a fourth of how many it
+ * has to take. */
+#define WITH_CEMA_STATES(N, ...)                                                                            \
+    for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
+        if ((N) - first_state > CEMA_STATES / 2) {                                                          \
+            constexpr int J = CEMA_STATES / 4;                                                              \
+            __VA_ARGS__;                                                                                    \
+        } else {                                                                                            \
+            constexpr int J = CEMA_STATES / 8;                                                              \
+            __VA_ARGS__;                                                                                    \
+        }                                                                                                   \
+    }
+
+/* May eight channels be read in units of 16 bytes? */
+template <typename T, typename... P> static bool cema_wide(int64_t D, const P *...pointers) {
+    return D % 8 == 0 && vectorises<T>(D, pointers...);
+}
+
+/* What segments of `strips` end with from zero, for the first `count` of each row. */
+template <typename T>
+static void cema_ends(Context *context, float *ends, float *slopes, const T *x, CemaCoefficients coef,
+                      CemaStrips strips, int64_t steps, int64_t D, int64_t N) {
+    bool wide = cema_wide<T>(D, x);
+    if (strips.count == 0) return;
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, LAUNCH((cema_ends_kernel<T, J>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                               strips, first_state, (int)steps, (int)D, (int)N, wide));
+}
+
+template <typename T>
+static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, const T *x, const float *h_in,
+                      const float *ends, CemaCoefficients coef, const float *omega, CemaStrips strips,
+                      int64_t steps, int64_t D, int64_t N) {
+    bool wide = cema_wide<T>(D, x, y);
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, {
+        bool first = first_state == 0;
+        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x, h_in,
+               ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N, wide);
+    });
+}
+
+/* y, u (B,T,D); h_out, h_in (B,D,N,2) float, perhaps the same; omega (D). */
 template <typename T>
 static void cema_forward(Context *context, T *y, float *h_out, const T *u, const float *h_in,
                          CemaCoefficients coef, const float *omega, int64_t B, int64_t steps, int64_t D,
                          int64_t N) {
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
-    bool paired = cema_pairs<T>(D, y, u), several = segments.count > 1;
-    unsigned columns = blocks_for(D, CEMA_CHANNELS), rows = (unsigned)B, count = (unsigned)segments.count;
     float *ends = take<float>(context, segments.rows * D * N * 2);
     /* The first segment's blocks read h_in when the last one's may have written h_out already. */
     float *other = take<float>(context, B * D * N * 2);
-    float *last = several && h_out && h_out == h_in ? other : h_out;
-#define CEMA_FORWARD(R)                                                                                     \
-    do {                                                                                                    \
-        if (several)                                                                                        \
-            LAUNCH((cema_ends_kernel<T, R, false>), dim3(columns, count - 1, rows), CEMA_THREADS, context,  \
-                   ends, u, coef, (int)segments.length, (int)steps, (int)D, (int)N, paired);                \
-        LAUNCH((cema_forward_kernel<T, R>), dim3(columns, count, rows), CEMA_THREADS, context, y, last, u,  \
-               h_in, several ? ends : nullptr, coef, omega, (int)segments.length, (int)steps, (int)D,       \
-               (int)N, paired);                                                                             \
-    } while (0)
-    WITH_CEMA_STATES(N, CEMA_FORWARD);
-#undef CEMA_FORWARD
+    float *last = segments.count > 1 && h_out && h_out == h_in ? other : h_out;
+    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps, D,
+                 N);
+    cema_scan<T>(context, y, false, last, u, h_in, ends, coef, omega,
+                 cema_strips(segments, B, segments.count, false), steps, D, N);
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
 }
 
-/* The gradient of the outgoing state: rho and sigma, and the sums of u Re rho and u sigma. */
-template <int R> struct CemaOutgoing {
-    CemaStates<R> rho, sigma, u_sigma;
-    float u_rho[R];
-};
-
-/* Step T-1 has rho = conj G itself; `turn` is for the steps before it. Returns the lane's part of p Re(sum
- * rho). */
-template <int R>
-__device__ inline float cema_outgoing_step(CemaOutgoing<R> &s, const CemaStates<R> &q, const float (&p)[R],
-                                           float u, bool turn) {
-    float sum = 0;
-    if (turn) {
-        cema_turn<R>(s.sigma, q, s.rho);
-        cema_turn<R>(s.rho, q, 0.0f);
-    }
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        s.u_rho[r] = fmaf(u, s.rho.re[r], s.u_rho[r]);
-        s.u_sigma.re[r] = fmaf(u, s.sigma.re[r], s.u_sigma.re[r]);
-        s.u_sigma.im[r] = fmaf(u, s.sigma.im[r], s.u_sigma.im[r]);
-        sum = fmaf(p[r], s.rho.re[r], sum);
-    }
-    return sum;
-}
-
-/* A lane's running values of the backward: nu, kappa, the sums of u nu and u kappa but for what meets inside
- * groups; and pairs[i], the sum of u of the lane's own step times dy of step i. */
-template <int R> struct CemaBackward {
-    CemaStates<R> nu, kappa, u_nu, u_kappa;
-    float pairs[CEMA_LANES];
-};
-
-/* The sums of u nu and u kappa take what eight steps' u have to do with the nu and kappa before them. */
-template <int R>
-__device__ inline void cema_collect(CemaBackward<R> &s, const CemaLane<R> &lane,
-                                    const float (&u)[CEMA_LANES]) {
-    const CemaStates<R>(&power)[CEMA_LANES] = lane.power;
-    float weighted[CEMA_LANES];
-#pragma unroll
-    for (int m = 0; m < CEMA_LANES; m++) weighted[m] = (float)(m + 1) * u[m];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        float re = 0, im = 0, slope_re = weighted[0], slope_im = 0; // V and V'
-#pragma unroll
-        for (int m = 0; m < CEMA_LANES; m++) {
-            re = fmaf(power[m].re[r], u[m], re);
-            im = fmaf(power[m].im[r], u[m], im);
-            if (m == 0) continue;
-            slope_re = fmaf(power[m ? m - 1 : 0].re[r], weighted[m], slope_re);
-            slope_im = fmaf(power[m ? m - 1 : 0].im[r], weighted[m], slope_im);
-        }
-        float nu_re = s.nu.re[r], nu_im = s.nu.im[r], kappa_re = s.kappa.re[r], kappa_im = s.kappa.im[r];
-        s.u_nu.re[r] = fmaf(nu_re, re, fmaf(-nu_im, im, s.u_nu.re[r]));
-        s.u_nu.im[r] = fmaf(nu_re, im, fmaf(nu_im, re, s.u_nu.im[r]));
-        s.u_kappa.re[r] = fmaf(kappa_re, re, fmaf(-kappa_im, im, s.u_kappa.re[r]));
-        s.u_kappa.im[r] = fmaf(kappa_re, im, fmaf(kappa_im, re, s.u_kappa.im[r]));
-        s.u_kappa.re[r] = fmaf(nu_re, slope_re, fmaf(-nu_im, slope_im, s.u_kappa.re[r]));
-        s.u_kappa.im[r] = fmaf(nu_re, slope_im, fmaf(nu_im, slope_re, s.u_kappa.im[r]));
-    }
-}
-
-/* Adds what met inside groups, sum_l r_l q^l and its derivative; returns r_0. */
-template <int R>
-__device__ inline float cema_collect_pairs(CemaBackward<R> &s, const CemaLane<R> &lane, int own) {
-    float r_0 = 0;
-#pragma unroll
-    for (int lag = 0; lag < CEMA_LANES; lag++) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < CEMA_LANES; i++)
-            if (own - i == lag) sum = s.pairs[i];
-        sum = lanes_sum(sum, CEMA_LANES);
-        if (lag == 0) r_0 = sum;
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            /* q^lag, and lag q^(lag-1) */
-            float re = lag > 0 ? lane.power[lag > 0 ? lag - 1 : 0].re[r] : 1.0f,
-                  im = lag > 0 ? lane.power[lag > 0 ? lag - 1 : 0].im[r] : 0.0f,
-                  slope_re = lag > 1 ? lane.power[lag > 1 ? lag - 2 : 0].re[r] : (float)lag,
-                  slope_im = lag > 1 ? lane.power[lag > 1 ? lag - 2 : 0].im[r] : 0.0f;
-            float factor = lag > 1 ? (float)lag : 1.0f;
-            s.u_nu.re[r] = fmaf(sum, re, s.u_nu.re[r]);
-            s.u_nu.im[r] = fmaf(sum, im, s.u_nu.im[r]);
-            s.u_kappa.re[r] = fmaf(factor * sum, slope_re, s.u_kappa.re[r]);
-            s.u_kappa.im[r] = fmaf(factor * sum, slope_im, s.u_kappa.im[r]);
-        }
-    }
-    return r_0;
-}
-
-/* nu and kappa after all segments that come later in time:  kappa = q^n kappa + n q^(n-1) nu + end */
-template <int R>
-__device__ inline void cema_begin_back(CemaBackward<R> &s, const CemaLane<R> &lane, const float *ends,
-                                       const CemaPlace &place, int length, int first_state, int D, int N) {
-    int segments = (int)gridDim.y;
-    if (place.segment == segments - 1 || place.d >= D) return;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        if (first_state + r >= N) continue;
-        CemaComplex nu = {0, 0}, kappa = {0, 0}, q = {lane.power[0].re[r], lane.power[0].im[r]};
-        CemaComplex before = cema_power(q, length - 1), power = before * q;
-        for (int i = segments - 1; i > place.segment; i--) {
-            const float *end =
-                ends + ((((int64_t)i * gridDim.z + place.b) * D + place.d) * N + first_state + r) * 4;
-            CemaComplex turned = power * kappa, slope = before * nu;
-            kappa.re = turned.re + (double)length * slope.re + end[2];
-            kappa.im = turned.im + (double)length * slope.im + end[3];
-            nu = power * nu;
-            nu.re += end[0], nu.im += end[1];
-        }
-        s.nu.re[r] = (float)nu.re, s.nu.im[r] = (float)nu.im;
-        s.kappa.re[r] = (float)kappa.re, s.kappa.im[r] = (float)kappa.im;
-    }
-}
-
-/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (segments,B,D,N), and
- * of omega, (segments,B,D). */
+/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
+ * (rows,D). */
 struct CemaSums {
     float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega;
 };
 
-/* computes: du_t (+)= p Re(sum c nu_t + rho_t) + omega dy_t, dh_in, and each segment's gradients of p, q, c
- *           and omega
- * launch:   grid (ceil(D / 32), segments, B), block 256: 8 lanes own a channel of a segment
- * traffic:  3 B T D sizeof(T) bytes, 4 if du is added to; arithmetic bounds it: 12.6 N fused multiply-adds
- *           an element
- * needs:    N <= 8 R; OUTGOING if and only if dh_out is there, and then one segment; du may be dy unless it
- *           is added to; ends from cema_ends_kernel if there are several segments
- * numerics: float, powers of q in double; fixed order: deterministic */
-template <typename T, int R, bool OUTGOING>
-__global__ void __launch_bounds__(CEMA_THREADS, R <= 2 && !OUTGOING ? 2 : 1)
-    cema_backward_kernel(T *du, bool accumulate, float *dh_in, CemaSums sums, const T *dy,
-                         const float *dh_out, const T *u, const float *h_in, const float *ends,
-                         CemaCoefficients coef, const float *omega, int length, int steps, int D, int N,
-                         bool paired) {
-    alignas(16) __shared__ float tile_u[CEMA_CHANNELS][CEMA_PITCH], tile_dy[CEMA_CHANNELS][CEMA_PITCH];
-    CemaPlace place((int)blockIdx.y, length, steps);
-    CemaMover mover;
-    CemaShare<T> held_u, held_dy;
-    int last = place.begin + (place.end - 1 - place.begin) / CEMA_STEPS * CEMA_STEPS;
-    cema_fetch(held_u, u, mover, place.b, last, steps, D, paired);
-    cema_fetch(held_dy, dy, mover, place.b, last, steps, D, paired);
-    int d = place.d, first_state = place.lane * R;
-    CemaLane<R> lane(coef, d, first_state, D, N);
-    CemaStates<R> pc = cema_output_factor<R>(coef, lane.p, d, first_state, D, N);
-    CemaBackward<R> s = {};
-    CemaOutgoing<OUTGOING ? R : 1> out = {};
-    float taps[CEMA_LANES];
-    cema_taps<R>(taps, lane, pc, d < D ? omega[d] : 0.0f, place.lane);
-    cema_begin_back<R>(s, lane, ends, place, length, first_state, D, N);
-    int64_t state = ((int64_t)place.b * D + d) * N + first_state; // (B,D,N); a complex number is two of them
-    if constexpr (OUTGOING) {
+/* (re, im) of J states, summed over a thread's rows. */
+template <int J> struct CemaTotals { float re[J], im[J]; };
+__device__ inline void cema_add_product(float &re, float &im, const float (&a)[4], const float (&b)[4]) {
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            bool real = d < D && first_state + r < N;
-            out.rho.re[r] = real ? dh_out[(state + r) * 2] : 0.0f;
-            out.rho.im[r] = real ? -dh_out[(state + r) * 2 + 1] : 0.0f;
+    for (int i = 0; i < 4; i += 2) {
+        re = fmaf(a[i], b[i], fmaf(-a[i + 1], b[i + 1], re));
+        im = fmaf(a[i], b[i + 1], fmaf(a[i + 1], b[i], im));
+    }
+}
+
+/* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta, and
+ * sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
+template <int J> struct CemaBackward {
+    CemaPairs<J> nu, zeta;
+    CemaTotals<J> a, k;
+    float meet[2][4];
+};
+
+/* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
+template <bool RAGGED, typename T, int J>
+__device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&plain)[J],
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&hat)[J],
+                                       const CemaTurn<J> &turn, const CemaPlace &place,
+                                       const int (&left)[2]) {
+    constexpr int INPUT = CemaParts<T>::INPUT;
+    CemaRows<INPUT> u, dy;
+    cema_rows<T>(u, tile, place, 0);
+    cema_rows<T>(dy, tile, place, 1);
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        float v[4] = {}, v_slope[4] = {}, add[4] = {}, add_slope[4] = {};
+        cema_multiply(v, u, plain[j]);
+        cema_multiply(v_slope, u, hat[j]);
+        cema_add_product(s.a.re[j], s.a.im[j], v, s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v_slope, s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v, s.zeta.v[j]);
+        cema_multiply(add, dy, plain[j]);
+        cema_multiply(add_slope, dy, hat[j]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (RAGGED && left[i] < CEMA_GROUP) continue;
+            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add_slope);
+            cema_turn(s.nu.v[j], i, turn, j, add);
         }
     }
-    for (int first = last; first >= place.begin; first -= CEMA_STEPS) {
-        cema_put(tile_u, held_u, mover);
-        cema_put(tile_dy, held_dy, mover);
-        __syncthreads(); // the tiles are whole
-        if (first > place.begin) {
-            cema_fetch(held_u, u, mover, place.b, first - CEMA_STEPS, steps, D, paired);
-            cema_fetch(held_dy, dy, mover, place.b, first - CEMA_STEPS, steps, D, paired);
-        }
-        /* Steps past the end have dy = 0 and come first, when nu and kappa are still zero: they change
-         * nothing. */
-        for (int base = CEMA_STEPS - CEMA_LANES; base >= 0; base -= CEMA_LANES) {
-            float u_now[CEMA_LANES], dy_now[CEMA_LANES], part[CEMA_LANES];
-            int own = base + CEMA_LANES - 1 - place.lane; // step m of a group is its m-th from the end
-            cema_group<true>(u_now, &tile_u[place.channel][base]);
-            cema_group<true>(dy_now, &tile_dy[place.channel][base]);
-            cema_outputs<R>(part, lane, pc, s.nu);
-            cema_collect<R>(s, lane, u_now);
-            cema_advance_back<R>(s.kappa, s.nu, lane, dy_now);
-            if constexpr (OUTGOING) {
+    /* u transposed times dy: strips are what is summed over. */
+    CemaRows<INPUT> turned;
+    CemaTable<INPUT> table[2];
 #pragma unroll
-                for (int m = 0; m < CEMA_LANES; m++) {
-                    int t = first + base + CEMA_LANES - 1 - m;
-                    if (t < steps)
-                        part[m] += cema_outgoing_step<R>(out, lane.power[0], lane.p, u_now[m],
-                                                         t < steps - 1);
-                }
-            }
-            float total = transpose_sum(part, place.lane), u_own = tile_u[place.channel][own];
+    for (int part = 0; part < INPUT; part++) {
 #pragma unroll
-            for (int i = 0; i < CEMA_LANES; i++) {
-                total = fmaf(taps[i], dy_now[i], total);
-                s.pairs[i] = fmaf(u_own, dy_now[i], s.pairs[i]);
-            }
-            __syncwarp(); // all lanes of the channel have read these steps: the outputs may take their place
-            tile_dy[place.channel][own] = total;
+        for (int i = 0; i < 4; i++) {
+            turned.a[part][i] = tensor_transpose(u.a[part][i / 2 + i % 2 * 2]);
+            table[i / 2].b[part][i % 2] = tensor_transpose(dy.a[part][i]);
         }
-        __syncthreads(); // the outputs are whole
-        cema_write(du, accumulate, tile_dy, mover, place.b, first, steps, D, paired);
-        __syncthreads(); // and written: the next tiles may take their place
     }
-    float domega = cema_collect_pairs<R>(s, lane, place.lane);
-    /* One more step back, with no dy: what an input at time -1, the incoming state, would meet. */
-    cema_turn<R>(s.kappa, lane.power[0], s.nu);
-    cema_turn<R>(s.nu, lane.power[0], 0.0f);
-    if constexpr (OUTGOING) {
-        cema_turn<R>(out.sigma, lane.power[0], out.rho);
-        cema_turn<R>(out.rho, lane.power[0], 0.0f);
-    }
-    if (d >= D) return; // no shuffle comes after this
-    if (place.lane == 0) sums.domega[place.row * D + d] = domega;
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-        if (first_state + r >= N) continue;
-        int64_t at = state + r, coefficient = (int64_t)d * N + first_state + r;
-        bool meets = h_in && place.segment == 0;
-        float p = lane.p[r], c_re = coef.c_re[coefficient], c_im = coef.c_im[coefficient];
-        float h_re = meets ? h_in[at * 2] : 0.0f, h_im = meets ? h_in[at * 2 + 1] : 0.0f;
-        float dc_re = p * s.u_nu.re[r] + h_re * s.nu.re[r] - h_im * s.nu.im[r];
-        float dc_im = p * s.u_nu.im[r] + h_re * s.nu.im[r] + h_im * s.nu.re[r];
-        float k_re = p * s.u_kappa.re[r] + h_re * s.kappa.re[r] - h_im * s.kappa.im[r];
-        float k_im = p * s.u_kappa.im[r] + h_re * s.kappa.im[r] + h_im * s.kappa.re[r];
-        float dq_re = c_re * k_re - c_im * k_im, dq_im = c_re * k_im + c_im * k_re;
-        float dp = c_re * s.u_nu.re[r] - c_im * s.u_nu.im[r];
-        float dh_re = c_re * s.nu.re[r] - c_im * s.nu.im[r], dh_im = c_re * s.nu.im[r] + c_im * s.nu.re[r];
-        if constexpr (OUTGOING) {
-            dq_re += p * out.u_sigma.re[r] + h_re * out.sigma.re[r] - h_im * out.sigma.im[r];
-            dq_im += p * out.u_sigma.im[r] + h_re * out.sigma.im[r] + h_im * out.sigma.re[r];
-            dp += out.u_rho[r];
-            dh_re += out.rho.re[r], dh_im += out.rho.im[r];
-        }
-        int64_t sum = (place.row * D + d) * N + first_state + r;
-        sums.dp[sum] = dp;
-        sums.dq_re[sum] = dq_re, sums.dq_im[sum] = -dq_im;
-        sums.dc_re[sum] = dc_re, sums.dc_im[sum] = -dc_im;
-        if (dh_in && place.segment == 0) dh_in[at * 2] = dh_re, dh_in[at * 2 + 1] = -dh_im;
+    for (int o = 0; o < 2; o++) {
+        float sum[4] = {};
+        cema_multiply(sum, turned, table[o]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[i];
     }
+}
+
+/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
+template <typename T, int J>
+__device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
+                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
+                                      int N) {
+    CemaStrip strip(strips, place.row[i], steps);
+    if (place.d >= D) return;
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        CemaComplex q = CemaState(coef, place.d, place.state(j), D, N).q;
+        CemaComplex nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
+                    zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
+        for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
+            zeta = q * CemaComplex{zeta.re + nu.re, zeta.im + nu.im}, nu = q * nu;
+            nu.re += to_float(dy[(strip.first - m) * D + place.d]);
+        }
+        s.nu.v[j][2 * i] = (float)nu.re, s.nu.v[j][2 * i + 1] = (float)nu.im;
+        s.zeta.v[j][2 * i] = (float)zeta.re, s.zeta.v[j][2 * i + 1] = (float)zeta.im;
+    }
+}
+
+/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An incoming state
+ * acts like an input: its products with q nu and with nu + zeta at the first step. */
+template <typename T, int J>
+__device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
+                                        const float *h_in,
+                                        const CemaCoefficients &coef, const CemaPlace &place,
+                                        const CemaStrips &strips, int steps, int D, int N) {
+    int lane = (int)threadIdx.x % WARP_SIZE;
+    float r = 0; /* of lag `lane` */
+    for (int m = 0; m < 2; m++) {
+        /* Half of the sums of u_m dy_j at a time: m = group + 8 half. */
+#pragma unroll
+        for (int o = 0; o < 2; o++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                own[place.group * CEMA_GROUP + 8 * o + 2 * place.pair + i] = s.meet[o][(m ? 2 : 0) + i];
+        __syncwarp(); // they are there
+        for (int row = 0; row < 8; row++) {
+            int j = CEMA_GROUP - 1 - (row + 8 * m - lane); /* dy_j is of step 15 - j, lane steps earlier */
+            if (lane < CEMA_GROUP && j < CEMA_GROUP) r += own[row * CEMA_GROUP + j];
+        }
+        __syncwarp(); // and read
+    }
+    CemaTotals<J> h_nu = {}, h_zeta = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        CemaStrip strip(strips, place.row[i], steps);
+        if (!h_in || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
+        cema_sums_tail(s, dy, coef, place, strips, i, steps, D, N);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int k = place.state(j);
+            if (k >= N) continue;
+            const float *h = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
+            const float *nu = s.nu.v[j] + 2 * i, *zeta = s.zeta.v[j] + 2 * i;
+            h_nu.re[j] += h[0] * nu[0] - h[1] * nu[1], h_nu.im[j] += h[0] * nu[1] + h[1] * nu[0];
+            h_zeta.re[j] += h[0] * zeta[0] - h[1] * zeta[1], h_zeta.im[j] += h[0] * zeta[1] + h[1] * zeta[0];
+        }
+    }
+    CemaTotals<J> *all[4] = {&s.a, &s.k, &h_nu, &h_zeta};
+#pragma unroll
+    for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float sum = i % 2 ? all[i / 2]->im[j] : all[i / 2]->re[j];
+            for (int step = 4; step < WARP_SIZE; step *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, step);
+            if (place.group == i) own[(4 * j + place.pair) * 8 + i] = sum;
+        }
+    __syncwarp(); // all states' totals are there
+    if (lane == 0 && place.d < D && place.states == 0) sums.domega[(int64_t)blockIdx.y * D + place.d] = r;
+    int k = place.states + lane;
+    CemaState state(coef, place.d, k, D, N);
+    CemaComplex power = {1, 0}, a = {0, 0}, slope = {0, 0}; /* slope: of a by q */
+    for (int lag = 0; lag < CEMA_GROUP; lag++) {
+        double r_lag = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        a.re += r_lag * power.re, a.im += r_lag * power.im;
+        slope.re += (lag + 1) * next * power.re, slope.im += (lag + 1) * next * power.im; // r_16 is 0
+        power = power * state.q;
+    }
+    if (lane >= 4 * J || k >= N || place.d >= D) return;
+    const float *t = own + lane * 8;
+    CemaComplex turned = state.q * CemaComplex{t[0], t[1]}, h_turned = state.q * CemaComplex{t[4], t[5]};
+    a.re += turned.re, a.im += turned.im;
+    slope.re += t[0] + t[2], slope.im += t[1] + t[3];
+    CemaComplex dp = state.c * a, dc = {state.p * a.re + h_turned.re, state.p * a.im + h_turned.im};
+    CemaComplex dq =
+        state.c * CemaComplex{state.p * slope.re + t[4] + t[6], state.p * slope.im + t[5] + t[7]};
+    int64_t at = ((int64_t)blockIdx.y * D + place.d) * N + k;
+    sums.dp[at] = (float)dp.re;
+    sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
+    sums.dc_re[at] = (float)dc.re, sums.dc_im[at] = (float)-dc.im;
+}
+
+/* computes: the gradients of p, q, c and omega but for what dh_out adds, a row of them for 16 strips
+ * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
+ * traffic:  2 B T D sizeof(T) bytes
+ * needs:    4 J states at first_state; strips in reverse; ends and slopes of dy from cema_ends_kernel
+ * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
+template <typename T, int J>
+__global__ void __launch_bounds__(CEMA_THREADS, 1)
+    cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
+                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state, int steps,
+                     int D, int N, bool wide) {
+    constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
+    alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
+    static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
+    CemaPlace place(first_state);
+    CemaMover mover(strips, steps, D);
+    CemaShare<T> held;
+    const T *from = mover.slot == 0 ? u : dy;
+    if (mover.slot == 1) mover.flip();
+    cema_fetch(held, from, mover, 0, D, wide);
+    CemaTable<PARTS> plain[J], hat[J];
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        CemaComplex v[4];
+        int im = place.group % 2, m = 2 * place.pair;
+        cema_powers(v, CemaState(coef, place.d, place.column(j), D, N).q, place.pair);
+        cema_table(plain[j], cema_part(v[0], im), cema_part(v[1], im), cema_part(v[2], im),
+                   cema_part(v[3], im));
+        cema_table(hat[j], m * cema_part(v[0], im), (m + 1) * cema_part(v[1], im),
+                   (m + 8) * cema_part(v[2], im), (m + 9) * cema_part(v[3], im));
+    }
+    CemaTurn<J> turn(coef, place, D, N);
+    CemaBackward<J> s = {};
+    int row_steps[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        CemaStrip strip(strips, place.row[i], steps);
+        row_steps[i] = strip.steps;
+        if (strip.steps == 0 || place.d >= D) continue;
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int k = place.state(j);
+            if (k >= N) continue;
+            CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0},
+                            CemaState(coef, place.d, k, D, N).q, strips, strip.b, strip.segment,
+                            (int64_t)place.d * N + k, (int64_t)D * N);
+            s.nu.v[j][2 * i] = (float)start.h.re, s.nu.v[j][2 * i + 1] = (float)start.h.im;
+            s.zeta.v[j][2 * i] = (float)start.slope.re, s.zeta.v[j][2 * i + 1] = (float)start.slope.im;
+        }
+    }
+    cema_put(tiles[0], held, mover);
+    int now = 0, first = 0, longest = min(strips.length, steps);
+    auto next = [&](auto ragged) {
+        __syncthreads(); // the tile is whole; the other one has been read by all
+        bool more = first + CEMA_GROUP < longest;
+        if (more) cema_fetch(held, from, mover, first + CEMA_GROUP, D, wide);
+        int left[2] = {row_steps[0] - first, row_steps[1] - first};
+        cema_sums_group<ragged.value, T>(s, tiles[now], plain, hat, turn, place, left);
+        if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
+        now = (now + 1) % BUFFERS, first += CEMA_GROUP;
+        if (more) cema_put(tiles[now], held, mover);
+    };
+    for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
+    while (first < longest) next(std::true_type());
+    __syncthreads(); // the tiles are no longer needed
+    float *own = reinterpret_cast<float *>(tiles) + place.channel * CEMA_STATES * 8;
+    cema_sums_finish(s, sums, own, dy, h_in, coef, place, strips, steps, D, N);
+}
+
+/* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of inputs,
+ *           h_{T-1} = p H + q^T h_in, and H = u_{T-1} + q E where E and dE / d ln q come from the ends of the
+ *           steps before:  dp = Re(G H), dq = G (p dH / dq + T q^(T-1) h_in), dc = 0; a row of sums for each b
+ * launch:   grid ceil(B D N / 256), block 256: a thread owns a state of a row of the batch
+ * traffic:  (28 + 16 segments) B D N bytes
+ * needs:    ends and slopes of u's first T-1 steps, whose segments end at their end
+ * numerics: double; fixed order: deterministic */
+template <typename T>
+__global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T *u, const float *h_in,
+                                     const float *ends, const float *slopes, CemaCoefficients coef,
+                                     CemaStrips strips, int row, int steps, int D, int N) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, states = (int64_t)D * N;
+    if (i >= strips.B * states) return;
+    int b = (int)(i / states), d = (int)(i % states / N), k = (int)(i % N);
+    CemaState s(coef, d, k, D, N);
+    CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0}, s.q, strips, b, strips.count, i % states,
+                    states); // what all segments leave
+    CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]}, sum = s.q * start.h;
+    sum.re += to_float(u[((int64_t)b * steps + steps - 1) * D + d]);
+    CemaComplex slope = {s.p * (start.h.re + start.slope.re), s.p * (start.h.im + start.slope.im)};
+    if (h_in) {
+        CemaComplex turned = cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]};
+        slope.re += steps * turned.re, slope.im += steps * turned.im;
+    }
+    CemaComplex dq = g * slope, dp = g * sum;
+    int64_t at = (int64_t)(row + b) * states + i % states;
+    sums.dp[at] = (float)dp.re, sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
+    sums.dc_re[at] = sums.dc_im[at] = 0;
+    if (k == 0) sums.domega[(int64_t)(row + b) * D + d] = 0;
 }
 
 /* With a = sigmoid(alpha), s = sigmoid(delta), phi = k sigmoid(theta) 2 pi / N, q = (1 - a s) exp(i phi):
@@ -826,8 +1118,8 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     domega[d] += (float)skip;
 }
 
-/* du (B,T,D) written, or added to if `accumulate`; dh_in (NULL: not wanted), dh_out (NULL: zero) as h; the
- * parameters' gradients are added to. */
+/* du (B,T,D) written, or added to if `accumulate`, and then not dy; dh_in (NULL: not wanted), dh_out (NULL:
+ * zero) as h; the parameters' gradients are added to. */
 template <typename T>
 static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in, float *dalpha,
                           float *ddelta, float *dtheta, float *dgamma, float *domega, const T *dy,
@@ -836,35 +1128,32 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
                           int64_t B, int64_t steps, int64_t D, int64_t N) {
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
-    if (dh_out) segments.count = 1, segments.length = ceil_div(steps, CEMA_STEPS) * CEMA_STEPS;
-    bool paired = cema_pairs<T>(D, du, dy, u);
-    unsigned columns = blocks_for(D, CEMA_CHANNELS), rows = (unsigned)B, count = (unsigned)segments.count;
-    int64_t size = segments.rows * D * N;
-    float *memory = take<float>(context, NUM_CEMA_SUMS * size + segments.rows * D);
-    float *ends = take<float>(context, size * 4);
+    CemaStrips strips = cema_strips(segments, B, segments.count, true);
+    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B, size = most * D * N;
+    float *memory = take<float>(context, NUM_CEMA_SUMS * size + most * D);
+    float *ends = take<float>(context, segments.rows * D * N * 2);
+    float *slopes = take<float>(context, segments.rows * D * N * 2);
     CemaSums sums = {
         memory, memory + size, memory + 2 * size, memory + 3 * size, memory + 4 * size, memory + 5 * size};
-#define CEMA_BACKWARD(R, OUTGOING)                                                                          \
-    LAUNCH((cema_backward_kernel<T, R, OUTGOING>), dim3(columns, count, rows), CEMA_THREADS, context, du,   \
-           accumulate, dh_in, sums, dy, dh_out, u, h_in, ends, coef, omega, (int)segments.length,           \
-           (int)steps, (int)D, (int)N, paired)
-#define CEMA_BACKWARD_OUTGOING(R) CEMA_BACKWARD(R, true)
-#define CEMA_BACKWARD_PLAIN(R)                                                                              \
-    do {                                                                                                    \
-        if (count > 1)                                                                                      \
-            LAUNCH((cema_ends_kernel<T, R, true>), dim3(columns, count - 1, rows), CEMA_THREADS, context,   \
-                   ends, dy, coef, (int)segments.length, (int)steps, (int)D, (int)N, paired);               \
-        CEMA_BACKWARD(R, false);                                                                            \
-    } while (0)
-    if (dh_out)
-        WITH_CEMA_STATES(N, CEMA_BACKWARD_OUTGOING);
-    else
-        WITH_CEMA_STATES(N, CEMA_BACKWARD_PLAIN);
-#undef CEMA_BACKWARD_PLAIN
-#undef CEMA_BACKWARD_OUTGOING
-#undef CEMA_BACKWARD
+    bool wide = cema_wide<T>(D, dy, u);
+    if (dh_out) {
+        /* Segments that end with step T-2: it is the first that reaches before step 0. */
+        CemaSegments before = cema_segments(context, B, steps > 1 ? steps - 1 : 1, D);
+        CemaStrips all = cema_strips(before, B, steps > 1 ? before.count : 0, false);
+        all.offset = (int)(steps - 1 - before.count * before.length);
+        cema_ends<T>(context, ends, slopes, u, coef, all, steps, D, N);
+        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in, ends,
+               slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
+        rows += B;
+    }
+    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps, D,
+                 N);
+    dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
+    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in, ends,
+                               slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
-           domega, sums, alpha, delta, theta, (int)(B * segments.count), (int)D, (int)N);
+           domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
 }
 
 #endif

@@ -62,6 +62,14 @@ using bf16 = __nv_bfloat16;
 enum { WARP_SIZE = 32, SCRATCH_ALIGN = 256 };
 constexpr unsigned FULL_MASK = 0xffffffffu;
 
+/* Sums over rows that are still partial sums: sum[j] += sum over r < count of partial[r, j]. */
+struct PendingSum {
+    float *sum;
+    const float *partial;
+    int count, columns;
+};
+enum { MAX_SUMS = 16 };
+
 struct Context {
     cudaStream_t stream;
     cublasHandle_t cublas;
@@ -72,6 +80,9 @@ struct Context {
     bool cooperative;          /* launches may ask for all blocks at the same time */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
+    size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */
+    PendingSum pending[MAX_SUMS];
+    int num_pending;
     bool dry_run;
 };
 
@@ -85,14 +96,24 @@ struct ScratchScope {
     ScratchScope &operator=(const ScratchScope &) = delete;
 };
 
+static inline size_t scratch_size(size_t bytes) {
+    return (bytes + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
+}
+static inline void check_scratch(Context *context) {
+    size_t used = context->scratch_used + context->pending_bytes;
+    if (used > context->scratch_peak) context->scratch_peak = used;
+    REQUIRE(context->dry_run || used <= context->scratch_bytes);
+}
+
 template <typename T> static T *take(Context *context, int64_t count) {
-    size_t bytes = ((size_t)count * sizeof(T) + SCRATCH_ALIGN - 1) / SCRATCH_ALIGN * SCRATCH_ALIGN;
     T *memory = (T *)(context->scratch + context->scratch_used);
-    context->scratch_used += bytes;
-    if (context->scratch_used > context->scratch_peak) context->scratch_peak = context->scratch_used;
-    REQUIRE(context->dry_run || context->scratch_used <= context->scratch_bytes);
+    context->scratch_used += scratch_size((size_t)count * sizeof(T));
+    check_scratch(context);
     return memory;
 }
+
+/* Where a dry run's scratch begins: made up, but not null, since null means absent. */
+static inline char *no_scratch() { return (char *)(uintptr_t)SCRATCH_ALIGN; }
 
 /* kernel may need parentheses: LAUNCH((kernel<T, 4>), grid, block, context, arguments...). */
 #define LAUNCH(kernel, grid, block, context, ...)                                                           \
@@ -103,9 +124,10 @@ template <typename T> static T *take(Context *context, int64_t count) {
         }                                                                                                   \
     } while (0)
 
-static inline void clear(Context *context, void *memory, size_t bytes) {
-    if (!context->dry_run && bytes) CHECK_CUDA(cudaMemsetAsync(memory, 0, bytes, context->stream));
+static inline void fill(Context *context, void *memory, int byte, size_t bytes) {
+    if (!context->dry_run && bytes) CHECK_CUDA(cudaMemsetAsync(memory, byte, bytes, context->stream));
 }
+static inline void clear(Context *context, void *memory, size_t bytes) { fill(context, memory, 0, bytes); }
 
 static inline void copy(Context *context, void *to, const void *from, size_t bytes) {
     if (!context->dry_run && bytes)
@@ -242,6 +264,14 @@ __device__ inline void keep_scales(float (&keep)[VEC], const Dropout &dropout, i
     for (int i = 0; i < VEC; i++) keep[i] = keep_scale(dropout, (uint64_t)(index + i));
 }
 
+/* value[i] times the mask of the element `index` + i */
+template <int VEC>
+__device__ inline void drop(float (&value)[VEC], const Dropout &dropout, int64_t index) {
+    if (dropout.threshold == 0) return;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) value[i] *= keep_scale(dropout, (uint64_t)(index + i));
+}
+
 /* ----------------------------------------------------------------------------------------------------------
  * Reductions in a fixed order
  */
@@ -280,14 +310,15 @@ __device__ inline float block_max(float x, float *shared) {
 }
 
 /* Column sums. Many backward kernels produce, besides a result a row, a sum over all rows for each column
- * (the gradient of a weight or bias). Such a kernel gives each block SWEEP_ROWS rows; its threads own
- * columns and walk down the rows, and the block writes one or more rows of partial sums. add_partials then
- * adds those to the gradient.
+ * (the gradient of a weight or bias). Such a kernel gives each block about SWEEP_ROWS rows, far apart, so that
+ * all blocks together move through memory from its beginning to its end; the threads of a block own columns
+ * and walk down its rows, and the block writes one row of partial sums into memory of take_sum. add_sums then
+ * adds those of several kernels to their gradients.
  *
  *   threads of a block:   | group 0: columns 0..D-1 in vectors | group 1: the same columns, the next row |
  *   ...
  */
-enum { SWEEP_ROWS = 32, SWEEP_THREADS = 256 };
+enum { SWEEP_ROWS = 64, SWEEP_THREADS = 256 };
 
 struct Sweep {
     int lanes, groups, group, lane; /* lanes threads share a row; groups rows are walked at a time */
@@ -298,102 +329,162 @@ struct Sweep {
         group = (int)threadIdx.x / lanes;
         lane = (int)threadIdx.x % lanes;
     }
+    /* the first row of this thread, and the distance to the next */
+    __device__ int first_row() const { return (int)blockIdx.x * groups + group; }
+    __device__ int row_stride() const { return (int)gridDim.x * groups; }
 };
 
-/* How many rows of partial sums a sweep over `rows` rows writes at most. */
-static inline int sweep_groups(int64_t columns, int vec) {
-    int64_t vectors = ceil_div(columns, vec);
-    return (int)(SWEEP_THREADS / (vectors < SWEEP_THREADS ? vectors : SWEEP_THREADS));
+/* Memory for what a thread's group adds to a sweep's row of partial sums. */
+template <int VEC> using SweepSums = Packed<float, VEC>[SWEEP_THREADS];
+
+/* Writes row[j] = the sum over the groups, j < columns, where each thread comes with the sums of its one vector
+ * of columns: for sweeps whose rows have at most a vector a thread. The whole block calls it. */
+template <int VEC>
+__device__ inline void sweep_row(float *row, const Sweep &sweep, int columns, const float (&sum)[VEC],
+                                 SweepSums<VEC> &shared) {
+    float *groups = shared[0].v;
+    __syncthreads(); // nobody reads what an earlier call left in shared any more
+    if (sweep.group < sweep.groups) store<VEC>(shared[sweep.group * sweep.lanes + sweep.lane].v, sum);
+    __syncthreads(); // the sums of all groups are there
+    for (int c = (int)threadIdx.x; c < columns; c += (int)blockDim.x) {
+        float total = 0;
+        for (int group = 0; group < sweep.groups; group++) total += groups[group * sweep.lanes * VEC + c];
+        row[c] = total;
+    }
 }
+
 static inline unsigned sweep_blocks(int64_t rows) { return blocks_for(rows, SWEEP_ROWS); }
 
-/* Partial sums for the worst case of a sweep, VEC 16 bytes of bf16 or less. */
-static inline float *take_partials(Context *context, int64_t rows, int64_t columns) {
-    return take<float>(context, (int64_t)sweep_blocks(rows) * sweep_groups(columns, 8) * columns);
+/* All sums of one launch. A sum's rows are cut into slices; blocks are numbered by sum, slice and column. */
+enum { SUM_LANES = 32, SUM_GROUPS = 16, SUM_SLICE = 64 };
+struct ColumnSums {
+    PendingSum of[MAX_SUMS];
+    int first_block[MAX_SUMS + 1], first_slice[MAX_SUMS]; /* first_slice: where its slices' sums lie */
+    float *slice_sums;
+    int *arrived, number; /* arrived: a counter for each first slice's block, zero before the launch */
+};
+
+/* Sum of 16 rows of 32, column by column, in every thread of the first row. */
+__device__ inline float sum_groups(float mine, float (&shared)[SUM_GROUPS][SUM_LANES]) {
+    shared[threadIdx.y][threadIdx.x] = mine;
+    __syncthreads(); // all groups' sums are there
+    float total = 0;
+    if (threadIdx.y == 0)
+        for (int i = 0; i < SUM_GROUPS; i++) total += shared[i][threadIdx.x];
+    __syncthreads(); // shared may be used again
+    return total;
 }
 
-/* Few columns leave most of the device idle, so many rows are summed in slices first. */
-enum { PARTIAL_LANES = 32, PARTIAL_GROUPS = 16, PARTIAL_SLICE = 64, PARTIAL_SLICES = 64 };
-
-/* computes: sum[j] += sum over r of partial[r, j], r < count; with several slices, sum[slice, j] = the
- *           slice's part
- * launch:   grid (ceil(columns / 32), slices), block 32 x 16: a thread walks every 16th row of one column
+/* computes: sum[j] += sum over r of partial[r, j], r < count, for several sums
+ * launch:   grid: over all sums, slices ceil(columns / 32); block 32 x 16: a thread walks every 16th row of one
+ *           column of a slice; the last block of a column to finish adds up the slices
  * traffic:  4 count columns bytes read, 8 columns bytes read and written
  * needs:    nothing
- * numerics: float, one fixed order: deterministic */
-__global__ static void add_partials_kernel(float *sum, const float *partial, int64_t count, int columns) {
-    __shared__ float shared[PARTIAL_GROUPS][PARTIAL_LANES];
-    int column = (int)blockIdx.x * PARTIAL_LANES + (int)threadIdx.x;
-    int64_t share = (count + gridDim.y - 1) / gridDim.y, first = share * blockIdx.y,
-            last = min(first + share, count);
+ * numerics: float, one fixed order whichever block is last: deterministic */
+__global__ static void add_sums_kernel(ColumnSums sums) {
+    __shared__ float shared[SUM_GROUPS][SUM_LANES];
+    __shared__ bool last;
+    int i = 0;
+    while ((int)blockIdx.x >= sums.first_block[i + 1]) i++;
+    const PendingSum pending = sums.of[i];
+    int blocks = (pending.columns + SUM_LANES - 1) / SUM_LANES;
+    int slices = (sums.first_block[i + 1] - sums.first_block[i]) / blocks;
+    int slice = ((int)blockIdx.x - sums.first_block[i]) / blocks,
+        block = ((int)blockIdx.x - sums.first_block[i]) % blocks;
+    int column = block * SUM_LANES + (int)threadIdx.x, first = slice * SUM_SLICE;
+    int end = min(first + (int)SUM_SLICE, pending.count);
     float total = 0;
-    if (column < columns) {
+    if (column < pending.columns) {
 #pragma unroll 4
-        for (int64_t row = first + threadIdx.y; row < last; row += PARTIAL_GROUPS)
-            total += partial[row * columns + column];
+        for (int row = first + (int)threadIdx.y; row < end; row += SUM_GROUPS)
+            total += pending.partial[(int64_t)row * pending.columns + column];
     }
-    shared[threadIdx.y][threadIdx.x] = total;
-    __syncthreads(); // all groups' sums are there
-    if (threadIdx.y == 0 && column < columns) {
-        for (int i = 1; i < PARTIAL_GROUPS; i++) total += shared[i][threadIdx.x];
-        if (gridDim.y > 1)
-            sum[(int64_t)blockIdx.y * columns + column] = total;
-        else
-            sum[column] += total;
-    }
-}
-
-static inline void add_partials(Context *context, float *sum, const float *partial, int64_t count,
-                                int64_t columns) {
-    ScratchScope scope(context);
-    float *slice_sums = take<float>(context, PARTIAL_SLICES * columns);
-    dim3 block(PARTIAL_LANES, PARTIAL_GROUPS);
-    unsigned blocks = blocks_for(columns, PARTIAL_LANES), slices = blocks_for(count, PARTIAL_SLICE);
-    unsigned wanted = 2 * (unsigned)context->num_sms / blocks;
-    if (slices > wanted) slices = wanted;
-    if (slices > PARTIAL_SLICES) slices = PARTIAL_SLICES;
+    total = sum_groups(total, shared);
     if (slices > 1) {
-        LAUNCH(add_partials_kernel, dim3(blocks, slices), block, context, slice_sums, partial, count,
-               (int)columns);
-        partial = slice_sums, count = slices;
+        float *mine = sums.slice_sums + sums.first_slice[i] + (int64_t)slice * pending.columns;
+        if (threadIdx.y == 0 && column < pending.columns) mine[column] = total;
+        __threadfence(); // this block's sums are visible before its arrival is
+        __syncthreads(); // of all its threads
+        if (threadIdx.x == 0 && threadIdx.y == 0)
+            last = atomicAdd(sums.arrived + sums.first_block[i] + block, 1) == slices - 1;
+        __syncthreads(); // everyone knows
+        if (!last) return;
+        __threadfence(); // what the others wrote before they arrived is read after
+        total = 0;
+        if (column < pending.columns)
+            for (int s = (int)threadIdx.y; s < slices; s += SUM_GROUPS)
+                total += __ldcg(sums.slice_sums + sums.first_slice[i] + (int64_t)s * pending.columns + column);
+        total = sum_groups(total, shared);
     }
-    LAUNCH(add_partials_kernel, blocks, block, context, sum, partial, count, (int)columns);
+    if (threadIdx.y == 0 && column < pending.columns) pending.sum[column] += total;
 }
 
-/* computes: partial[block and group, j] = sum over the block's rows of x[row, j]
- * launch:   grid ceil(rows / 32), block 256: a thread owns VEC columns (see Sweep)
+/* Adds all pending sums to their gradients. */
+static inline void add_sums(Context *context) {
+    if (context->num_pending == 0) return;
+    ScratchScope scope(context);
+    ColumnSums sums = {};
+    int blocks = 0, slice_sums = 0;
+    for (int i = 0; i < context->num_pending; i++) {
+        const PendingSum *pending = &context->pending[i];
+        int slices = (int)ceil_div(pending->count, SUM_SLICE);
+        sums.of[i] = *pending;
+        sums.first_slice[i] = slice_sums;
+        slice_sums += slices * pending->columns;
+        blocks += slices * (int)ceil_div(pending->columns, SUM_LANES);
+        sums.first_block[i + 1] = blocks;
+    }
+    sums.slice_sums = take<float>(context, slice_sums);
+    sums.arrived = take<int>(context, blocks);
+    clear(context, sums.arrived, (size_t)blocks * sizeof(int));
+    LAUNCH(add_sums_kernel, (unsigned)blocks, dim3(SUM_LANES, SUM_GROUPS), context, sums);
+    context->num_pending = 0;
+    context->pending_bytes = 0;
+}
+
+/* Memory for `count` rows of partial sums that the next add_sums adds to sum (columns), or NULL if sum is NULL.
+ * The caller's kernel writes all of them. */
+static inline float *take_sum(Context *context, float *sum, int64_t count, int64_t columns) {
+    if (!sum) return nullptr;
+    REQUIRE(context->num_pending < MAX_SUMS);
+    context->pending_bytes += scratch_size((size_t)(count * columns) * sizeof(float));
+    check_scratch(context);
+    float *partial = (float *)(context->scratch + context->scratch_bytes - context->pending_bytes);
+    context->pending[context->num_pending++] = PendingSum{sum, partial, (int)count, (int)columns};
+    return partial;
+}
+
+/* computes: partial[block, j] = sum over the block's rows of x[row, j]
+ * launch:   grid ceil(rows / 64), block 256: a thread owns VEC columns (see Sweep)
  * traffic:  rows columns sizeof(T) bytes read
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void column_sums_kernel(float *partial, const T *x, int64_t rows, int columns) {
+__global__ void column_sums_kernel(float *partial, const T *x, int rows, int columns) {
+    __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
-    if (sweep.group >= sweep.groups) return;
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
-    float *out = partial + ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns;
-    for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float sum[VEC] = {}, value[VEC];
-        for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            load<VEC>(value, x + row * columns + c);
+    float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {}, value[VEC];
+    for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum[i] = 0;
+#pragma unroll 4
+        for (int row = sweep.first_row(); row < rows; row += sweep.row_stride()) {
+            load<VEC>(value, x + (int64_t)row * columns + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) sum[i] += value[i];
         }
-#pragma unroll
-        for (int i = 0; i < VEC; i++) out[c + i] = sum[i];
+        if (sweep.groups == 1) store<VEC>(out + c, sum);
     }
+    if (sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
-/* sum[j] += sum over rows of x[row, j] */
+/* sum[j] += sum over rows of x[row, j], with the next add_sums */
 template <typename T>
 static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns) {
-    ScratchScope scope(context);
-    float *partial = take_partials(context, rows, columns);
-    WITH_VEC(T, vectorises<T>(columns, x), {
-        LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, partial, x, rows,
-               (int)columns);
-        add_partials(context, sum, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
-                     columns);
-    });
+    float *partial = take_sum(context, sum, sweep_blocks(rows), columns);
+    WITH_VEC(T, vectorises<T>(columns, x),
+             LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, partial, x,
+                    (int)rows, (int)columns));
 }
 
 #endif

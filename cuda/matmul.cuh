@@ -32,11 +32,19 @@ static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t
                    float alpha, Matrix<const T> A, Matrix<const T> B, float beta, Matrix<O> C,
                    int64_t batch = 1) {
     if (context->dry_run || M == 0 || N == 0 || batch == 0) return;
-    CHECK_CUBLAS(cublasGemmStridedBatchedEx(
-        context->cublas, transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N,
-        (int)N, (int)M, (int)K, &alpha, B.data, cuda_type<T>(), (int)B.row_stride, B.batch_stride, A.data,
-        cuda_type<T>(), (int)A.row_stride, A.batch_stride, &beta, C.data, cuda_type<O>(), (int)C.row_stride,
-        C.batch_stride, (int)batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    cublasOperation_t op_b = transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                      op_a = transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    if (batch == 1)
+        CHECK_CUBLAS(cublasGemmEx(context->cublas, op_b, op_a, (int)N, (int)M, (int)K, &alpha, B.data,
+                                  cuda_type<T>(), (int)B.row_stride, A.data, cuda_type<T>(),
+                                  (int)A.row_stride, &beta, C.data, cuda_type<O>(), (int)C.row_stride,
+                                  CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    else
+        CHECK_CUBLAS(cublasGemmStridedBatchedEx(
+            context->cublas, op_b, op_a, (int)N, (int)M, (int)K, &alpha, B.data, cuda_type<T>(),
+            (int)B.row_stride, B.batch_stride, A.data, cuda_type<T>(), (int)A.row_stride, A.batch_stride,
+            &beta, C.data, cuda_type<O>(), (int)C.row_stride, C.batch_stride, (int)batch,
+            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -208,16 +216,28 @@ static void linear_forward(Context *context, T *y, const T *x, const T *weight, 
         LAUNCH((add_to_rows_kernel<T>), blocks_for(M * N, 256), 256, context, y, bias, rest, M * N, (int)N);
 }
 
-/* y = x W^T + bias:  dx (+)= dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL.
- * */
+/* y = x W^T:  dx (+)= dy W. dx is M,K, dy is M,N, weight is N,K. */
 template <typename T>
-static void linear_backward(Context *context, T *dx, bool accumulate, float *dweight, float *dbias,
-                            const T *dy, const T *x, const T *weight, int64_t M, int64_t N, int64_t K) {
-    if (dx)
-        matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N), matrix(weight, K),
-               accumulate ? 1.0f : 0.0f, matrix(dx, K));
-    if (dweight)
-        matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N), matrix(x, K), 1.0f, matrix(dweight, K));
+static void linear_backward_input(Context *context, T *dx, bool accumulate, const T *dy, const T *weight,
+                                  int64_t M, int64_t N, int64_t K) {
+    matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N), matrix(weight, K), accumulate ? 1.0f : 0.0f,
+           matrix(dx, K));
+}
+
+/* y = x W^T:  dW (+)= dy^T x. dweight is N,K. */
+template <typename T>
+static void linear_backward_weight(Context *context, float *dweight, bool accumulate, const T *dy,
+                                   const T *x, int64_t M, int64_t N, int64_t K) {
+    matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N), matrix(x, K), accumulate ? 1.0f : 0.0f,
+           matrix(dweight, K));
+}
+
+/* y = x W^T + bias:  dx = dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL. */
+template <typename T>
+static void linear_backward(Context *context, T *dx, float *dweight, float *dbias, const T *dy, const T *x,
+                            const T *weight, int64_t M, int64_t N, int64_t K) {
+    if (dx) linear_backward_input(context, dx, false, dy, weight, M, N, K);
+    if (dweight) linear_backward_weight(context, dweight, true, dy, x, M, N, K);
     if (dbias) add_column_sums(context, dbias, dy, M, N);
 }
 

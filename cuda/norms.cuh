@@ -8,6 +8,130 @@
 enum { NORM_WARPS = 8 };
 
 /* ----------------------------------------------------------------------------------------------------------
+ * Backward of both: LayerNorm is the CENTRED one, RMSNorm has no mean, no bias, and dropout after it.
+ */
+
+/* A block takes a few rows at a time, as many as the first cache holds for its three blocks. */
+enum { NORM_BATCH = 16, NORM_BATCH_BYTES = 32768 };
+
+template <typename T> struct NormBackward {
+    T *dx, *y;
+    float *partial_w, *partial_b, *partial_dx; /* rows of take_sum, or NULL; only CENTRED has the last two */
+    const T *dy, *x;
+    const float *mean, *rstd;
+    const T *weight, *bias;
+    Dropout dropout;
+    int64_t rows;
+    int columns, batch; /* batch: rows at a time */
+};
+
+/* xhat = (x - mean) rstd, y = keep (xhat (1 + w) + b):  with g = keep dy (1 + w):
+ * dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not CENTRED;  dw += keep dy xhat;  db += dy
+ * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that read
+ *           y needs it)
+ * launch:   grid about rows / 64, block 256: every so manyth batch of rows is a block's; first a warp a row for
+ *           the two means, then a thread walks down its columns
+ * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
+ *           may be dy
+ * numerics: float sums in a fixed order: deterministic */
+template <typename T, int VEC, bool CENTRED>
+__global__ void __launch_bounds__(SWEEP_THREADS, 3) norm_backward_kernel(NormBackward<T> n) {
+    __shared__ float row_g[2][NORM_BATCH], row_gx[2][NORM_BATCH];
+    __shared__ SweepSums<VEC> shared;
+    int64_t first = (int64_t)blockIdx.x * n.batch, stride = (int64_t)gridDim.x * n.batch;
+    int lane = (int)threadIdx.x % WARP_SIZE, columns = n.columns;
+    Sweep sweep(columns, VEC);
+    bool wide = columns > sweep.lanes * VEC; // then a thread has several vectors, and sums wait in memory
+    float dw[VEC] = {}, db[VEC] = {}, dsum[VEC] = {}, value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};
+    int64_t out = (int64_t)blockIdx.x * columns;
+    int side = 0;
+    for (int64_t begin = first; begin < n.rows; begin += stride, side ^= 1) {
+        int count = (int)min((int64_t)n.batch, n.rows - begin);
+        for (int r = (int)threadIdx.x / WARP_SIZE; r < count; r += SWEEP_THREADS / WARP_SIZE) {
+            int64_t row = begin + r;
+            float g_sum = 0, gx_sum = 0, rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f;
+            for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
+                load<VEC>(value, n.x + row * columns + c);
+                load<VEC>(grad, n.dy + row * columns + c);
+                if (n.weight) load<VEC>(w, n.weight + c);
+                if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    float g = grad[i] * (1.0f + w[i]);
+                    if (CENTRED) g_sum += g;
+                    gx_sum += g * (value[i] - mean);
+                }
+            }
+            if (CENTRED) g_sum = warp_sum(g_sum);
+            gx_sum = warp_sum(gx_sum) * rstd;
+            if (lane == 0) row_g[side][r] = g_sum / (float)columns, row_gx[side][r] = gx_sum / (float)columns;
+        }
+        /* The batch's means are known, and nobody reads its dy for them any more: dx may overwrite it. The
+         * other side is still being read, but not after the next barrier. */
+        __syncthreads();
+        for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
+            if (n.weight) load<VEC>(w, n.weight + c);
+            if (n.bias) load<VEC>(b, n.bias + c);
+            if (wide) {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    dw[i] = n.partial_w && begin > first ? n.partial_w[out + c + i] : 0.0f;
+                    db[i] = n.partial_b && begin > first ? n.partial_b[out + c + i] : 0.0f;
+                    dsum[i] = n.partial_dx && begin > first ? n.partial_dx[out + c + i] : 0.0f;
+                }
+            }
+            for (int r = sweep.group; r < count; r += sweep.groups) {
+                int64_t row = begin + r;
+                float rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f, again[VEC];
+                float g_mean = row_g[side][r], gx_mean = row_gx[side][r];
+                load<VEC>(value, n.x + row * columns + c);
+                load<VEC>(grad, n.dy + row * columns + c);
+                if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    float xhat = (value[i] - mean) * rstd;
+                    dw[i] += grad[i] * xhat;
+                    if (CENTRED) db[i] += grad[i];
+                    again[i] = xhat * (1.0f + w[i]) + b[i];
+                    grad[i] = rstd * (grad[i] * (1.0f + w[i]) - g_mean - xhat * gx_mean);
+                    if (CENTRED) dsum[i] += grad[i];
+                }
+                store<VEC>(n.dx + row * columns + c, grad);
+                if (!n.y) continue;
+                if (!CENTRED) drop<VEC>(again, n.dropout, row * columns + c);
+                store<VEC>(n.y + row * columns + c, again);
+            }
+            if (wide) {
+                if (n.partial_w) store<VEC>(n.partial_w + out + c, dw);
+                if (n.partial_b) store<VEC>(n.partial_b + out + c, db);
+                if (n.partial_dx) store<VEC>(n.partial_dx + out + c, dsum);
+            }
+        }
+    }
+    if (wide) return;
+    if (n.partial_w) sweep_row<VEC>(n.partial_w + out, sweep, columns, dw, shared);
+    if (n.partial_b) sweep_row<VEC>(n.partial_b + out, sweep, columns, db, shared);
+    if (n.partial_dx) sweep_row<VEC>(n.partial_dx + out, sweep, columns, dsum, shared);
+}
+
+template <typename T, bool CENTRED>
+static void norm_backward(Context *context, NormBackward<T> n, float *dweight, float *dbias, float *dcolumns,
+                          int64_t rows, int64_t columns) {
+    WITH_VEC(T, vectorises<T>(columns, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
+        int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
+        int64_t fit = min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
+        n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);
+        n.rows = rows, n.columns = (int)columns;
+        int64_t blocks = ceil_div(rows, ceil_div(SWEEP_ROWS, n.batch) * n.batch);
+        n.partial_w = take_sum(context, dweight, blocks, columns);
+        n.partial_b = take_sum(context, dbias, blocks, columns);
+        n.partial_dx = take_sum(context, dcolumns, blocks, columns);
+        LAUNCH((norm_backward_kernel<T, VEC, CENTRED>), (unsigned)blocks, SWEEP_THREADS, context, n);
+    });
+}
+
+/* ----------------------------------------------------------------------------------------------------------
  * RMSNorm: y = x rstd (1 + w), rstd = 1 / sqrt(mean(x^2) + eps); then dropout.
  */
 
@@ -24,7 +148,7 @@ __global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, cons
     int lane = (int)threadIdx.x % WARP_SIZE;
     if (row >= rows) return; // a whole warp leaves
     const T *x_row = x + row * columns;
-    float sum = 0, value[VEC], w[VEC] = {}, keep[VEC];
+    float sum = 0, value[VEC], w[VEC] = {};
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x_row + c);
 #pragma unroll
@@ -35,10 +159,9 @@ __global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, cons
     for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
         load<VEC>(value, x_row + c);
         if (weight) load<VEC>(w, weight + c);
-        keep_scales<VEC>(keep, dropout, row * columns + c);
 #pragma unroll
-        for (int i = 0; i < VEC; i++)
-            value[i] *= rstd * (1.0f + w[i]) * keep[i];
+        for (int i = 0; i < VEC; i++) value[i] *= rstd * (1.0f + w[i]);
+        drop<VEC>(value, dropout, row * columns + c);
         store<VEC>(y + row * columns + c, value);
     }
 }
@@ -52,80 +175,15 @@ static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, con
                     context, y, rstd, x, weight, rows, (int)columns, eps, dropout));
 }
 
-/* y = x rstd (1 + w):  with g = keep dy (1 + w):  dx = rstd (g - x rstd^2 mean(g x));  dw += sum over rows
- * of keep dy x rstd computes: dx, partial sums of dw, and y once more (the backward of the layers that read
- * y needs it)
- * launch:   grid ceil(rows / 32), block 256: first a warp a row for the mean, then a thread walks down its
- *           columns
- * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
- *           may be dy
- * numerics: float sums in a fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void __launch_bounds__(SWEEP_THREADS, 4)
-    rmsnorm_backward_kernel(T *dx, T *y, float *partial, const T *dy, const float *saved_rstd, const T *x,
-                            const T *weight, int64_t rows, int columns, Dropout dropout) {
-    __shared__ float row_factor[SWEEP_ROWS];
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
-    float value[VEC], grad[VEC], keep[VEC], w[VEC] = {};
-    int lane = (int)threadIdx.x % WARP_SIZE;
-    for (int64_t row = first + threadIdx.x / WARP_SIZE; row < last; row += SWEEP_THREADS / WARP_SIZE) {
-        float products = 0;
-        for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-            load<VEC>(value, x + row * columns + c);
-            load<VEC>(grad, dy + row * columns + c);
-            if (weight) load<VEC>(w, weight + c);
-            keep_scales<VEC>(keep, dropout, row * columns + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) products += keep[i] * grad[i] * (1.0f + w[i]) * value[i];
-        }
-        products = warp_sum(products);
-        if (lane == 0)
-            row_factor[row - first] = saved_rstd[row] * saved_rstd[row] * products / (float)columns;
-    }
-    __syncthreads(); // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
-
-    Sweep sweep(columns, VEC);
-    if (sweep.group >= sweep.groups) return;
-    float *out = partial ? partial + ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns : nullptr;
-    for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float dw[VEC] = {}, again[VEC];
-        if (weight) load<VEC>(w, weight + c);
-        for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            float rstd = saved_rstd[row], factor = row_factor[row - first];
-            load<VEC>(value, x + row * columns + c);
-            load<VEC>(grad, dy + row * columns + c);
-            keep_scales<VEC>(keep, dropout, row * columns + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float xhat = value[i] * rstd;
-                dw[i] += keep[i] * grad[i] * xhat;
-                again[i] = keep[i] * xhat * (1.0f + w[i]);
-                grad[i] = rstd * (keep[i] * grad[i] * (1.0f + w[i]) - value[i] * factor);
-            }
-            store<VEC>(dx + row * columns + c, grad);
-            if (y) store<VEC>(y + row * columns + c, again);
-        }
-        if (out) {
-#pragma unroll
-            for (int i = 0; i < VEC; i++) out[c + i] = dw[i];
-        }
-    }
-}
-
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to by the next
+ * add_sums. */
 template <typename T>
 static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd,
                              const T *x, const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
-    ScratchScope scope(context);
-    float *partial = dweight ? take_partials(context, rows, columns) : nullptr;
-    WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight), {
-        LAUNCH((rmsnorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y, partial,
-               dy, rstd, x, weight, rows, (int)columns, dropout);
-        if (dweight)
-            add_partials(context, dweight, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
-                         columns);
-    });
+    NormBackward<T> norm = {};
+    norm.dx = dx, norm.y = y, norm.dy = dy, norm.x = x, norm.rstd = rstd, norm.weight = weight;
+    norm.dropout = dropout;
+    norm_backward<T, false>(context, norm, dweight, nullptr, nullptr, rows, columns);
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -186,89 +244,16 @@ static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, 
                     context, y, mean, rstd, x, weight, bias, rows, (int)columns, eps));
 }
 
-/* y = xhat (1 + w) + b:  with g = dy (1 + w):  dx = rstd (g - mean(g) - xhat mean(g xhat));  dw += dy xhat;
- * db += dy computes: dx, partial sums of dw and db, and y once more (NULL: not wanted)
- * launch:   grid ceil(rows / 32), block 256: first a warp a row for its sums, then a thread walks down its
- *           columns
- * traffic:  4 rows columns sizeof(T) bytes: x and dy read (again from the caches), dx and y written
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
- *           may be dy
- * numerics: float sums in a fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void __launch_bounds__(SWEEP_THREADS, 4)
-    layernorm_backward_kernel(T *dx, T *y, float *partial_w, float *partial_b, const T *dy, const T *x,
-                              const float *mean, const float *rstd, const T *weight, const T *bias,
-                              int64_t rows, int columns) {
-    __shared__ float row_g[SWEEP_ROWS], row_gx[SWEEP_ROWS];
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
-    float value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};
-    int lane = (int)threadIdx.x % WARP_SIZE;
-    for (int64_t row = first + threadIdx.x / WARP_SIZE; row < last; row += SWEEP_THREADS / WARP_SIZE) {
-        float g_sum = 0, gx_sum = 0, row_mean = mean[row], row_rstd = rstd[row];
-        for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-            load<VEC>(value, x + row * columns + c);
-            load<VEC>(grad, dy + row * columns + c);
-            if (weight) load<VEC>(w, weight + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float g = grad[i] * (1.0f + w[i]);
-                g_sum += g;
-                gx_sum += g * (value[i] - row_mean) * row_rstd;
-            }
-        }
-        g_sum = warp_sum(g_sum), gx_sum = warp_sum(gx_sum);
-        if (lane == 0)
-            row_g[row - first] = g_sum / (float)columns, row_gx[row - first] = gx_sum / (float)columns;
-    }
-    __syncthreads(); // the rows' sums are known, and nobody reads dy for them any more: dx may overwrite it
-
-    Sweep sweep(columns, VEC);
-    if (sweep.group >= sweep.groups) return;
-    int64_t out = ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns;
-    for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float dw[VEC] = {}, db[VEC] = {}, again[VEC];
-        if (weight) load<VEC>(w, weight + c);
-        if (bias) load<VEC>(b, bias + c);
-        for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            int r = (int)(row - first);
-            float row_mean = mean[row], row_rstd = rstd[row];
-            load<VEC>(value, x + row * columns + c);
-            load<VEC>(grad, dy + row * columns + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float xhat = (value[i] - row_mean) * row_rstd;
-                dw[i] += grad[i] * xhat;
-                db[i] += grad[i];
-                again[i] = xhat * (1.0f + w[i]) + b[i];
-                grad[i] = row_rstd * (grad[i] * (1.0f + w[i]) - row_g[r] - xhat * row_gx[r]);
-            }
-            store<VEC>(dx + row * columns + c, grad);
-            if (y) store<VEC>(y + row * columns + c, again);
-        }
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            if (partial_w) partial_w[out + c + i] = dw[i];
-            if (partial_b) partial_b[out + c + i] = db[i];
-        }
-    }
-}
-
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias (NULL: none) are added to.
- * */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none) are
+ * added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added to x. */
 template <typename T>
-static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, const T *dy,
-                               const float *mean, const float *rstd, const T *x, const T *weight,
-                               const T *bias, int64_t rows, int64_t columns) {
-    ScratchScope scope(context);
-    float *partial_w = dweight ? take_partials(context, rows, columns) : nullptr;
-    float *partial_b = dbias ? take_partials(context, rows, columns) : nullptr;
-    WITH_VEC(T, vectorises<T>(columns, dx, y, dy, x, weight, bias), {
-        int64_t count = (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC);
-        LAUNCH((layernorm_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, dx, y,
-               partial_w, partial_b, dy, x, mean, rstd, weight, bias, rows, (int)columns);
-        if (dweight) add_partials(context, dweight, partial_w, count, columns);
-        if (dbias) add_partials(context, dbias, partial_b, count, columns);
-    });
+static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, float *dcolumns,
+                               const T *dy, const float *mean, const float *rstd, const T *x,
+                               const T *weight, const T *bias, int64_t rows, int64_t columns) {
+    NormBackward<T> norm = {};
+    norm.dx = dx, norm.y = y, norm.dy = dy, norm.x = x, norm.mean = mean, norm.rstd = rstd;
+    norm.weight = weight, norm.bias = bias;
+    norm_backward<T, true>(context, norm, dweight, dbias, dcolumns, rows, columns);
 }
 
 #endif

@@ -166,9 +166,7 @@ __global__ void silu_gate_kernel(T *y, T *r, const T *x, const T *a, int64_t cou
 #pragma unroll
         for (int i = 0; i < VEC; i++) value[i] *= other[i];
     }
-    keep_scales<VEC>(other, dropout, at);
-#pragma unroll
-    for (int i = 0; i < VEC; i++) value[i] *= other[i];
+    drop<VEC>(value, dropout, at);
     store<VEC>(y + at, value);
 }
 
@@ -197,7 +195,7 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see
+ * launch:   grid ceil(rows / 64), block 256: a thread owns columns in vectors and walks down the rows (see
  *           Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
@@ -206,26 +204,26 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 template <typename T, int VEC, bool DROPS>
 __global__ void __launch_bounds__(SWEEP_THREADS, 4)
     silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
-                              int64_t rows, int columns, Dropout dropout) {
+                              int rows, int columns, Dropout dropout) {
+    __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
-    if (sweep.group >= sweep.groups) return;
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, stride = (int64_t)sweep.groups * columns;
-    int count = (int)min((int64_t)SWEEP_ROWS, rows - first);
-    for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float sum[VEC] = {};
-        int64_t at = (first + sweep.group) * columns + c;
+    int64_t stride = (int64_t)sweep.row_stride() * columns;
+    float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {};
+    for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
+        int row = sweep.first_row();
+        int64_t at = (int64_t)row * columns + c;
         /* The results may lie over the inputs, so the compiler may not move the next row's loads up: they
          * are asked for here before this row's results are written. */
         Packed<T, VEC> value, grad, other, next_value, next_grad, next_other;
 #pragma unroll
-        for (int i = 0; i < VEC; i++) next_other.v[i] = from_float<T>(1.0f);
-        if (sweep.group < count) {
+        for (int i = 0; i < VEC; i++) next_other.v[i] = from_float<T>(1.0f), sum[i] = 0;
+        if (row < rows) {
             next_value = packed<VEC>(x + at), next_grad = packed<VEC>(dy + at);
             if (a) next_other = packed<VEC>(a + at);
         }
-        for (int row = sweep.group; row < count; row += sweep.groups, at += stride) {
+        for (; row < rows; row += sweep.row_stride(), at += stride) {
             value = next_value, grad = next_grad, other = next_other;
-            if (row + sweep.groups < count) {
+            if (row + sweep.row_stride() < rows) {
                 next_value = packed<VEC>(x + at + stride), next_grad = packed<VEC>(dy + at + stride);
                 if (a) next_other = packed<VEC>(a + at + stride);
             }
@@ -243,30 +241,24 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 4)
             if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at) = value;
             if (y) *reinterpret_cast<Packed<T, VEC> *>(y + at) = other;
         }
-        if (partial) {
-            float *out = partial + ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns + c;
-#pragma unroll
-            for (int i = 0; i < VEC; i++) out[i] = sum[i];
-        }
+        if (partial && sweep.groups == 1) store<VEC>(out + c, sum);
     }
+    if (partial && sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
-/* dbias (columns; NULL: none) += column sums of dx; y (NULL: not wanted) is the forward's result once more */
+/* dbias (columns; NULL: none) += column sums of dx, with the next add_sums; y (NULL: not wanted) is the
+ * forward's result once more */
 template <typename T>
 static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x,
                                const T *a, int64_t rows, int64_t columns, Dropout dropout) {
-    ScratchScope scope(context);
-    float *partial = dbias ? take_partials(context, rows, columns) : nullptr;
+    float *partial = take_sum(context, dbias, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
         if (dropout.threshold)
             LAUNCH((silu_gate_backward_kernel<T, VEC, true>), sweep_blocks(rows), SWEEP_THREADS, context, dx,
-                   da, y, partial, dy, x, a, rows, (int)columns, dropout);
+                   da, y, partial, dy, x, a, (int)rows, (int)columns, dropout);
         else
             LAUNCH((silu_gate_backward_kernel<T, VEC, false>), sweep_blocks(rows), SWEEP_THREADS, context,
-                   dx, da, y, partial, dy, x, a, rows, (int)columns, dropout);
-        if (dbias)
-            add_partials(context, dbias, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
-                         columns);
+                   dx, da, y, partial, dy, x, a, (int)rows, (int)columns, dropout);
     });
 }
 template <typename T>
@@ -363,7 +355,7 @@ static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, in
 
 /* out = alpha f + x, f = keep f':  df' = keep alpha dout;  dx = dout;  dalpha += sum over rows of dout f
  * computes: df', dx (if wanted) and partial sums of dalpha
- * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down 32 rows (see
+ * launch:   grid ceil(rows / 64), block 256: a thread owns columns in vectors and walks down the rows (see
  *           Sweep)
  * traffic:  up to 4 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything;
@@ -371,17 +363,16 @@ static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, in
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *dout, const T *f,
-                                        const T *alpha, int64_t rows, int columns, Dropout dropout) {
+                                        const T *alpha, int rows, int columns, Dropout dropout) {
+    __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
-    if (sweep.group >= sweep.groups) return;
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, rows);
-    for (int c = sweep.lane * VEC; c < columns; c += sweep.lanes * VEC) {
-        float sum[VEC] = {}, grad[VEC], value[VEC], factor[VEC];
+    float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {}, grad[VEC], value[VEC], factor[VEC];
+    for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
 #pragma unroll
-        for (int i = 0; i < VEC; i++) factor[i] = 1;
+        for (int i = 0; i < VEC; i++) factor[i] = 1, sum[i] = 0;
         if (alpha) load<VEC>(factor, alpha + c);
-        for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-            int64_t at = row * columns + c;
+        for (int row = sweep.first_row(); row < rows; row += sweep.row_stride()) {
+            int64_t at = (int64_t)row * columns + c;
             load<VEC>(grad, dout + at);
             if (dx) store<VEC>(dx + at, grad);
             if (partial) {
@@ -393,27 +384,19 @@ __global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *d
             for (int i = 0; i < VEC; i++) grad[i] *= factor[i] * keep_scale(dropout, (uint64_t)(at + i));
             store<VEC>(df + at, grad);
         }
-        if (partial) {
-            float *out = partial + ((int64_t)blockIdx.x * sweep.groups + sweep.group) * columns + c;
-#pragma unroll
-            for (int i = 0; i < VEC; i++) out[i] = sum[i];
-        }
+        if (partial && sweep.groups == 1) store<VEC>(out + c, sum);
     }
+    if (partial && sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
-/* dalpha (columns; NULL: none) added to; f is after dropout; dx (NULL: not wanted) */
+/* dalpha (columns; NULL: none) added to by the next add_sums; f is after dropout; dx (NULL: not wanted) */
 template <typename T>
 static void rescale_backward(Context *context, T *df, T *dx, float *dalpha, const T *dout, const T *f,
                              const T *alpha, int64_t rows, int64_t columns, Dropout dropout) {
-    ScratchScope scope(context);
-    float *partial = dalpha ? take_partials(context, rows, columns) : nullptr;
-    WITH_VEC(T, vectorises<T>(columns, df, dx, dout, f, alpha), {
-        LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, df, dx,
-               partial, dout, f, alpha, rows, (int)columns, dropout);
-        if (dalpha)
-            add_partials(context, dalpha, partial, (int64_t)sweep_blocks(rows) * sweep_groups(columns, VEC),
-                         columns);
-    });
+    float *partial = take_sum(context, dalpha, sweep_blocks(rows), columns);
+    WITH_VEC(T, vectorises<T>(columns, df, dx, dout, f, alpha),
+             LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, df, dx,
+                    partial, dout, f, alpha, (int)rows, (int)columns, dropout));
 }
 
 /* ----------------------------------------------------------------------------------------------------------

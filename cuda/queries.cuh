@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-enum { QUERY_WARPS = 8 };
+enum { QUERY_WARPS = 8, QUERY_THREADS = QUERY_WARPS * WARP_SIZE, QUERY_ROWS = 16 };
 
 /* ----------------------------------------------------------------------------------------------------------
  * RoPE: the pair (x[2i], x[2i+1]) turns by the angle position base^(-2i/z), position = (n + t) mod C.
@@ -85,65 +85,118 @@ __device__ inline int64_t chunk_position(const QueryShape &shape, int64_t row) {
     return (before + row % shape.steps) % shape.C;
 }
 
+/* The widest vector, of pairs at least, that heads of z elements can be read in; and how many lanes of a warp (a
+ * power of two) share a head. */
+template <typename T, typename... P> static int head_vector(int64_t z, const P *...pointers) {
+    int width = vector_width<T>(z, pointers...);
+    return width < 2 ? 2 : width;
+}
+static inline int head_lanes(int64_t z, int vec) {
+    int lanes = 1;
+    while (lanes < WARP_SIZE && lanes * vec < z) lanes *= 2;
+    return lanes;
+}
+/* Runs a statement with the constant VEC, which is head_vector's answer. */
+#define WITH_PAIRS(T, width, ...)                                                                           \
+    do {                                                                                                    \
+        if ((width) == 16 / (int)sizeof(T)) {                                                               \
+            constexpr int VEC = 16 / (int)sizeof(T);                                                        \
+            __VA_ARGS__;                                                                                    \
+        } else {                                                                                            \
+            constexpr int VEC = 2;                                                                          \
+            __VA_ARGS__;                                                                                    \
+        }                                                                                                   \
+    } while (0)
+
+/* (cos, sin) of VEC / 2 pairs; angles NULL: no turn */
+template <int VEC> __device__ inline void load_angles(float (&angle)[VEC], const float2 *angles) {
+#pragma unroll
+    for (int i = 0; i < VEC; i += 2) angle[i] = 1, angle[i + 1] = 0;
+    if (angles) load<VEC>(angle, (const float *)angles);
+}
+template <int VEC>
+__device__ inline void turn(float (&value)[VEC], const float (&angle)[VEC], float direction) {
+#pragma unroll
+    for (int i = 0; i < VEC; i += 2) {
+        float2 turned = turn_pair(value[i], value[i + 1], make_float2(angle[i], angle[i + 1]), direction);
+        value[i] = turned.x, value[i + 1] = turned.y;
+    }
+}
+
 /* computes: zn = NORM ? zz / sqrt(mean over the head of zz^2 + eps) : zz;  q = rope(zn (1 + gamma[0]) /
  * sqrt(z) + beta[0])
  *           and k with gamma[1], beta[1]; zn, or q and k, may be NULL (not wanted), the table too (no turn)
- * launch:   grid ceil(B T H / 8), block 256: a warp owns a head of a step, a lane every 32nd pair
- * traffic:  (1 + outputs) B T Z sizeof(T) bytes
- * needs:    z even
+ * launch:   grid ceil(B T H lanes / 256), block 256: `lanes` lanes own a head of a step, each a vector of pairs
+ *           and, in a large head, every lanes-th after it
+ * traffic:  (1 + outputs) B T Z sizeof(T) bytes, the table from the caches
+ * needs:    z even; VEC wants z and pointers in multiples of VEC elements
  * numerics: float, fixed order: deterministic */
-template <typename T, bool NORM>
+template <typename T, int VEC, bool NORM>
 __global__ void queries_forward_kernel(T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta,
-                                       const float2 *table, QueryShape shape, float eps) {
-    int64_t unit = (int64_t)blockIdx.x * QUERY_WARPS + threadIdx.x / WARP_SIZE;
-    if (unit >= shape.rows * shape.H) return; // a whole warp leaves
-    int lane = (int)threadIdx.x % WARP_SIZE, z = shape.z, Z = shape.H * z, h = (int)(unit % shape.H);
-    int64_t at = unit * z, position = chunk_position(shape, unit / shape.H);
-    float rstd = 1, inverse = 1.0f / sqrtf((float)z);
+                                       const float2 *table, QueryShape shape, float eps, int lanes) {
+    int64_t unit = (int64_t)blockIdx.x * (QUERY_THREADS / lanes) + threadIdx.x / (unsigned)lanes;
+    bool active = unit < shape.rows * shape.H;
+    if (!active) unit = 0; // the shuffles below want every lane
+    int lane = (int)threadIdx.x % lanes, z = shape.z, Z = shape.H * z;
+    int64_t row = unit / shape.H, at = unit * z;
+    int h = (int)(unit - row * shape.H);
+    const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
+    float rstd = 1, inverse = 1.0f / sqrtf((float)z), value[VEC], angle[VEC], w[VEC], b[VEC], out[VEC];
     if (NORM) {
         float squares = 0;
-        for (int j = lane; j < z; j += WARP_SIZE) squares += to_float(zz[at + j]) * to_float(zz[at + j]);
-        rstd = 1.0f / sqrtf(warp_sum(squares) / (float)z + eps);
+        for (int j = lane * VEC; j < z; j += lanes * VEC) {
+            load<VEC>(value, zz + at + j);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) squares += value[i] * value[i];
+        }
+        rstd = 1.0f / sqrtf(lanes_sum(squares, lanes) / (float)z + eps);
     }
-    for (int i = lane; i < z / 2; i += WARP_SIZE) {
-        float first = to_float(zz[at + 2 * i]) * rstd, second = to_float(zz[at + 2 * i + 1]) * rstd;
-        if (zn) zn[at + 2 * i] = from_float<T>(first), zn[at + 2 * i + 1] = from_float<T>(second);
+    if (!active) return;
+    for (int j = lane * VEC; j < z; j += lanes * VEC) {
+        if (!NORM || z > lanes * VEC) load<VEC>(value, zz + at + j);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) value[i] *= rstd;
+        if (zn) store<VEC>(zn + at + j, value);
         if (!q) continue;
-        float2 angle = table ? table[position * (z / 2) + i] : make_float2(1, 0);
+        load_angles<VEC>(angle, angles ? angles + j / 2 : nullptr);
 #pragma unroll
         for (int which = 0; which < 2; which++) {
-            T *out = which ? k : q;
-            int j = which * Z + h * z + 2 * i;
-            float2 turned = turn_pair(
-                first * (1.0f + to_float(gamma[j])) * inverse + to_float(beta[j]),
-                second * (1.0f + to_float(gamma[j + 1])) * inverse + to_float(beta[j + 1]), angle, 1);
-            out[at + 2 * i] = from_float<T>(turned.x);
-            out[at + 2 * i + 1] = from_float<T>(turned.y);
+            load<VEC>(w, gamma + which * Z + h * z + j);
+            load<VEC>(b, beta + which * Z + h * z + j);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) out[i] = value[i] * (1.0f + w[i]) * inverse + b[i];
+            turn<VEC>(out, angle, 1);
+            store<VEC>((which ? k : q) + at + j, out);
         }
     }
 }
 
+template <typename T, bool NORM>
+static void queries_forward_any(Context *context, T *q, T *k, T *zn, const T *zz, const T *gamma,
+                                const T *beta, const float2 *table, QueryShape shape, float eps) {
+    WITH_PAIRS(T, head_vector<T>(shape.z, q, k, zn, zz, gamma, beta), {
+        int lanes = head_lanes(shape.z, VEC);
+        LAUNCH((queries_forward_kernel<T, VEC, NORM>), blocks_for(shape.rows * shape.H * lanes, QUERY_THREADS),
+               QUERY_THREADS, context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
+    });
+}
 template <typename T>
 static void znorm_forward(Context *context, T *zn, const T *zz, int64_t rows, int64_t H, int64_t z,
                           float eps) {
     QueryShape shape = {rows, nullptr, 1, (int)H, (int)z, 1};
-    LAUNCH((queries_forward_kernel<T, true>), blocks_for(rows * H, QUERY_WARPS), QUERY_WARPS * WARP_SIZE,
-           context, (T *)nullptr, (T *)nullptr, zn, zz, (const T *)nullptr, (const T *)nullptr,
-           (const float2 *)nullptr, shape, eps);
+    queries_forward_any<T, true>(context, nullptr, nullptr, zn, zz, nullptr, nullptr, nullptr, shape, eps);
 }
 template <typename T>
 static void qk_affine_forward(Context *context, T *q, T *k, const T *zn, const T *gamma, const T *beta,
                               int64_t rows, int64_t H, int64_t z) {
     QueryShape shape = {rows, nullptr, 1, (int)H, (int)z, 1};
-    LAUNCH((queries_forward_kernel<T, false>), blocks_for(rows * H, QUERY_WARPS), QUERY_WARPS * WARP_SIZE,
-           context, q, k, (T *)nullptr, zn, gamma, beta, (const float2 *)nullptr, shape, 0.0f);
+    queries_forward_any<T, false>(context, q, k, nullptr, zn, gamma, beta, nullptr, shape, 0.0f);
 }
 /* znorm_forward, qk_affine_forward and two rope_forwards in one; zn NULL: not wanted */
 template <typename T>
 static void queries_forward(Context *context, T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta,
                             const float2 *table, QueryShape shape, float eps) {
-    LAUNCH((queries_forward_kernel<T, true>), blocks_for(shape.rows * shape.H, QUERY_WARPS),
-           QUERY_WARPS * WARP_SIZE, context, q, k, zn, zz, gamma, beta, table, shape, eps);
+    queries_forward_any<T, true>(context, q, k, zn, zz, gamma, beta, table, shape, eps);
 }
 
 /* zn = zz rstd:  dzz = rstd (dzn - zz rstd^2 mean(dzn zz))
@@ -177,109 +230,117 @@ static void znorm_backward(Context *context, T *dzz, const T *dzn, const T *zz, 
            dzz, dzn, zz, rows * H, (int)z, eps);
 }
 
-/* Gradient of one entry pair before RoPE, for q and for k, and through the affine onto zn. */
-struct PairGradient {
-    float q[2], k[2], zn[2];
+/* What the backward needs of one vector of a head. */
+template <int VEC> struct HeadVector {
+    float q[VEC], k[VEC], zn[VEC], zz[VEC]; /* gradients of q and k before RoPE and of zn; zz */
 };
-template <typename T>
-__device__ inline PairGradient pair_gradient(const T *dq, const T *dk, const T *gamma, float2 angle,
-                                             int64_t at, int column, int Z, float inverse) {
-    float2 q = turn_pair(to_float(dq[at]), to_float(dq[at + 1]), angle, -1);
-    float2 k = turn_pair(to_float(dk[at]), to_float(dk[at + 1]), angle, -1);
-    PairGradient g = {{q.x, q.y}, {k.x, k.y}, {0, 0}};
+template <typename T, int VEC>
+__device__ inline void load_head(HeadVector<VEC> &v, const T *dq, const T *dk, const T *zz, const T *gamma,
+                                 const float2 *angles, int Z, float inverse) {
+    float angle[VEC], w[2][VEC];
+    load<VEC>(v.q, dq);
+    load<VEC>(v.k, dk);
+    load<VEC>(v.zz, zz);
+    load<VEC>(w[0], gamma);
+    load<VEC>(w[1], gamma + Z);
+    load_angles<VEC>(angle, angles);
+    turn<VEC>(v.q, angle, -1);
+    turn<VEC>(v.k, angle, -1);
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        g.zn[i] = inverse * (g.q[i] * (1.0f + to_float(gamma[column + i])) +
-                             g.k[i] * (1.0f + to_float(gamma[Z + column + i])));
-    return g;
+    for (int i = 0; i < VEC; i++)
+        v.zn[i] = inverse * (v.q[i] * (1.0f + w[0][i]) + v.k[i] * (1.0f + w[1][i]));
 }
+
+/* Sums that a thread makes for its vector of columns while it walks down the rows. */
+enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
 
 /* q = rope(zn (1 + g0) / sqrt z + b0), k with g1, b1:  dzn = (dq' (1 + g0) + dk' (1 + g1)) / sqrt z, dq' =
  * dq turned back; dg0 += dq' zn / sqrt z;  db0 += dq';  and NORM: zn = zz rstd, dzz = rstd (dzn - zn
- * mean(dzn zn)), dbias += dzz computes: dzz, partial sums (block and group) of dgamma (2,Z), dbeta (2,Z)
- * and, if wanted, of dzz (Z)
- * launch:   grid ceil(B T / 32), block 256: head by head, first a warp a row for the mean, then a thread
- *           walks down a pair
- * traffic:  4 B T Z sizeof(T) bytes, dq, dk and zz a second time from the caches
- * needs:    z even; dzz may not be dq, dk or zz
+ * mean(dzn zn)), dbias += dzz
+ * computes: dzz, partial sums of dgamma (2,Z), dbeta (2,Z) and, if wanted, of dzz (Z)
+ * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its head
+ *           and walks down 16 rows; a head too large for a warp is the whole block's
+ * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
+ * needs:    z even; VEC wants z and pointers in multiples of VEC elements; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
-template <typename T, bool NORM>
-__global__ void queries_backward_kernel(T *dzz, float *partial_gamma, float *partial_beta,
-                                        float *partial_bias, const T *dq, const T *dk, const T *zz,
-                                        const T *gamma, const float2 *table, QueryShape shape, float eps) {
-    __shared__ float row_rstd[SWEEP_ROWS], row_mean[SWEEP_ROWS];
-    int z = shape.z, half = z / 2, Z = shape.H * z, lane = (int)threadIdx.x % WARP_SIZE;
-    int64_t first = (int64_t)blockIdx.x * SWEEP_ROWS, last = min(first + SWEEP_ROWS, shape.rows);
-    float inverse = 1.0f / sqrtf((float)z);
-    Sweep sweep(half, 1);
-    int64_t part = (int64_t)blockIdx.x * sweep.groups + sweep.group;
-    for (int h = 0; h < shape.H; h++) {
-        for (int64_t row = first + threadIdx.x / WARP_SIZE; NORM && row < last;
-             row += SWEEP_THREADS / WARP_SIZE) {
-            const float2 *angles = table ? table + chunk_position(shape, row) * half : nullptr;
-            float squares = 0, products = 0;
-            for (int i = lane; i < half; i += WARP_SIZE) {
-                int64_t at = row * Z + h * z + 2 * i;
-                float2 angle = angles ? angles[i] : make_float2(1, 0);
-                PairGradient g = pair_gradient(dq, dk, gamma, angle, at, h * z + 2 * i, Z, inverse);
-                float a = to_float(zz[at]), b = to_float(zz[at + 1]);
-                squares += a * a + b * b;
-                products += g.zn[0] * a + g.zn[1] * b;
-            }
-            squares = warp_sum(squares), products = warp_sum(products);
-            if (lane == 0) {
-                float rstd = 1.0f / sqrtf(squares / (float)z + eps);
-                row_rstd[row - first] = rstd;
-                row_mean[row - first] = rstd * products / (float)z; // mean(dzn zn)
-            }
+template <typename T, int VEC, bool NORM>
+__global__ void __launch_bounds__(QUERY_THREADS, 2)
+    queries_backward_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias,
+                            const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
+                            QueryShape shape, float eps, int lanes) {
+    __shared__ SweepSums<VEC> shared;
+    __shared__ float warp_sums[QUERY_WARPS];
+    int z = shape.z, Z = shape.H * z, column = (int)blockIdx.y * z;
+    Sweep sweep(lanes * VEC, VEC);
+    bool whole = lanes > WARP_SIZE, wide = z > lanes * VEC; // wide: sums wait in memory from row to row
+    float inverse = 1.0f / sqrtf((float)z), sum[NUM_QUERY_SUMS][VEC] = {};
+    int64_t row_sums = (int64_t)blockIdx.x * Z + column;
+    float *out[NUM_QUERY_SUMS] = {partial_gamma + row_sums + (int64_t)blockIdx.x * Z,
+                                  partial_gamma + row_sums + (int64_t)blockIdx.x * Z + Z,
+                                  partial_beta + row_sums + (int64_t)blockIdx.x * Z,
+                                  partial_beta + row_sums + (int64_t)blockIdx.x * Z + Z,
+                                  partial_bias ? partial_bias + row_sums : nullptr};
+    HeadVector<VEC> v;
+    for (int64_t begin = (int64_t)blockIdx.x * sweep.groups; begin < shape.rows; begin += sweep.row_stride()) {
+        bool active = begin + sweep.group < shape.rows, again = begin >= sweep.row_stride();
+        int64_t row = active ? begin + sweep.group : begin, at = row * Z + column;
+        const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
+        float squares = 0, products = 0;
+        for (int j = sweep.lane * VEC; j < z; j += lanes * VEC) {
+            load_head<T, VEC>(v, dq + at + j, dk + at + j, zz + at + j, gamma + column + j,
+                              angles ? angles + j / 2 : nullptr, Z, inverse);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) squares += v.zz[i] * v.zz[i], products += v.zn[i] * v.zz[i];
         }
-        __syncthreads(); // the rows' means of this head are there
-        for (int i = sweep.lane; i < half && sweep.group < sweep.groups; i += sweep.lanes) {
-            float dgamma[2][2] = {}, dbeta[2][2] = {}, dbias[2] = {};
-            int column = h * z + 2 * i;
-            for (int64_t row = first + sweep.group; row < last; row += sweep.groups) {
-                int64_t at = row * Z + column;
-                float2 angle = table ? table[chunk_position(shape, row) * half + i] : make_float2(1, 0);
-                PairGradient g = pair_gradient(dq, dk, gamma, angle, at, column, Z, inverse);
-                float rstd = NORM ? row_rstd[row - first] : 1.0f, mean = NORM ? row_mean[row - first] : 0.0f;
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float zn = to_float(zz[at + j]) * rstd, dz = rstd * (g.zn[j] - zn * mean);
-                    dgamma[0][j] += g.q[j] * zn * inverse, dgamma[1][j] += g.k[j] * zn * inverse;
-                    dbeta[0][j] += g.q[j], dbeta[1][j] += g.k[j];
-                    dbias[j] += dz;
-                    dzz[at + j] = from_float<T>(dz);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-#pragma unroll
-                for (int which = 0; which < 2; which++) {
-                    partial_gamma[(part * 2 + which) * Z + column + j] = dgamma[which][j];
-                    partial_beta[(part * 2 + which) * Z + column + j] = dbeta[which][j];
-                }
-                if (partial_bias) partial_bias[part * Z + column + j] = dbias[j];
-            }
+        float rstd = 1, mean = 0; // mean: of dzn zn
+        if (NORM) {
+            squares = whole ? block_sum(squares, warp_sums) : lanes_sum(squares, lanes);
+            products = whole ? block_sum(products, warp_sums) : lanes_sum(products, lanes);
+            rstd = 1.0f / sqrtf(squares / (float)z + eps), mean = rstd * products / (float)z;
         }
-        __syncthreads(); // all have read the means: the next head may overwrite them
+        for (int j = sweep.lane * VEC; active && j < z; j += lanes * VEC) {
+            if (wide)
+                load_head<T, VEC>(v, dq + at + j, dk + at + j, zz + at + j, gamma + column + j,
+                                  angles ? angles + j / 2 : nullptr, Z, inverse);
+#pragma unroll
+            for (int s = 0; s < NUM_QUERY_SUMS; s++) {
+#pragma unroll
+                for (int i = 0; wide && i < VEC; i++) sum[s][i] = again && out[s] ? out[s][j + i] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                float zn = v.zz[i] * rstd, dz = rstd * (v.zn[i] - zn * mean);
+                sum[DGAMMA_Q][i] += v.q[i] * zn * inverse, sum[DGAMMA_K][i] += v.k[i] * zn * inverse;
+                sum[DBETA_Q][i] += v.q[i], sum[DBETA_K][i] += v.k[i];
+                sum[DBIAS][i] += dz;
+                v.zz[i] = dz;
+            }
+            store<VEC>(dzz + at + j, v.zz);
+#pragma unroll
+            for (int s = 0; s < NUM_QUERY_SUMS; s++)
+                if (wide && out[s]) store<VEC>(out[s] + j, sum[s]);
+        }
     }
+    if (wide) return;
+#pragma unroll
+    for (int s = 0; s < NUM_QUERY_SUMS; s++)
+        if (out[s]) sweep_row<VEC>(out[s], sweep, z, sum[s], shared);
 }
 
 template <typename T, bool NORM>
 static void queries_backward_any(Context *context, T *dzz, float *dgamma, float *dbeta, float *dbias,
                                  const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
                                  QueryShape shape, float eps) {
-    ScratchScope scope(context);
-    int64_t parts = (int64_t)sweep_blocks(shape.rows) * sweep_groups(shape.z / 2, 1),
-            Z = (int64_t)shape.H * shape.z;
-    float *partial_gamma = take<float>(context, parts * 2 * Z),
-          *partial_beta = take<float>(context, parts * 2 * Z);
-    float *partial_bias = dbias ? take<float>(context, parts * Z) : nullptr;
-    LAUNCH((queries_backward_kernel<T, NORM>), sweep_blocks(shape.rows), SWEEP_THREADS, context, dzz,
-           partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps);
-    add_partials(context, dgamma, partial_gamma, parts, 2 * Z);
-    add_partials(context, dbeta, partial_beta, parts, 2 * Z);
-    if (dbias) add_partials(context, dbias, partial_bias, parts, Z);
+    WITH_PAIRS(T, head_vector<T>(shape.z, dzz, dq, dk, zz, gamma), {
+        int lanes = shape.z > WARP_SIZE * VEC ? (int)QUERY_THREADS : head_lanes(shape.z, VEC);
+        unsigned blocks = blocks_for(shape.rows * lanes, QUERY_THREADS * QUERY_ROWS);
+        int64_t Z = (int64_t)shape.H * shape.z;
+        float *partial_gamma = take_sum(context, dgamma, blocks, 2 * Z),
+              *partial_beta = take_sum(context, dbeta, blocks, 2 * Z),
+              *partial_bias = take_sum(context, dbias, blocks, Z);
+        LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS, context,
+               dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps, lanes);
+    });
 }
 
 template <typename T>
@@ -291,7 +352,7 @@ static void qk_affine_backward(Context *context, T *dzn, float *dgamma, float *d
                                    0.0f);
 }
 /* Backward of queries_forward; dbias is the gradient of the bias that zz was made with: the column sums of
- * dzz. */
+ * dzz. The three sums wait for add_sums. */
 template <typename T>
 static void queries_backward(Context *context, T *dzz, float *dgamma, float *dbeta, float *dbias,
                              const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,

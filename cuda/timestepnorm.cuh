@@ -1,20 +1,25 @@
 /* timestepnorm.cuh - TimestepNorm: each group of features is normalised by the mean and variance of
  * everything that its row of the batch has seen up to and including this step. Both directions are scans
- * over time.
+ * over time, and each is one kernel that reads its inputs once from memory.
  *
- * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula; nothing is ever the
- * difference of two long sums, so a large mean or a million steps do no harm. A tile of 32 steps is scanned
- * by a warp, a lane a step; the tiles' totals are scanned by a block for each row and group; then every step
- * merges its tile's prefix with its own place in the tile.
+ * A block owns a tile: 32 steps of some groups. It reduces the tile to sums, tells them to the blocks that
+ * need them, learns from others what came before, and goes over the tile a second time, which is in the
+ * caches by then. A warp owns a group: its lanes are the steps of the tile while the tile is scanned, and
+ * other tiles while it looks back. 32 tiles make a span; whoever has the last tile of a span tells the sums
+ * of everything up to its end. So a tile reads at most 31 tiles and one span, in an order that never changes.
+ *
+ * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula. Moments of 32 equal parts
+ * come from the sums of differences to the first part: the first one lies within a few standard deviations of
+ * the rest (5.6 at most), so that nothing cancels and a large mean or a million steps do no harm.
  *
  * Backward. With k_t the steps seen at t, and dm_t, dv_t the gradients of mean_t and var_t from y_t alone,
  * let
  *     U_t = sum over s >= t of dv_s / k_s
  *     P_t = sum over s >= t of (dm_s - 2 dv_s (mean_s - mean_t)) / k_s
  * then dx_t = rstd_t g_t + (P_t + 2 (x_t - mean_t) U_t) / size, g = dy (1 + w), size = D/G, because mean_s
- * and var_s weigh every element seen by 1 / (k_s size). Two stretches of time, the earlier one A, merge by
- *     U = U_A + U_B,   P = P_A + P_B - 2 U_B (mean_B - mean_A)      (mean_X: the mean at X's first step)
- * so that again only differences of neighbouring means appear.
+ * and var_s weigh every element seen by 1 / (k_s size). What P counts from can be changed afterwards: seen
+ * from a mean m instead of mean_t it is P_t - 2 U_t (mean_t - m), so that again only differences of
+ * neighbouring means appear. A tile's P is seen from the mean at the tile's first step.
  */
 #ifndef CUDA_TIMESTEPNORM_CUH
 #define CUDA_TIMESTEPNORM_CUH
@@ -23,11 +28,102 @@
 
 enum {
     TILE_STEPS = WARP_SIZE,
-    TILE_GROUPS = 32,
+    SPAN_TILES = WARP_SIZE,
+    TILE_GROUPS = 16,
     TILE_THREADS = 256,
-    TILE_SCAN_THREADS = 256,
-    APPLY_ROWS = 8
+    TILE_WARPS = TILE_THREADS / WARP_SIZE,
+    GROUPS_PER_WARP = TILE_GROUPS / TILE_WARPS,
+    TILE_BATCH = 4,   /* loads that a thread has under way while it makes sums */
+    SHORT_GROUP = 16, /* a group of so few features is one thread's */
 };
+
+/* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
+ * (a power of two) a group of one step. */
+struct TimestepShape {
+    int B, steps, D, G, size, num_tiles, num_spans, parts, lanes;
+    float eps;
+};
+
+template <typename T>
+static TimestepShape timestep_shape(int64_t B, int64_t steps, int64_t D, int64_t G, float eps, int vec) {
+    int64_t size = D / G, tiles = ceil_div(steps, TILE_STEPS), lanes = 1;
+    while (size > SHORT_GROUP && lanes * 2 <= WARP_SIZE && lanes * 2 * vec <= size) lanes *= 2;
+    return TimestepShape{(int)B,    (int)steps, (int)D,
+                         (int)G,    (int)size,  (int)tiles,
+                         (int)ceil_div(tiles, SPAN_TILES), (int)ceil_div(G, TILE_GROUPS), (int)lanes,
+                         eps};
+}
+
+/* The tile of this block. Blocks start in the order of their index, so that whatever a block waits for is
+ * under way or done: `order` counts tiles from where the scan begins. */
+struct Tile {
+    int b, order, index, first_group, groups, first_step, steps;
+    __device__ Tile(const TimestepShape &shape, bool backwards) {
+        int rest = (int)(blockIdx.x / (unsigned)shape.B), part = rest % shape.parts;
+        b = (int)(blockIdx.x % (unsigned)shape.B), order = rest / shape.parts;
+        index = backwards ? shape.num_tiles - 1 - order : order;
+        first_group = part * TILE_GROUPS, groups = min((int)TILE_GROUPS, shape.G - first_group);
+        first_step = index * TILE_STEPS, steps = min((int)TILE_STEPS, shape.steps - first_step);
+    }
+};
+
+/* Unit by unit (a group of a step) through a tile, `units` at a time, without a division each time. */
+struct TileWalk {
+    int step, group, groups, step_stride, group_stride;
+    __device__ TileWalk(int unit, int units, int groups_here) {
+        groups = groups_here, step = unit / groups, group = unit % groups;
+        step_stride = units / groups, group_stride = units % groups;
+    }
+    __device__ void next() {
+        step += step_stride, group += group_stride;
+        if (group >= groups) group -= groups, step++;
+    }
+};
+
+/* ----------------------------------------------------------------------------------------------------------
+ * What blocks tell each other. A slot is two doubles whose bits are all set until they are written; each of
+ * the two words carries its own news, so that no order between them matters.
+ */
+
+using Slot = Pair<double>;
+constexpr unsigned long long SLOT_EMPTY = ~0ull, SLOT_NAN = 0x7ff8000000000000ull;
+
+__device__ inline void tell_word(double *word, double value) {
+    unsigned long long bits = (unsigned long long)__double_as_longlong(value);
+    /* A NaN may have any bits; this one would be waited for. */
+    *(volatile unsigned long long *)word = bits == SLOT_EMPTY ? SLOT_NAN : bits;
+}
+__device__ inline double await_word(const double *word) {
+    unsigned long long bits;
+    do bits = *(const volatile unsigned long long *)word;
+    while (bits == SLOT_EMPTY);
+    return __longlong_as_double((long long)bits);
+}
+__device__ inline void tell(Slot *slot, double x, double y) {
+    tell_word(&slot->x, x);
+    tell_word(&slot->y, y);
+}
+__device__ inline Slot await(const Slot *slot) { return Slot{await_word(&slot->x), await_word(&slot->y)}; }
+
+static unsigned tile_blocks(const TimestepShape &shape) {
+    return (unsigned)((int64_t)shape.num_tiles * shape.parts * shape.B);
+}
+
+/* tiles (B,num_tiles,G), then spans (B,num_spans,G): spans[b, i] is what came before span i */
+struct Slots {
+    Slot *tiles, *spans;
+};
+static Slots take_slots(Context *context, const TimestepShape &shape) {
+    int64_t tiles = (int64_t)shape.B * shape.num_tiles * shape.G,
+            spans = (int64_t)shape.B * shape.num_spans * shape.G;
+    Slot *slots = take<Slot>(context, tiles + spans);
+    if (shape.num_tiles > 1) fill(context, slots, 0xff, (size_t)(tiles + spans) * sizeof(Slot));
+    return Slots{slots, slots + tiles};
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Forward
+ */
 
 /* Mean and population variance of `count` steps. */
 template <typename A> struct Moments { A count, mean, var; };
@@ -44,183 +140,161 @@ template <typename A> __device__ inline Moments<A> merge(const Moments<A> &a, co
     return result;
 }
 
-template <typename A> __device__ inline Moments<A> shuffle_up(const Moments<A> &m, int step) {
-    return Moments<A>{__shfl_up_sync(FULL_MASK, m.count, step), __shfl_up_sync(FULL_MASK, m.mean, step),
-                      __shfl_up_sync(FULL_MASK, m.var, step)};
+/* Moments of `parts` equal parts of `count` steps, from the sums of what part_differences gives. */
+template <typename A>
+__device__ inline Moments<A> whole_of(A first_mean, A sum, A squares, int parts, int count) {
+    A inverse = (A)1 / (A)parts, shift = sum * inverse;
+    return Moments<A>{(A)(parts * count), first_mean + shift, squares * inverse - shift * shift};
 }
 
-/* Inclusive scan over the lanes of a warp. */
-template <typename A> __device__ inline Moments<A> warp_scan(Moments<A> m, int lane) {
+/* Moments of steps 0 .. lane of a tile: lane i has the moments of step i alone. */
+template <typename A> __device__ inline Moments<A> scan_steps(Pair<A> own, int lane) {
+    A first = __shfl_sync(FULL_MASK, own.x, 0), sum = own.x - first, squares = own.y + sum * sum;
+#pragma unroll
     for (int step = 1; step < WARP_SIZE; step *= 2) {
-        Moments<A> before = shuffle_up(m, step);
-        if (lane >= step) m = merge(before, m);
+        A sum_before = __shfl_up_sync(FULL_MASK, sum, step),
+          squares_before = __shfl_up_sync(FULL_MASK, squares, step);
+        if (lane >= step) sum += sum_before, squares += squares_before;
     }
-    return m;
+    return whole_of(first, sum, squares, lane + 1, 1);
 }
 
-/* How a block shares a tile: `lanes` threads a group and step (a power of two), each with VEC elements at a
- * time. */
-template <typename T> static int lanes_per_group(int64_t size, int vec) {
-    int lanes = 1;
-    while (lanes * 2 <= WARP_SIZE && lanes * 2 * vec <= size) lanes *= 2;
-    return lanes;
+/* Moments of everything before this tile, for one group; the whole warp calls it. */
+__device__ inline Moments<double> look_back(const TimestepShape &shape, const Tile &tile, const Slots &slots,
+                                            const Moments<double> &state, int g, int lane) {
+    int span = tile.order / SPAN_TILES, earlier = tile.order % SPAN_TILES;
+    int64_t row = (int64_t)tile.b * shape.num_tiles + span * SPAN_TILES + lane;
+    Slot part = {0, 0};
+    if (lane < earlier) part = await(slots.tiles + row * shape.G + g);
+    Moments<double> before = state;
+    if (span) {
+        Slot prefix = await(slots.spans + ((int64_t)tile.b * shape.num_spans + span) * shape.G + g);
+        before.count += (double)span * (SPAN_TILES * TILE_STEPS);
+        before.mean = prefix.x, before.var = prefix.y;
+    }
+    if (earlier == 0) return before;
+    double first = __shfl_sync(FULL_MASK, part.x, 0), difference = lane < earlier ? part.x - first : 0;
+    double sum = warp_sum(difference), squares = warp_sum(part.y + difference * difference);
+    return merge(before, whole_of(first, sum, squares, earlier, (int)TILE_STEPS));
 }
 
-/* Unit by unit through a tile, `units` at a time, without a division each time. */
-struct TileWalk {
-    int step, group, groups, step_stride, group_stride;
-    __device__ TileWalk(int unit, int units, int groups_here) {
-        groups = groups_here, step = unit / groups, group = unit % groups;
-        step_stride = units / groups, group_stride = units % groups;
-    }
-    __device__ void next() {
-        step += step_stride, group += group_stride;
-        if (group >= groups) group -= groups, step++;
-    }
-};
-
-/* computes: for each group and step of a tile, mean and variance of the tile's steps up to it; and of the
- * whole tile
- * launch:   grid (tiles, ceil(G / 32), B), block 256: `lanes` lanes own a group of a step; then a warp scans
- *           a group
- * traffic:  B T D sizeof(T) bytes read, 2 B T G sizeof(Accum) written
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
- * numerics: two passes for a step's variance; Accum is double for float; fixed order: deterministic */
+/* computes: mean_t, var_t and y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + w) + b, and the moments after the
+ *           last step
+ * launch:   grid (tiles ceil(G / 16) B), block 256: a block owns 32 steps of 16 groups; `lanes` threads make
+ *           the sums of a group of a step, a warp scans a group, then threads own columns and walk down
+ * traffic:  2 B T D sizeof(T) + 8 B T G bytes, x a second time from the caches
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; state
+ *           in and out may be the same memory; mean_in NULL is an empty state
+ * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void timestepnorm_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *x, int steps,
-                                         int D, int G, int lanes) {
+__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
+    timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out, Slots slots,
+                                const T *__restrict__ x, const int64_t *count, const double *mean_in,
+                                const double *var_in, const T *weight, const T *bias, TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> step_moments[TILE_STEPS][TILE_GROUPS + 1];
-    int size = D / G, tile = (int)blockIdx.x, num_tiles = (int)gridDim.x, b = (int)blockIdx.z;
-    int first_group = (int)blockIdx.y * TILE_GROUPS, groups = min(TILE_GROUPS, G - first_group);
-    int first_step = tile * TILE_STEPS, count = min((int)TILE_STEPS, steps - first_step);
-    int lane = (int)threadIdx.x % lanes, units = TILE_THREADS / lanes;
-    A inverse_size = (A)1 / (A)size;
-    /* All lanes of a warp make the same number of rounds, so that the shuffles below find them all. */
-    TileWalk walk((int)threadIdx.x / lanes, units, groups);
-    for (int round = 0; round * units < groups * count; round++, walk.next()) {
-        bool active = walk.step < count;
-        int step = active ? walk.step : 0, group = active ? walk.group : 0;
-        const T *values =
-            x + ((int64_t)b * steps + first_step + step) * D + (int64_t)(first_group + group) * size;
-        float value[VEC];
-        A sum = 0, squares = 0;
-        for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            load<VEC>(value, values + i);
+    __shared__ Pair<A> moments[TILE_STEPS][TILE_GROUPS + 1];
+    __shared__ float rstds[TILE_STEPS][TILE_GROUPS + 1];
+    Tile tile(shape, false);
+    int size = shape.size, lane = (int)threadIdx.x % shape.lanes, units = TILE_THREADS / shape.lanes;
+    int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
+    const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
+
+    /* The moments of each step alone, from differences to the group's first value. All lanes of a warp make the
+     * same number of rounds, so that the shuffles find them all. */
+    TileWalk walk((int)threadIdx.x / shape.lanes, units, tile.groups);
+    for (int round = 0; round * units < tile.groups * tile.steps; round += TILE_BATCH) {
+        const T *values[TILE_BATCH];
+        Pair<A> *out[TILE_BATCH];
+        A first[TILE_BATCH], sum[TILE_BATCH] = {}, squares[TILE_BATCH] = {};
 #pragma unroll
-            for (int j = 0; j < VEC; j++) sum += value[j];
+        for (int j = 0; j < TILE_BATCH; j++, walk.next()) {
+            bool active = walk.step < tile.steps;
+            values[j] = corner + (active ? (int64_t)walk.step * shape.D + walk.group * size : 0);
+            out[j] = active && lane == 0 ? &moments[walk.step][walk.group] : nullptr;
+            first[j] = to_float(values[j][0]);
         }
-        A mean = lanes_sum(sum, lanes) * inverse_size;
-        for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            load<VEC>(value, values + i);
+        for (int i = lane * VEC; i < size; i += shape.lanes * VEC) {
+            Packed<T, VEC> value[TILE_BATCH];
 #pragma unroll
-            for (int j = 0; j < VEC; j++) squares += (value[j] - mean) * (value[j] - mean);
+            for (int j = 0; j < TILE_BATCH; j++) value[j] = packed<VEC>(values[j] + i);
+#pragma unroll
+            for (int j = 0; j < TILE_BATCH; j++) {
+#pragma unroll
+                for (int k = 0; k < VEC; k++) {
+                    A difference = to_float(value[j].v[k]) - first[j];
+                    sum[j] += difference, squares[j] += difference * difference;
+                }
+            }
         }
-        A var = lanes_sum(squares, lanes) * inverse_size;
-        if (active && lane == 0) step_moments[step][group] = Pair<A>{mean, var};
+#pragma unroll
+        for (int j = 0; j < TILE_BATCH; j++) {
+            A s = lanes_sum(sum[j], shape.lanes), q = lanes_sum(squares[j], shape.lanes);
+            Moments<A> m = whole_of(first[j], s, q, size, 1);
+            if (out[j]) *out[j] = Pair<A>{m.mean, m.var};
+        }
     }
     __syncthreads(); // the steps' own moments are all there for the scans
 
-    int step = (int)threadIdx.x % WARP_SIZE;
-    for (int group = (int)threadIdx.x / WARP_SIZE; group < groups; group += TILE_THREADS / WARP_SIZE) {
-        Moments<A> m = {0, 0, 0};
-        if (step < count) m = Moments<A>{1, step_moments[step][group].x, step_moments[step][group].y};
-        m = warp_scan(m, step);
-        if (step < count) step_moments[step][group] = Pair<A>{m.mean, m.var};
-        if (step == count - 1)
-            tiles[((int64_t)b * G + first_group + group) * num_tiles + tile] = Pair<double>{m.mean, m.var};
+    int step = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
+    Moments<A> local[GROUPS_PER_WARP];
+#pragma unroll
+    for (int i = 0; i < GROUPS_PER_WARP; i++) {
+        int group = warp + i * TILE_WARPS;
+        if (group >= tile.groups) break; // a whole warp leaves
+        Pair<A> own = step < tile.steps ? moments[step][group] : Pair<A>{0, 0};
+        local[i] = scan_steps(own, step);
+        if (step == tile.steps - 1 && tile.index < shape.num_tiles - 1)
+            tell(slots.tiles + ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.G + tile.first_group +
+                     group,
+                 local[i].mean, local[i].var);
     }
-    __syncthreads(); // the scans are done: write them out row by row
-    for (int i = (int)threadIdx.x; i < count * groups; i += TILE_THREADS)
-        local[((int64_t)b * steps + first_step + i / groups) * G + first_group + i % groups] =
-            step_moments[i / groups][i % groups];
-}
-
-/* computes: tiles[b, g, i] becomes the moments of everything before tile i (the state that came in
- * included); the
- *           moments after the last tile go to mean_out and var_out
- * launch:   grid B G, block 256: a thread owns a tile, 256 tiles at a time
- * traffic:  32 B G T/32 bytes
- * needs:    nothing; mean_in NULL is an empty state; state in and out may be the same memory
- * numerics: double, fixed order: deterministic */
-__global__ static void timestepnorm_scan_kernel(Pair<double> *tiles, double *mean_out, double *var_out,
-                                                const int64_t *count, const double *mean_in,
-                                                const double *var_in, int num_tiles, int steps, int G) {
-    __shared__ Moments<double> warp_totals[TILE_SCAN_THREADS / WARP_SIZE];
-    int bg = (int)blockIdx.x, lane = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
-    Moments<double> before = {0, 0, 0};
-    if (mean_in) before = Moments<double>{(double)count[bg / G], mean_in[bg], var_in[bg]};
-    for (int first = 0; first < num_tiles; first += TILE_SCAN_THREADS) {
-        int tile = first + (int)threadIdx.x;
-        Moments<double> m = {0, 0, 0};
-        if (tile < num_tiles) {
-            Pair<double> total = tiles[(int64_t)bg * num_tiles + tile];
-            m = Moments<double>{(double)min((int)TILE_STEPS, steps - tile * TILE_STEPS), total.x, total.y};
+#pragma unroll
+    for (int i = 0; i < GROUPS_PER_WARP; i++) {
+        int group = warp + i * TILE_WARPS, g = tile.first_group + group, bg = tile.b * shape.G + g;
+        if (group >= tile.groups) break; // a whole warp leaves
+        Moments<double> state = {0, 0, 0};
+        if (mean_in) state = Moments<double>{(double)count[tile.b], mean_in[bg], var_in[bg]};
+        Moments<double> before = look_back(shape, tile, slots, state, g, step);
+        bool last = tile.index == shape.num_tiles - 1, ends_span = tile.order % SPAN_TILES == SPAN_TILES - 1;
+        if (step == tile.steps - 1 && (last || ends_span)) {
+            Moments<double> after = merge(
+                before, Moments<double>{(double)tile.steps, (double)local[i].mean, (double)local[i].var});
+            if (last && mean_out) mean_out[bg] = after.mean, var_out[bg] = after.var;
+            if (!last)
+                tell(slots.spans +
+                         ((int64_t)tile.b * shape.num_spans + tile.order / SPAN_TILES + 1) * shape.G + g,
+                     after.mean, after.var);
         }
-        m = warp_scan(m, lane);
-        if (lane == WARP_SIZE - 1) warp_totals[warp] = m;
-        Moments<double> exclusive = shuffle_up(m, 1);
-        if (lane == 0) exclusive = Moments<double>{0, 0, 0};
-        __syncthreads(); // the warps' totals are there
-        Moments<double> prefix = before;
-        for (int i = 0; i < warp; i++) prefix = merge(prefix, warp_totals[i]);
-        prefix = merge(prefix, exclusive);
-        if (tile < num_tiles) tiles[(int64_t)bg * num_tiles + tile] = Pair<double>{prefix.mean, prefix.var};
-        for (int i = 0; i < TILE_SCAN_THREADS / WARP_SIZE; i++) before = merge(before, warp_totals[i]);
-        __syncthreads(); // all have read the totals: the next round may write them
+        Moments<A> here = merge(Moments<A>{(A)before.count, (A)before.mean, (A)before.var}, local[i]);
+        moments[step][group] = Pair<A>{here.mean, here.var};
+        rstds[step][group] = (float)((A)1 / sqrt(here.var + (A)shape.eps));
     }
-    if (threadIdx.x == 0 && mean_out) mean_out[bg] = before.mean, var_out[bg] = before.var;
-}
+    __syncthreads(); // the moments of every step and group are there
 
-/* computes: mean_t, var_t and y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + w) + b
- * launch:   grid (ceil(T / 8), B), block 256: threads merge the moments of 8 steps, then walk over the rows
- *           in vectors
- * traffic:  2 B T D sizeof(T) + 2 B T G (sizeof(Accum) + 4) bytes
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
- * numerics: prefixes are merged in double */
-template <typename T, int VEC>
-__global__ void timestepnorm_apply_kernel(T *y, float *mean, float *var, const Pair<Accum<T>> *local,
-                                          const Pair<double> *tiles, const int64_t *count, bool has_state,
-                                          const T *x, const T *weight, const T *bias, int steps, int D,
-                                          int G, int num_tiles, float eps) {
-    using A = Accum<T>;
-    __shared__ A shared_mean[APPLY_ROWS * TILE_GROUPS];
-    __shared__ float shared_rstd[APPLY_ROWS * TILE_GROUPS];
-    int b = (int)blockIdx.y, first = (int)blockIdx.x * APPLY_ROWS,
-        rows = min((int)APPLY_ROWS, steps - first), size = D / G;
-    double seen = has_state ? (double)count[b] : 0;
-    for (int first_group = 0; first_group < G; first_group += TILE_GROUPS) {
-        int groups = min((int)TILE_GROUPS, G - first_group);
-        for (int i = (int)threadIdx.x; i < rows * groups; i += (int)blockDim.x) {
-            int t = first + i / groups, g = first_group + i % groups, tile = t / TILE_STEPS;
-            int64_t at = ((int64_t)b * steps + t) * G + g;
-            Pair<double> prefix = tiles[((int64_t)b * G + g) * num_tiles + tile];
-            Moments<double> m = merge(
-                Moments<double>{seen + (double)tile * TILE_STEPS, prefix.x, prefix.y},
-                Moments<double>{(double)(t % TILE_STEPS + 1), (double)local[at].x, (double)local[at].y});
-            mean[at] = (float)m.mean;
-            var[at] = (float)m.var;
-            shared_mean[i] = (A)m.mean;
-            shared_rstd[i] = (float)(1.0 / sqrt(m.var + (double)eps));
-        }
-        __syncthreads(); // the moments of these rows and groups are there
-        int width = groups * size, vectors = width / VEC;
-        for (int i = (int)threadIdx.x; i < rows * vectors; i += (int)blockDim.x) {
-            int row = i / vectors, column = (i % vectors) * VEC, group = column / size,
-                d = first_group * size + column;
-            float value[VEC], w[VEC], add[VEC];
-            int64_t at = ((int64_t)b * steps + first + row) * D + d;
-            load<VEC>(value, x + at);
-            load<VEC>(w, weight + d);
-            load<VEC>(add, bias + d);
-            A mean_here = shared_mean[row * groups + group];
-            float rstd = shared_rstd[row * groups + group];
+    for (int i = (int)threadIdx.x; i < tile.steps * tile.groups; i += TILE_THREADS) {
+        int t = i / tile.groups, group = i % tile.groups;
+        int64_t at = (first_row + t) * shape.G + tile.first_group + group;
+        mean[at] = (float)moments[t][group].x;
+        var[at] = (float)moments[t][group].y;
+    }
+    int width = tile.groups * size;
+    Sweep sweep(width, VEC);
+    if (sweep.group >= sweep.groups) return;
+    for (int c = sweep.lane * VEC; c < width; c += sweep.lanes * VEC) {
+        int group = c / size, d = tile.first_group * size + c;
+        float w[VEC], add[VEC], value[VEC];
+        load<VEC>(w, weight + d);
+        load<VEC>(add, bias + d);
+#pragma unroll 4
+        for (int t = sweep.group; t < tile.steps; t += sweep.groups) {
+            A mean_here = moments[t][group].x;
+            float rstd = rstds[t][group];
+            load<VEC>(value, corner + (int64_t)t * shape.D + c);
 #pragma unroll
             for (int j = 0; j < VEC; j++)
                 value[j] = (float)(value[j] - mean_here) * rstd * (1.0f + w[j]) + add[j];
-            store<VEC>(y + at, value);
+            store<VEC>(y + (first_row + t) * shape.D + d, value);
         }
-        __syncthreads(); // all have read the moments: the next groups may overwrite them
     }
 }
 
@@ -232,18 +306,11 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
                                  const double *var_in, const T *weight, const T *bias, int64_t B,
                                  int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
-    int num_tiles = (int)ceil_div(steps, TILE_STEPS);
-    Pair<Accum<T>> *local = take<Pair<Accum<T>>>(context, B * steps * G);
-    Pair<double> *tiles = take<Pair<double>>(context, B * G * num_tiles);
     WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias), {
-        LAUNCH((timestepnorm_tile_kernel<T, VEC>),
-               dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,
-               local, tiles, x, (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC));
-        LAUNCH(timestepnorm_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles, mean_out,
-               var_out, count, mean_in, var_in, num_tiles, (int)steps, (int)G);
-        LAUNCH((timestepnorm_apply_kernel<T, VEC>), dim3(blocks_for(steps, APPLY_ROWS), (unsigned)B),
-               TILE_THREADS, context, y, mean, var, local, tiles, count, mean_in != nullptr, x, weight, bias,
-               (int)steps, (int)D, (int)G, num_tiles, eps);
+        TimestepShape shape = timestep_shape<T>(B, steps, D, G, eps, VEC);
+        Slots slots = take_slots(context, shape);
+        LAUNCH((timestepnorm_forward_kernel<T, VEC>), tile_blocks(shape), TILE_THREADS, context, y, mean, var,
+               mean_out, var_out, slots, x, count, mean_in, var_in, weight, bias, shape);
     });
 }
 
@@ -285,170 +352,159 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
  * Backward
  */
 
-/* P and U of a stretch of time, and the mean at its first step. An empty stretch has U = P = 0 and any mean.
- * */
-template <typename A> struct Suffix { A p, u, mean; };
-
-/* a comes before b */
-template <typename A> __device__ inline Suffix<A> merge(const Suffix<A> &a, const Suffix<A> &b) {
-    return Suffix<A>{a.p + b.p - 2 * b.u * (b.mean - a.mean), a.u + b.u, a.mean};
-}
-
-/* Inclusive suffix scan over the lanes of a warp: lane i gets lanes i, i+1, ... */
-template <typename A> __device__ inline Suffix<A> warp_suffix_scan(Suffix<A> s, int lane) {
-    for (int step = 1; step < WARP_SIZE; step *= 2) {
-        Suffix<A> after = {__shfl_down_sync(FULL_MASK, s.p, step), __shfl_down_sync(FULL_MASK, s.u, step),
-                           __shfl_down_sync(FULL_MASK, s.mean, step)};
-        if (lane + step < WARP_SIZE) s = merge(s, after);
+/* P and U of everything after this tile, P seen from the mean `here`, for one group; the whole warp calls it.
+ * means[t G] is mean[b, t, g]. */
+__device__ inline Slot look_ahead(const TimestepShape &shape, const Tile &tile, const Slots &slots,
+                                  const float *means, float here, int g, int lane) {
+    int span = tile.order / SPAN_TILES, later = tile.order % SPAN_TILES;
+    int other = shape.num_tiles - 1 - (span * SPAN_TILES + lane); // lane 0 has the last tile of this span
+    Slot sum = {0, 0};
+    if (lane < later) {
+        double seen_from = (double)means[(int64_t)other * TILE_STEPS * shape.G] - (double)here;
+        sum = await(slots.tiles + ((int64_t)tile.b * shape.num_tiles + other) * shape.G + g);
+        sum.x -= 2 * sum.y * seen_from;
     }
-    return s;
+    if (later) sum = Slot{warp_sum(sum.x), warp_sum(sum.y)};
+    if (span) {
+        int next = tile.index + later + 1; // the first tile after this span
+        double seen_from = (double)means[(int64_t)next * TILE_STEPS * shape.G] - (double)here;
+        Slot rest = await(slots.spans + ((int64_t)tile.b * shape.num_spans + span) * shape.G + g);
+        sum.x += rest.x - 2 * rest.y * seen_from, sum.y += rest.y;
+    }
+    return sum;
 }
 
 /* y = (x - mean) rstd (1 + w) + b:  dm_t = -rstd sum g,  dv_t = -rstd^2/2 sum g xhat
- * computes: for each group and step of a tile the suffix (P, U) within the tile; and the tile's whole
- * launch:   grid (tiles, ceil(G / 32), B), block 256: as timestepnorm_tile_kernel
- * traffic:  2 B T D sizeof(T) bytes read, 2 B T G sizeof(Accum) written
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything
- * numerics: Accum is double for float; fixed order: deterministic */
+ * computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and
+ *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the steps
+ *           before
+ * launch:   grid (tiles ceil(G / 16) B), block 256: as the forward, the last tile first
+ * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; dx may
+ *           be dy, add1 or add2
+ * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void timestepnorm_backward_tile_kernel(Pair<Accum<T>> *local, Pair<double> *tiles, const T *dy,
-                                                  const double *dmean_out, const double *dvar_out,
-                                                  const float *mean, const float *var, const T *x,
-                                                  const int64_t *count, bool has_state, const T *weight,
-                                                  int steps, int D, int G, int lanes, float eps) {
+__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 3 : 2)
+    timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w, float *partial_b,
+                                 Slots slots, const T *dy, const double *dmean_out, const double *dvar_out,
+                                 const T *add1, const T *add2, const float *mean, const float *var,
+                                 const T *__restrict__ x, const int64_t *count, const double *mean_in,
+                                 const T *weight, TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> step_sums[TILE_STEPS][TILE_GROUPS + 1];
-    int size = D / G, tile = (int)blockIdx.x, num_tiles = (int)gridDim.x, b = (int)blockIdx.z;
-    int first_group = (int)blockIdx.y * TILE_GROUPS, groups = min((int)TILE_GROUPS, G - first_group);
-    int first_step = tile * TILE_STEPS, tile_steps = min((int)TILE_STEPS, steps - first_step);
-    int lane = (int)threadIdx.x % lanes, units = TILE_THREADS / lanes;
-    A seen = has_state ? (A)count[b] : (A)0;
-    TileWalk walk((int)threadIdx.x / lanes, units, groups);
-    for (int round = 0; round * units < groups * tile_steps; round++, walk.next()) {
-        bool active = walk.step < tile_steps;
-        int step = active ? walk.step : 0, group = active ? walk.group : 0, t = first_step + step;
-        int64_t row = (int64_t)b * steps + t, column = (int64_t)(first_group + group) * size;
-        float value[VEC], grad[VEC], w[VEC], mean_here = mean[row * G + first_group + group];
-        A sum = 0, product = 0;
-        for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            load<VEC>(value, x + row * D + column + i);
-            load<VEC>(grad, dy + row * D + column + i);
-            load<VEC>(w, weight + column + i);
+    __shared__ Pair<A> shares[TILE_STEPS][TILE_GROUPS + 1];     // dm / k and dv / k, then P / size and 2 U / size
+    __shared__ Pair<float> moments[TILE_STEPS][TILE_GROUPS + 1]; // mean and rstd
+    __shared__ SweepSums<VEC> column_sums;
+    Tile tile(shape, true);
+    int size = shape.size, lane = (int)threadIdx.x % shape.lanes, units = TILE_THREADS / shape.lanes;
+    int first_column = tile.first_group * size;
+    int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
+    A seen = mean_in ? (A)count[tile.b] : (A)0;
+
+    TileWalk walk((int)threadIdx.x / shape.lanes, units, tile.groups);
+    for (int round = 0; round * units < tile.groups * tile.steps; round += TILE_BATCH / 2) {
+        int64_t at[TILE_BATCH / 2];
+        int step[TILE_BATCH / 2], group[TILE_BATCH / 2];
+        float mean_here[TILE_BATCH / 2], var_here[TILE_BATCH / 2];
+        A sum[TILE_BATCH / 2] = {}, product[TILE_BATCH / 2] = {};
 #pragma unroll
-            for (int j = 0; j < VEC; j++) {
-                A g = grad[j] * (1.0f + w[j]);
-                sum += g;
-                product += g * (value[j] - mean_here);
+        for (int j = 0; j < TILE_BATCH / 2; j++, walk.next()) {
+            step[j] = walk.step < tile.steps ? walk.step : -1, group[j] = step[j] < 0 ? 0 : walk.group;
+            int64_t row = first_row + max(step[j], 0), statistic = row * shape.G + tile.first_group + group[j];
+            at[j] = row * shape.D + first_column + group[j] * size;
+            mean_here[j] = mean[statistic], var_here[j] = var[statistic];
+        }
+        for (int i = lane * VEC; i < size; i += shape.lanes * VEC) {
+            Packed<T, VEC> value[TILE_BATCH / 2], grad[TILE_BATCH / 2], w[TILE_BATCH / 2];
+#pragma unroll
+            for (int j = 0; j < TILE_BATCH / 2; j++) {
+                value[j] = packed<VEC>(x + at[j] + i), grad[j] = packed<VEC>(dy + at[j] + i);
+                w[j] = packed<VEC>(weight + first_column + group[j] * size + i);
+            }
+#pragma unroll
+            for (int j = 0; j < TILE_BATCH / 2; j++) {
+#pragma unroll
+                for (int k = 0; k < VEC; k++) {
+                    A g = to_float(grad[j].v[k]) * (1.0f + to_float(w[j].v[k]));
+                    sum[j] += g;
+                    product[j] += g * (to_float(value[j].v[k]) - mean_here[j]);
+                }
             }
         }
-        sum = lanes_sum(sum, lanes), product = lanes_sum(product, lanes);
-        if (active && lane == 0) {
-            A rstd = (A)1 / sqrt((A)var[row * G + first_group + group] + (A)eps), k = seen + (A)(t + 1);
-            A dm = -rstd * sum, dv = (A)-0.5 * rstd * rstd * rstd * product;
-            int bg = b * G + first_group + group;
-            if (t == steps - 1 && dmean_out) dm += (A)dmean_out[bg];
-            if (t == steps - 1 && dvar_out) dv += (A)dvar_out[bg];
-            step_sums[step][group] = Pair<A>{dm / k, dv / k};
+#pragma unroll
+        for (int j = 0; j < TILE_BATCH / 2; j++) {
+            A total = lanes_sum(sum[j], shape.lanes), products = lanes_sum(product[j], shape.lanes);
+            if (step[j] < 0 || lane != 0) continue;
+            A rstd = (A)1 / sqrt((A)var_here[j] + (A)shape.eps);
+            A dm = -rstd * total, dv = (A)-0.5 * rstd * rstd * rstd * products;
+            int t = tile.first_step + step[j], bg = tile.b * shape.G + tile.first_group + group[j];
+            if (t == shape.steps - 1 && dmean_out) dm += (A)dmean_out[bg];
+            if (t == shape.steps - 1 && dvar_out) dv += (A)dvar_out[bg];
+            A share = (A)1 / (seen + (A)(t + 1));
+            shares[step[j]][group[j]] = Pair<A>{dm * share, dv * share};
+            moments[step[j]][group[j]] = Pair<float>{mean_here[j], (float)rstd};
         }
     }
     __syncthreads(); // every step's own share is there for the scans
 
-    int step = (int)threadIdx.x % WARP_SIZE;
-    for (int group = (int)threadIdx.x / WARP_SIZE; group < groups; group += TILE_THREADS / WARP_SIZE) {
-        Suffix<A> s = {0, 0, 0};
-        if (step < tile_steps) {
-            s.p = step_sums[step][group].x, s.u = step_sums[step][group].y;
-            s.mean = (A)mean[((int64_t)b * steps + first_step + step) * G + first_group + group];
+    int step = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
+    Pair<A> local[GROUPS_PER_WARP]; // P seen from the tile's first mean, and U
+    float difference[GROUPS_PER_WARP], first_mean[GROUPS_PER_WARP];
+#pragma unroll
+    for (int i = 0; i < GROUPS_PER_WARP; i++) {
+        int group = warp + i * TILE_WARPS;
+        if (group >= tile.groups) break; // a whole warp leaves
+        bool active = step < tile.steps;
+        Pair<A> own = active ? shares[step][group] : Pair<A>{0, 0};
+        float mean_here = active ? moments[step][group].x : 0.0f;
+        first_mean[i] = __shfl_sync(FULL_MASK, mean_here, 0);
+        difference[i] = active ? mean_here - first_mean[i] : 0.0f;
+        own.x -= 2 * own.y * (A)difference[i];
+#pragma unroll
+        for (int distance = 1; distance < WARP_SIZE; distance *= 2) {
+            A p = __shfl_down_sync(FULL_MASK, own.x, distance), u = __shfl_down_sync(FULL_MASK, own.y, distance);
+            if (step + distance < WARP_SIZE) own.x += p, own.y += u;
         }
-        s = warp_suffix_scan(s, step);
-        if (step < tile_steps) step_sums[step][group] = Pair<A>{s.p, s.u};
-        if (step == 0)
-            tiles[((int64_t)b * G + first_group + group) * num_tiles + tile] = Pair<double>{s.p, s.u};
+        local[i] = own;
+        if (step == 0 && tile.index > 0)
+            tell(slots.tiles + ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.G + tile.first_group +
+                     group,
+                 own.x, own.y);
     }
-    __syncthreads(); // the scans are done: write them out row by row
-    for (int i = (int)threadIdx.x; i < tile_steps * groups; i += TILE_THREADS)
-        local[((int64_t)b * steps + first_step + i / groups) * G + first_group + i % groups] =
-            step_sums[i / groups][i % groups];
-}
-
-/* computes: tiles[b, g, i] becomes (P, U) of everything after tile i, seen from the first step of tile i + 1;
- *           dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)),  dvar_in = n U_0,  n the steps before
- * launch:   grid B G, block 256: a thread owns a tile, 256 tiles at a time, the last ones first
- * traffic:  32 B G T/32 bytes
- * needs:    nothing; dmean_in NULL: not wanted
- * numerics: double, fixed order: deterministic */
-__global__ static void timestepnorm_backward_scan_kernel(Pair<double> *tiles, double *dmean_in,
-                                                         double *dvar_in, const float *mean,
-                                                         const int64_t *count, const double *mean_in,
-                                                         int num_tiles, int steps, int G) {
-    __shared__ Suffix<double> warp_totals[TILE_SCAN_THREADS / WARP_SIZE];
-    constexpr int warps = TILE_SCAN_THREADS / WARP_SIZE;
-    int bg = (int)blockIdx.x, lane = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
-    int b = bg / G, g = bg % G, rounds = (num_tiles + TILE_SCAN_THREADS - 1) / TILE_SCAN_THREADS;
-    const float *means = mean + (int64_t)b * steps * G + g; // means[t G] is mean[b, t, g]
-    double end_mean = (double)means[(int64_t)(steps - 1) * G];
-    Suffix<double> after = {0, 0, end_mean};
-    for (int round = rounds - 1; round >= 0; round--) {
-        int tile = round * TILE_SCAN_THREADS + (int)threadIdx.x;
-        Suffix<double> s = {0, 0, end_mean};
-        if (tile < num_tiles) {
-            Pair<double> total = tiles[(int64_t)bg * num_tiles + tile];
-            s = Suffix<double>{total.x, total.y, (double)means[(int64_t)tile * TILE_STEPS * G]};
+#pragma unroll
+    for (int i = 0; i < GROUPS_PER_WARP; i++) {
+        int group = warp + i * TILE_WARPS, g = tile.first_group + group, bg = tile.b * shape.G + g;
+        if (group >= tile.groups) break; // a whole warp leaves
+        const float *means = mean + (int64_t)tile.b * shape.steps * shape.G + g;
+        Slot all = look_ahead(shape, tile, slots, means, first_mean[i], g, step);
+        all.x += local[i].x, all.y += local[i].y;
+        if (step == 0 && tile.index > 0 && tile.order % SPAN_TILES == SPAN_TILES - 1)
+            tell(slots.spans + ((int64_t)tile.b * shape.num_spans + tile.order / SPAN_TILES + 1) * shape.G + g,
+                 all.x, all.y);
+        if (step == 0 && tile.index == 0 && dmean_in) {
+            double n = mean_in ? (double)count[tile.b] : 0, before = mean_in ? mean_in[bg] : 0;
+            dmean_in[bg] = n * (all.x - 2 * all.y * ((double)first_mean[i] - before));
+            dvar_in[bg] = n * all.y;
         }
-        s = warp_suffix_scan(s, lane);
-        if (lane == 0) warp_totals[warp] = s;
-        Suffix<double> exclusive = {__shfl_down_sync(FULL_MASK, s.p, 1), __shfl_down_sync(FULL_MASK, s.u, 1),
-                                    __shfl_down_sync(FULL_MASK, s.mean, 1)};
-        __syncthreads(); // the warps' totals are there
-        Suffix<double> rest = after;
-        for (int i = warps - 1; i > warp; i--) rest = merge(warp_totals[i], rest);
-        if (lane < WARP_SIZE - 1) rest = merge(exclusive, rest);
-        /* rest.mean is the mean at the next tile's first step, the reference that the header promises. */
-        if (tile < num_tiles) tiles[(int64_t)bg * num_tiles + tile] = Pair<double>{rest.p, rest.u};
-        for (int i = warps - 1; i >= 0; i--) after = merge(warp_totals[i], after);
-        __syncthreads(); // all have read the totals: the next round may write them
+        all.x += 2 * all.y * (double)difference[i];
+        shares[step][group] = Pair<A>{(A)(all.x / size), (A)(2 * all.y / size)};
     }
-    if (threadIdx.x == 0 && dmean_in) {
-        double n = mean_in ? (double)count[b] : 0, before = mean_in ? mean_in[bg] : 0;
-        dmean_in[bg] = n * (after.p - 2 * after.u * (after.mean - before));
-        dvar_in[bg] = n * after.u;
-    }
-}
+    __syncthreads(); // P and U of every step and group are there
 
-/* computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and db =
- * dy
- * launch:   grid (ceil(T / 32), B), block 256: threads own columns and walk down 32 rows (see Sweep)
- * traffic:  (3 + adds) B T D sizeof(T) bytes
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; dx may
- *           be dy, add1 or add2
- * numerics: float sums in a fixed order, suffixes merged in double: deterministic */
-template <typename T, int VEC>
-__global__ void __launch_bounds__(SWEEP_THREADS, sizeof(T) == 2 ? 4 : 2)
-    timestepnorm_backward_apply_kernel(T *dx, float *partial_w, float *partial_b, const T *dy, const T *add1,
-                                       const T *add2, const Pair<Accum<T>> *local, const Pair<double> *tiles,
-                                       const float *mean, const float *var, const T *x, const T *weight,
-                                       int steps, int D, int G, int num_tiles, float eps) {
-    static_assert((int)SWEEP_ROWS == (int)TILE_STEPS, "a block walks down one tile");
-    Sweep sweep(D, VEC);
-    if (sweep.group >= sweep.groups) return;
-    int tile = (int)blockIdx.x, b = (int)blockIdx.y, size = D / G, first = tile * TILE_STEPS;
-    int last = min(first + (int)TILE_STEPS, steps);
-    int64_t out = (((int64_t)b * gridDim.x + tile) * sweep.groups + sweep.group) * D;
-    float inverse_size = 1.0f / (float)size;
-    for (int c = sweep.lane * VEC; c < D; c += sweep.lanes * VEC) {
-        int g = c / size;
-        float dw[VEC] = {}, db[VEC] = {}, w[VEC], value[VEC], grad[VEC], add[VEC];
-        load<VEC>(w, weight + c);
-        Pair<double> after = tiles[((int64_t)b * G + g) * num_tiles + tile];
-        float next_mean = last < steps ? mean[((int64_t)b * steps + last) * G + g] : 0.0f;
-        for (int t = first + sweep.group; t < last; t += sweep.groups) {
-            int64_t row = (int64_t)b * steps + t, at = row * D + c;
-            float mean_here = mean[row * G + g], rstd = 1.0f / sqrtf(var[row * G + g] + eps);
-            /* Nothing comes after the last tile: U is 0 there, and next_mean does not matter. */
-            float p = (float)((double)local[row * G + g].x + after.x -
-                              2 * after.y * ((double)next_mean - (double)mean_here)) *
-                      inverse_size;
-            float u = 2.0f * (float)((double)local[row * G + g].y + after.y) * inverse_size;
+    int width = tile.groups * size;
+    Sweep sweep(width, VEC);
+    int64_t out = ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.D + first_column;
+    bool working = sweep.group < sweep.groups;
+    float dw[VEC] = {}, db[VEC] = {};
+    for (int c = sweep.lane * VEC; working && c < width; c += sweep.lanes * VEC) {
+        int group = c / size;
+        float w[VEC], value[VEC], grad[VEC], add[VEC];
+        load<VEC>(w, weight + first_column + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) dw[i] = db[i] = 0;
+        for (int t = sweep.group; t < tile.steps; t += sweep.groups) {
+            int64_t at = (first_row + t) * shape.D + first_column + c;
+            float mean_here = moments[t][group].x, rstd = moments[t][group].y;
+            float p = (float)shares[t][group].x, u = (float)shares[t][group].y;
             load<VEC>(value, x + at);
             load<VEC>(grad, dy + at);
 #pragma unroll
@@ -470,17 +526,19 @@ __global__ void __launch_bounds__(SWEEP_THREADS, sizeof(T) == 2 ? 4 : 2)
             }
             store<VEC>(dx + at, grad);
         }
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            if (partial_w) partial_w[out + c + i] = dw[i];
-            if (partial_b) partial_b[out + c + i] = db[i];
+        if (sweep.groups == 1) {
+            if (partial_w) store<VEC>(partial_w + out + c, dw);
+            if (partial_b) store<VEC>(partial_b + out + c, db);
         }
     }
+    if (sweep.groups == 1) return;
+    if (partial_w) sweep_row<VEC>(partial_w + out, sweep, width, dw, column_sums);
+    if (partial_b) sweep_row<VEC>(partial_b + out, sweep, width, db, column_sums);
 }
 
 /* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in,
  * dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL:
- * zero. */
+ * zero. The two sums wait for add_sums. */
 template <typename T>
 static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight,
                                   float *dbias, const T *dy, const double *dmean_out, const double *dvar_out,
@@ -488,25 +546,15 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
                                   const T *x, const int64_t *count, const double *mean_in, const T *weight,
                                   int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
-    int num_tiles = (int)ceil_div(steps, TILE_STEPS);
-    int64_t partial_rows = B * num_tiles * sweep_groups(D, 8);
-    Pair<Accum<T>> *local = take<Pair<Accum<T>>>(context, B * steps * G);
-    Pair<double> *tiles = take<Pair<double>>(context, B * G * num_tiles);
-    float *partial_w = dweight ? take<float>(context, partial_rows * D) : nullptr;
-    float *partial_b = dbias ? take<float>(context, partial_rows * D) : nullptr;
     WITH_WIDTH(T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight), {
-        int64_t partials = B * num_tiles * sweep_groups(D, VEC);
-        LAUNCH((timestepnorm_backward_tile_kernel<T, VEC>),
-               dim3((unsigned)num_tiles, blocks_for(G, TILE_GROUPS), (unsigned)B), TILE_THREADS, context,
-               local, tiles, dy, dmean_out, dvar_out, mean, var, x, count, mean_in != nullptr, weight,
-               (int)steps, (int)D, (int)G, lanes_per_group<T>(D / G, VEC), eps);
-        LAUNCH(timestepnorm_backward_scan_kernel, (unsigned)(B * G), TILE_SCAN_THREADS, context, tiles,
-               dmean_in, dvar_in, mean, count, mean_in, num_tiles, (int)steps, (int)G);
-        LAUNCH((timestepnorm_backward_apply_kernel<T, VEC>), dim3((unsigned)num_tiles, (unsigned)B),
-               SWEEP_THREADS, context, dx, partial_w, partial_b, dy, add1, add2, local, tiles, mean, var, x,
-               weight, (int)steps, (int)D, (int)G, num_tiles, eps);
-        if (dweight) add_partials(context, dweight, partial_w, partials, D);
-        if (dbias) add_partials(context, dbias, partial_b, partials, D);
+        TimestepShape shape = timestep_shape<T>(B, steps, D, G, eps, VEC);
+        Slots slots = take_slots(context, shape);
+        int64_t partials = B * shape.num_tiles;
+        float *partial_w = take_sum(context, dweight, partials, D);
+        float *partial_b = take_sum(context, dbias, partials, D);
+        LAUNCH((timestepnorm_backward_kernel<T, VEC>), tile_blocks(shape), TILE_THREADS, context, dx, dmean_in,
+               dvar_in, partial_w, partial_b, slots, dy, dmean_out, dvar_out, add1, add2, mean, var, x, count,
+               mean_in, weight, shape);
     });
 }
 

@@ -127,7 +127,7 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
 
 /* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
 static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
-    MegalodonConfig odd = odd_config(), real, dropout = odd;
+    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd;
     int C = odd.chunk_size, lengths[] = {1, C - 1, C, C + 1, 53};
     bool stateful = has_role(id, MEGALODON_STATE_IN);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
@@ -143,6 +143,24 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     dropout.scale_emb = true;
     check_component(candidate, reference, id, "dropout", &(MegalodonShape){dropout, 2, 31, 2, 3, MEGALODON_FP32}, true,
                     true);
+    /* Rows and heads too large for a block of threads to hold at once, and more time than 32 times 32 steps, which
+     * is where sums over time get one more level. */
+    wide.model_dim = 1284, wide.value_dim = 1281, wide.ffn_hidden_dim = 1030;
+    wide.num_heads = 1, wide.z_dim = 1030, wide.cema_ndim = 2, wide.norm_num_groups = 3;
+    check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 9, 3, 3, MEGALODON_FP32}, true, true);
+    narrow.model_dim = narrow.z_dim = narrow.value_dim = 6, narrow.cema_ndim = 2, narrow.norm_num_groups = 3;
+    check_component(candidate, reference, id, "long", &(MegalodonShape){narrow, 2, 2100, 4, 3, MEGALODON_FP32}, true,
+                    true);
+    /* Rows of scores of every length that a GPU treats in its own way: held by one, two, four or eight warps, and
+     * too long for that. */
+    static const int chunks[] = {600, 1500, 2100, 4500};
+    for (size_t i = 0; i < sizeof chunks / sizeof *chunks && id == MEGALODON_ATTENTION; i++) {
+        MegalodonConfig narrow = odd;
+        narrow.num_heads = 1, narrow.z_dim = 6, narrow.value_dim = 9, narrow.chunk_size = chunks[i];
+        narrow.attention_dropout = i % 2 ? 0.25 : 0;
+        MegalodonShape shape = {narrow, 1, chunks[i] + 7, 0, 3, MEGALODON_FP32};
+        check_component(candidate, reference, id, "long chunk", &shape, false, true);
+    }
     megalodon_default_config(&real);
     real.chunk_size = candidate->large ? real.chunk_size : 64;
     int T = candidate->large ? 4096 : 150;
