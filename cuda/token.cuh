@@ -73,9 +73,10 @@ enum {
 /* The vectors of a layer and their sizes. */
 #define FOR_TOKEN_VECTORS(X)                                                                                 \
     X(timenorm_weight, p.D)                                                                                  \
-    X(timenorm_bias, p.D) X(rmsnorm_weight, p.D) X(wz_bias, p.Z) X(wh1_bias, p.D) X(wr_bias, p.E)            \
-        X(wv_bias, p.E) X(gamma, 2 * p.Z) X(beta, 2 * p.Z) X(ffnnorm_weight, p.D) X(ffnnorm_bias, p.D)       \
-            X(ffn_alpha, p.D)
+    X(timenorm_bias, p.D)                                                                                    \
+    X(rmsnorm_weight, p.D)                                                                                   \
+    X(wz_bias, p.Z) X(wh1_bias, p.D) X(wr_bias, p.E) X(wv_bias, p.E) X(gamma, 2 * p.Z) X(beta, 2 * p.Z)      \
+        X(ffnnorm_weight, p.D) X(ffnnorm_bias, p.D) X(ffn_alpha, p.D)
 #define X(name, size) const bf16 *name;
 struct TokenVectors {
     FOR_TOKEN_VECTORS(X)
@@ -148,25 +149,22 @@ __device__ inline void multiply_tile(float (&sum)[4], unsigned a0, unsigned a1, 
 #endif
 }
 
-/* Words that blocks hand to each other: each is written and read as a whole. */
+/* Words that blocks hand to each other: each is written and read as a whole, and orders nothing else. */
 __device__ inline void write_word(uint64_t *to, uint64_t word) {
 #ifdef __CUDA_ARCH__
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word));
 #endif
 }
 __device__ inline uint64_t read_word(const uint64_t *from) {
     uint64_t word = 0;
 #ifdef __CUDA_ARCH__
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from));
 #endif
     return word;
 }
 __device__ inline void read_two_words(uint64_t (&word)[2], const uint64_t *from) {
 #ifdef __CUDA_ARCH__
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];"
-                 : "=l"(word[0]), "=l"(word[1])
-                 : "l"(from)
-                 : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(word[0]), "=l"(word[1]) : "l"(from));
 #endif
 }
 /* A word that never comes is a mistake of ours: the launch ends with an error instead of hanging. */
@@ -272,9 +270,15 @@ struct TokenMatrix {
  * since a division takes as long as a small product. */
 __device__ inline int span_shift(int count) { return count > 1 ? WARP_SIZE - __clz(count - 1) : 0; }
 
-/* `count` keys from key `key` of row and head `bh` = b H + h on, through the keys of the next ones. */
+/* `count` keys from key `key` of row b and head h on, through the keys of the next heads and rows. */
 struct TokenRun {
-    int bh, key, count;
+    int b, h, key, count;
+    __device__ void next(int n, int H) {
+        count--;
+        if (key++ < n) return;
+        key = 0;
+        if (++h == H) h = 0, b++;
+    }
 };
 
 /* Places in shared memory after TokenShared, in bytes. */
@@ -322,8 +326,9 @@ __host__ __device__ inline TokenLayout token_layout(const TokenStep &p, int bloc
 /* A thread's view of its block. Registers are few: what can be had from shared memory is left there. */
 struct TokenBlock {
     TokenShared *shared;
-    int n;    /* tokens of the chunk before this one */
-    int sums; /* which of the two buffers of sums is next */
+    int n;                /* tokens of the chunk before this one */
+    int slab_at, norm_at; /* places in shared memory, in bytes: of the warp's input and norm weights ... */
+    int sums_at, other;   /* ... and of the block's two buffers of sums, the first to be used next */
     __device__ int thread() const { return (int)threadIdx.x; }
     __device__ int warp() const { return (int)threadIdx.x / WARP_SIZE; }
     __device__ int lane() const { return (int)threadIdx.x % WARP_SIZE; }
@@ -331,13 +336,14 @@ struct TokenBlock {
     __device__ int row() const { return lane() / 4; }
     __device__ int column() const { return lane() % 4; }
     __device__ char *at(int place) const { return (char *)shared + place; }
-    __device__ bf16 *slab() const { return (bf16 *)at(shared->layout.slabs + warp() * shared->layout.slab); }
-    __device__ bf16 *norm() const { return (bf16 *)at(shared->layout.norms + warp() * shared->layout.norm); }
+    __device__ bf16 *slab() const { return (bf16 *)at(slab_at); }
+    __device__ bf16 *norm() const { return (bf16 *)at(norm_at); }
     /* The buffers take turns, with a barrier between writing and reading one: when a buffer's turn comes
      * again, the other's barrier has passed, and with it all readers. */
     __device__ float *next_sums() {
-        sums ^= 1;
-        return (float *)at(shared->layout.sums + sums * shared->layout.sum);
+        int next = sums_at;
+        sums_at = other, other = next;
+        return (float *)at(next);
     }
 };
 
@@ -368,7 +374,8 @@ template <int RING> struct WeightStream {
     __device__ const TokenMatrix &shape(int which) const {
         return matrix[which < p.L * TOKEN_MATRICES ? which % TOKEN_MATRICES : (int)TOKEN_MATRICES];
     }
-    /* Finds the next matrix of which the warp has a part, and asks for its place: long before it is needed. */
+    /* Finds the next matrix of which the warp has a part, and asks for its address, long before that is
+     * needed. */
     __device__ void find_matrix() {
         int end = p.L * TOKEN_MATRICES, warp = (int)threadIdx.x / WARP_SIZE;
         do next++;
@@ -478,11 +485,13 @@ __device__ inline void token_rmsnorm(const TokenStep &p, const TokenBlock &s) {
     if (s.column() == 0 && s.row() < p.B) s.shared->moments[s.warp()][s.row()].x = squares;
     __syncwarp(); // the slab is there again
 }
-/* 1 / sqrt(mean c^2 + eps) of a row; after the barrier in a product that follows token_rmsnorm. */
-__device__ inline float token_rstd(const TokenStep &p, const TokenBlock &s, int b) {
+/* 1 / sqrt(mean c^2 + eps) of a row, from `warps` warps; after the barrier in a product that follows
+ * token_rmsnorm. */
+__device__ inline float token_rstd(const TokenStep &p, const TokenBlock &s, int b, int warps) {
     float squares = 0;
+#pragma unroll
     for (int warp = 0; warp < TOKEN_WARPS; warp++)
-        if (token_columns(p.D, warp).count) squares += s.shared->moments[warp][b].x;
+        if (warp < warps) squares += s.shared->moments[warp][b].x;
     return 1.0f / sqrtf(squares / (float)p.D + p.eps);
 }
 
@@ -506,18 +515,25 @@ __device__ inline void token_layernorm(const TokenStep &p, const TokenBlock &s) 
     }
     squares = four_sum(squares);
     if (s.column() == 0 && s.row() < p.B) s.shared->moments[s.warp()][s.row()] = make_float2(sum, squares);
-    __syncthreads(); // every warp's moments are there
+    __syncthreads();                       // every warp's moments are there
+    constexpr int SHARE = TOKEN_WARPS / 4; // a lane adds a quarter of the warps' moments
+    float2 part[SHARE];
     float total = 0, var = 0;
-    for (int warp = 0; warp < TOKEN_WARPS; warp++)
-        if (token_columns(p.D, warp).count) total += s.shared->moments[warp][min(s.row(), p.B - 1)].x;
-    float mean = total / (float)p.D;
-    for (int warp = 0; warp < TOKEN_WARPS; warp++) {
-        int count = token_columns(p.D, warp).count * TOKEN_DEPTH;
-        if (count == 0) continue;
-        float2 part = s.shared->moments[warp][min(s.row(), p.B - 1)];
-        float difference = part.x / (float)count - mean;
-        var += part.y + (float)count * difference * difference;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) {
+        int warp = s.column() * SHARE + k;
+        part[k] = make_float2(0, 0);
+        if (token_columns(p.D, warp).count) part[k] = s.shared->moments[warp][min(s.row(), p.B - 1)];
+        total += part[k].x;
     }
+    float mean = four_sum(total) / (float)p.D;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) {
+        float count = (float)(token_columns(p.D, s.column() * SHARE + k).count * TOKEN_DEPTH);
+        float difference = count ? part[k].x / count - mean : 0.0f;
+        var += part[k].y + count * difference * difference;
+    }
+    var = four_sum(var);
     float rstd = 1.0f / sqrtf(var / (float)p.D + p.eps);
     for (int k = s.column() * 8; s.row() < p.B && k < width; k += TOKEN_DEPTH) {
         unpack<bf16, 8>(x, eight_at(row + k));
@@ -715,53 +731,68 @@ __device__ inline void token_turn(float (&to)[8], const float (&zn)[8], const ui
     }
 }
 
-/* score[b,h,j] = q . k[j] for the warp's run of (b, h, j), published; the new key goes to the state. */
-__device__ inline void token_scores(const TokenStep &p, const TokenBlock &s, const TokenLayer &w,
-                                    unsigned epoch) {
-    TokenRun run = s.shared->run[s.warp()];
-    int z = p.Z / p.H, at = s.lane() * 8, known = -1, bh = run.bh, key_at = run.key, b = bh / p.H;
+/* The query of row b and head h, as soon as zz is published, and the new key, rounded as keys are kept. */
+__device__ inline void token_query(float (&query)[8], uint4 &key, const TokenStep &p, const TokenBlock &s,
+                                   const TokenLayer &w, int b, int h, unsigned epoch) {
+    int z = p.Z / p.H, at = s.lane() * 8, column = h * z + at;
     bool active = at < z;
-    float inverse = 1.0f / sqrtf((float)z), query[8], zn[8], key[8];
     float2 angle[4];
+    uint4 gamma[2], beta[2], zz[1] = {make_uint4(0, 0, 0, 0)};
+#pragma unroll
+    for (int which = 0; which < 2; which++) {
+        gamma[which] = active ? eight_at(w.vector.gamma + which * p.Z + column) : zz[0];
+        beta[which] = active ? eight_at(w.vector.beta + which * p.Z + column) : zz[0];
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++)
         angle[i] = active ? p.rope[(int64_t)s.n * (z / 2) + at / 2 + i] : make_float2(1, 0);
-    for (int item = 0; item < run.count; item++, key_at++) {
-        if (key_at > s.n) key_at = 0, bh++, b = bh / p.H;
-        int column = (bh - b * p.H) * z + at;
-        bf16 *kept = w.k + ((int64_t)b * p.C + key_at) * p.Z + column;
-        uint4 raw = make_uint4(0, 0, 0, 0), zero = raw, gamma[2], beta[2];
-        if (active && key_at < s.n) raw = eight_at(kept);
+    const uint64_t *from[1] = {active ? p.zz + ((int64_t)b * p.Z + column) / 2 : nullptr};
+    await_eights<1>(zz, from, epoch);
+    float squares = 0, zn[8], turned[8], inverse = 1.0f / sqrtf((float)z);
+    unpack<bf16, 8>(zn, zz[0]);
 #pragma unroll
-        for (int which = 0; which < 2; which++) {
-            gamma[which] = active ? eight_at(w.vector.gamma + which * p.Z + column) : zero;
-            beta[which] = active ? eight_at(w.vector.beta + which * p.Z + column) : zero;
-        }
-        if (bh != known) {
-            uint4 zz[1] = {zero};
-            const uint64_t *from[1] = {active ? p.zz + ((int64_t)b * p.Z + column) / 2 : nullptr};
-            await_eights<1>(zz, from, epoch);
-            unpack<bf16, 8>(zn, zz[0]);
-            float squares = 0;
+    for (int i = 0; i < 8; i++) squares += zn[i] * zn[i];
+    float rstd = 1.0f / sqrtf(warp_sum(squares) / (float)z + p.eps);
 #pragma unroll
-            for (int i = 0; i < 8; i++) squares += zn[i] * zn[i];
-            float rstd = 1.0f / sqrtf(warp_sum(squares) / (float)z + p.eps);
+    for (int i = 0; i < 8; i++) zn[i] *= rstd;
+    token_turn(query, zn, gamma[0], beta[0], angle, inverse);
+    token_turn(turned, zn, gamma[1], beta[1], angle, inverse);
+    key = pack_eight(turned);
+}
+
+/* score[b,h,j] = q . k[j] for the warp's run of (b, h, j), published; the new key goes to the state. */
+__device__ inline void token_scores(const TokenStep &p, const TokenBlock &s, const TokenLayer &w,
+                                    unsigned epoch) {
+    constexpr int EACH = 2;
+    TokenRun run = s.shared->run[s.warp()];
+    int z = p.Z / p.H, at = s.lane() * 8, known = -1;
+    bool active = at < z;
+    float query[8], x[8];
+    uint4 fresh = make_uint4(0, 0, 0, 0), old[EACH]; // the new key, and the next old ones
+#pragma unroll 1
+    for (int item = 0; run.count > 0; item++, run.next(s.n, p.H)) {
+        if (item % EACH == 0) {
+            TokenRun ahead = run;
 #pragma unroll
-            for (int i = 0; i < 8; i++) zn[i] *= rstd;
-            token_turn(query, zn, gamma[0], beta[0], angle, inverse);
-            known = bh;
+            for (int i = 0; i < EACH; i++, ahead.next(s.n, p.H))
+                if (active && ahead.count > 0 && ahead.key < s.n)
+                    old[i] = eight_at(w.k + ((int64_t)ahead.b * p.C + ahead.key) * p.Z + ahead.h * z + at);
         }
-        if (key_at == s.n) {
-            token_turn(key, zn, gamma[1], beta[1], angle, inverse);
-            raw = pack_eight(key);
-            if (active) *(uint4 *)kept = raw;
+        int bh = run.b * p.H + run.h;
+        if (bh != known) token_query(query, fresh, p, s, w, run.b, run.h, epoch);
+        known = bh;
+        if (run.key == s.n) {
+            old[0] = fresh;
+            if (active) *(uint4 *)(w.k + ((int64_t)run.b * p.C + s.n) * p.Z + run.h * z + at) = fresh;
         }
-        unpack<bf16, 8>(key, raw);
         float sum = 0;
+        unpack<bf16, 8>(x, old[0]);
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum = fmaf(query[i], key[i], sum);
+        for (int i = 0; i < 8; i++) sum = fmaf(query[i], x[i], sum);
         sum = warp_sum(active ? sum : 0.0f);
-        if (s.lane() == 0) publish(p.score + (int64_t)bh * p.C + key_at, __float_as_uint(sum), epoch);
+        if (s.lane() == 0) publish(p.score + (int64_t)bh * p.C + run.key, __float_as_uint(sum), epoch);
+#pragma unroll
+        for (int i = 0; i + 1 < EACH; i++) old[i] = old[i + 1];
     }
 }
 
@@ -788,16 +819,35 @@ __device__ inline void token_load_values(uint4 (&value)[TOKEN_KEYS], const Token
     }
 }
 
-/* A thread's part of softmax(scores) v: its keys' largest score, the sum of exp(score - it), and the weighted
- * sum of its 8 columns. Then the warp's part, from the lanes that have the same columns. */
-__device__ inline void token_values_part(float (&part)[TOKEN_PART], uint4 (&held)[TOKEN_KEYS], bool have_held,
-                                         const TokenStep &p, const TokenBlock &s, const TokenValues &share,
-                                         const TokenLayer &w, int b, int unit, unsigned epoch) {
-    float top = -INFINITY, x[8];
+/* Asks the L2 cache for the keys and values of the chunk that token_scores and token_values have not loaded
+ * yet. */
+__device__ inline void token_prefetch_chunk(const TokenStep &p, const TokenBlock &s, const TokenValues &share,
+                                            const TokenLayer &w) {
+    int z = p.Z / p.H, key_bytes = z * (int)sizeof(bf16);
+    for (TokenRun run = s.shared->run[s.warp()]; run.count > 0; run.next(s.n, p.H))
+        if (run.key < s.n)
+            prefetch_bytes(w.k + ((int64_t)run.b * p.C + run.key) * p.Z + run.h * z, key_bytes, s.lane(),
+                           WARP_SIZE);
+    if (share.unit % 2) return; // two units are one sector of 32 bytes
+    for (int b = 0; b < p.B; b++)
+        for (int unit = share.unit; unit * 8 < s.shared->E.count; unit += share.lanes)
+            for (int key = share.first + (b || unit != share.unit ? 0 : share.steps * TOKEN_KEYS); key < s.n;
+                 key += share.steps)
+                prefetch_bytes(w.v + ((int64_t)b * p.C + key) * p.E + s.shared->E.first + unit * 8, 1, 0, 1);
+}
+
+/* A thread's part of softmax(scores) v: its keys' largest score (top), the sum of exp(score - it), and the
+ * weighted sum of its 8 columns. held: the first old values where have_held, afterwards anything. */
+__device__ inline void token_thread_values(float &top, float &sum, float (&total)[8],
+                                           uint4 (&held)[TOKEN_KEYS], bool have_held, const TokenStep &p,
+                                           const TokenBlock &s, const TokenValues &share, const TokenLayer &w,
+                                           int b, int unit, unsigned epoch) {
+    float x[8];
     int column = s.shared->E.first + unit * 8;
     const uint64_t *scores = p.score + ((int64_t)b * p.H + column / (p.E / p.H)) * p.C;
+    top = -INFINITY, sum = 0;
 #pragma unroll
-    for (int i = 1; i < TOKEN_PART; i++) part[i] = 0;
+    for (int i = 0; i < 8; i++) total[i] = 0;
     for (int first = share.first; unit * 8 < s.shared->E.count && first <= s.n;
          first += share.steps * TOKEN_KEYS) {
         if (!have_held || first != share.first) token_load_values(held, p, s, share, w, b, unit, first);
@@ -817,66 +867,89 @@ __device__ inline void token_values_part(float (&part)[TOKEN_PART], uint4 (&held
         } while (!ready);
 #pragma unroll
         for (int i = 0; i < TOKEN_KEYS; i++) largest = fmaxf(largest, score[i]);
-        float keep = expf(top - largest); // 0 the first time
-        top = largest;
+        float keep = __expf(top - largest); // 0 the first time
+        top = largest, sum *= keep;
 #pragma unroll
-        for (int i = 1; i < TOKEN_PART; i++) part[i] *= keep;
+        for (int i = 0; i < 8; i++) total[i] *= keep;
 #pragma unroll
         for (int i = 0; i < TOKEN_KEYS; i++) {
             int key = first + i * share.steps;
             if (key > s.n) break;
             if (key == s.n) held[i] = eight_at(s.shared->v + b * s.shared->E.count + unit * 8);
-            float weight = expf(score[i] - top);
+            float weight = __expf(score[i] - top);
             unpack<bf16, 8>(x, held[i]);
-            part[1] += weight;
+            sum += weight;
 #pragma unroll
-            for (int e = 0; e < 8; e++) part[2 + e] = fmaf(weight, x[e], part[2 + e]);
+            for (int e = 0; e < 8; e++) total[e] = fmaf(weight, x[e], total[e]);
         }
     }
-    part[0] = top;
-    for (int step = WARP_SIZE / 2; step >= share.lanes; step /= 2)
-        part[0] = fmaxf(part[0], __shfl_xor_sync(FULL_MASK, part[0], step));
-    float keep = top == -INFINITY ? 0.0f : expf(top - part[0]); // a lane without keys adds nothing
+}
+
+/* The warp's part, from the lanes that have the same columns, to `to`: top, sum, 8 columns. While there are
+ * several columns left, a lane hands half of them to its partner and takes the partner's half of the rest. */
+__device__ inline void token_warp_values(float *to, const TokenBlock &s, const TokenValues &share, float top,
+                                         float sum, float (&total)[8], bool writes) {
+    float largest = top;
+    int width = 8, column = 0;
 #pragma unroll
-    for (int i = 1; i < TOKEN_PART; i++) {
-        part[i] *= keep;
-        for (int step = WARP_SIZE / 2; step >= share.lanes; step /= 2)
-            part[i] += __shfl_xor_sync(FULL_MASK, part[i], step);
+    for (int step = WARP_SIZE / 2; step > 0; step /= 2)
+        if (step >= share.lanes) largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, step));
+    float keep = top == -INFINITY ? 0.0f : __expf(top - largest); // a lane without keys adds nothing
+    sum *= keep;
+#pragma unroll
+    for (int i = 0; i < 8; i++) total[i] *= keep;
+#pragma unroll
+    for (int step = WARP_SIZE / 2, half = 4; step > 0; step /= 2, half /= 2) {
+        if (step < share.lanes) continue;
+        sum += __shfl_xor_sync(FULL_MASK, sum, step);
+        bool upper = s.lane() & step;
+        if (half == 0) total[0] += __shfl_xor_sync(FULL_MASK, total[0], step);
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            float mine = upper ? total[i + half] : total[i], other = upper ? total[i] : total[i + half];
+            total[i] = mine + __shfl_xor_sync(FULL_MASK, other, step);
+        }
+        if (half) width = half, column += upper ? half : 0;
     }
+    if (!writes) return;
+    if (s.lane() < share.lanes) to[0] = largest, to[1] = sum;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < width) to[2 + column + i] = total[i];
 }
 
 /* ar = r softmax(scores) v for the block's columns, published. held: the first old values of row 0. By the
  * whole block. */
 __device__ inline void token_values(const TokenStep &p, TokenBlock &s, const TokenValues &share,
                                     const TokenLayer &w, uint4 (&held)[TOKEN_KEYS], unsigned epoch) {
-    int units = s.shared->E.count / 8;
+    int columns = s.shared->E.count, units = columns / 8;
     for (int b = 0; b < p.B; b++) {
         float *parts = s.next_sums();
         /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
         for (int round = 0; round < units; round += share.lanes) {
             int unit = round + share.unit;
-            float part[TOKEN_PART];
-            token_values_part(part, held, b == 0 && round == 0, p, s, share, w, b, unit, epoch);
-            if (s.lane() < share.lanes && unit < units)
-#pragma unroll
-                for (int i = 0; i < TOKEN_PART; i++)
-                    parts[(unit * TOKEN_WARPS + s.warp()) * TOKEN_PART + i] = part[i];
+            float top, sum, total[8];
+            token_thread_values(top, sum, total, held, round == 0, p, s, share, w, b, unit, epoch);
+            if (b + 1 < p.B && round + share.lanes >= units) // the next row's first values
+                token_load_values(held, p, s, share, w, b + 1, share.unit, share.first);
+            token_warp_values(parts + (unit * TOKEN_WARPS + s.warp()) * TOKEN_PART, s, share, top, sum, total,
+                              unit < units);
         }
         __syncthreads(); // all warps' parts are there
-        for (int at = s.thread(); at < units * 4; at += TOKEN_THREADS) {
-            const float *part = parts + at / 4 * TOKEN_WARPS * TOKEN_PART;
-            float top = -INFINITY, sum = 0;
-            float2 total = make_float2(0, 0);
-            for (int warp = 0; warp < TOKEN_WARPS; warp++) top = fmaxf(top, part[warp * TOKEN_PART]);
-            for (int warp = 0; warp < TOKEN_WARPS; warp++, part += TOKEN_PART) {
-                float factor = expf(part[0] - top); // 0 where a warp had no key
-                float2 two = *(const float2 *)(part + 2 + at % 4 * 2);
-                sum = fmaf(factor, part[1], sum);
-                total.x = fmaf(factor, two.x, total.x), total.y = fmaf(factor, two.y, total.y);
-            }
-            const float *r = s.shared->r + b * s.shared->E.count + at * 2;
+        /* 16 lanes add the warps' parts of two columns. */
+        for (int at = s.thread() / TOKEN_WARPS; at < units * 4; at += TOKEN_THREADS / TOKEN_WARPS) {
+            const float *part = parts + (at / 4 * TOKEN_WARPS + s.thread() % TOKEN_WARPS) * TOKEN_PART;
+            float top = part[0], sum = part[1], x = part[2 + at % 4 * 2], y = part[3 + at % 4 * 2],
+                  largest = top;
+            for (int step = TOKEN_WARPS / 2; step > 0; step /= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, step));
+            float keep = __expf(top - largest); // 0 where a warp had no key
+            sum = lanes_sum(sum * keep, TOKEN_WARPS);
+            x = lanes_sum(x * keep, TOKEN_WARPS), y = lanes_sum(y * keep, TOKEN_WARPS);
+            if (s.thread() % TOKEN_WARPS) continue;
+            const float *r = s.shared->r + b * columns + at * 2;
             publish(p.ar + ((int64_t)b * p.E + s.shared->E.first) / 2 + at,
-                    pack_pair(total.x / sum * r[0], total.y / sum * r[1]), epoch);
+                    pack_pair(x / sum * r[0], y / sum * r[1]), epoch);
         }
     }
 }
@@ -908,8 +981,9 @@ __device__ inline void token_prefetch(const TokenStep &p, const TokenBlock &s, c
 
 /* What comes before a product: its input, as soon as it is published, to the warps' slabs. By the whole
  * block. */
-__device__ inline void token_input(const TokenStep &p, TokenBlock &s, const TokenLayer &w, int which,
-                                   unsigned epoch, uint4 (&held)[TOKEN_KEYS]) {
+__device__ inline void token_input(const TokenStep &p, TokenBlock &s, const TokenLayer &w,
+                                   const TokenMatrix &matrix, int which, unsigned epoch,
+                                   uint4 (&held)[TOKEN_KEYS]) {
     TokenShared *t = s.shared;
     TokenValues share(s);
     const uint64_t *words = p.uc; // u
@@ -919,13 +993,17 @@ __device__ inline void token_input(const TokenStep &p, TokenBlock &s, const Toke
         words += p.D / 2; // c
     } else if (which == TOKEN_WH1) {
         token_load_values(held, p, s, share, w, 0, share.unit, share.first); // on their way while zz is
+        token_prefetch_chunk(p, s, share, w);
         return;
-    } else if (which == TOKEN_WR || which == TOKEN_FC3) {
+    } else if (which == TOKEN_WR) {
+        token_update(p, s, &w, w.mean, w.var); // Wh1's barrier has passed: all of c was received
+        return;
+    } else if (which == TOKEN_FC3) {
         return; // the slab is as it was
+    } else if (which == TOKEN_WV) {
+        token_scores(p, s, w, epoch); // while they are on their way, v
     } else if (which == TOKEN_WH2) {
-        token_scores(p, s, w, epoch);
-        __syncthreads(); // r and v are there; so is u, and it was received by all
-        token_update(p, s, &w, w.mean, w.var);
+        __syncthreads(); // r and v are there
         token_values(p, s, share, w, held, epoch);
         words = p.ar, distance = p.E / 2;
     } else if (which == TOKEN_FC1) {
@@ -936,23 +1014,19 @@ __device__ inline void token_input(const TokenStep &p, TokenBlock &s, const Toke
     }
     /* Who makes nothing of an input does not wait for it. */
     bool reads_c = t->D.count || t->E.count || t->matrix[TOKEN_WZ].count;
-    if (which == TOKEN_WZ ? !reads_c : t->matrix[which].count == 0) return;
-    token_receive(p, s, words, distance, epoch, t->matrix[which].K);
+    if (which == TOKEN_WZ ? !reads_c : matrix.count == 0) return;
+    token_receive(p, s, words, distance, epoch, matrix.K);
     if (which == TOKEN_WZ) token_rmsnorm(p, s);
     if (which == TOKEN_FC1) token_layernorm(p, s);
 }
 
 /* What becomes of two sums of a product: of row b and the block's rows `row` and `row` + 1 (which the output
  * matrix may not have). */
-__device__ inline void token_finish(const TokenStep &p, const TokenBlock &s, const TokenLayer &w, int which,
-                                    unsigned epoch, int b, int row, float x, float y) {
+__device__ inline void token_finish(const TokenStep &p, const TokenBlock &s, const TokenLayer &w,
+                                    const TokenMatrix &matrix, int which, unsigned epoch, int b, int row,
+                                    float x, float y) {
     TokenShared *t = s.shared;
-    TokenMatrix matrix = t->matrix[which];
     int at = b * matrix.count + row, column = matrix.first + row;
-    if (which <= TOKEN_WR) {
-        float rstd = token_rstd(p, s, b);
-        x *= rstd, y *= rstd;
-    }
     switch (which) {
     case TOKEN_WZ:
         publish(p.zz + ((int64_t)b * p.Z + column) / 2, pack_pair(x + t->z_bias[row], y + t->z_bias[row + 1]),
@@ -1003,8 +1077,8 @@ __device__ inline void token_finish(const TokenStep &p, const TokenBlock &s, con
  * has to fetch it. */
 template <int RING>
 __device__ inline void token_product(const TokenStep &p, TokenBlock &s, WeightStream<RING> &weights,
-                                     const TokenLayer &w, int which, unsigned epoch) {
-    TokenMatrix matrix = s.shared->matrix[which];
+                                     const TokenLayer &w, const TokenMatrix &matrix, int which,
+                                     unsigned epoch) {
     int together = pass_rows(p.B);
     for (int first = 0; first < matrix.count; first += together) {
         int rows = min(together, matrix.count - first), pairs = (rows + 1) / 2, shift = span_shift(pairs);
@@ -1014,12 +1088,15 @@ __device__ inline void token_product(const TokenStep &p, TokenBlock &s, WeightSt
         for (int at = s.thread(); at < p.B << shift; at += TOKEN_THREADS) {
             int b = at >> shift, pair = at & ((1 << shift) - 1);
             if (pair >= pairs) continue;
-            float2 total = make_float2(0, 0);
             const float *part = sums + b * together + pair * 2;
-#pragma unroll 4
-            for (int warp = 0; warp < matrix.warps; warp++, part += p.B * together)
-                total.x += part[0], total.y += part[1];
-            token_finish(p, s, w, which, epoch, b, first + pair * 2, total.x, total.y);
+            float factor = which <= TOKEN_WR ? token_rstd(p, s, b, matrix.warps) : 1.0f, x = 0, y = 0;
+#pragma unroll
+            for (int warp = 0; warp < TOKEN_WARPS; warp++, part += p.B * together) {
+                if (warp >= matrix.warps) continue;
+                float2 two = *(const float2 *)part;
+                x += two.x, y += two.y;
+            }
+            token_finish(p, s, w, matrix, which, epoch, b, first + pair * 2, x * factor, y * factor);
         }
     }
 }
@@ -1054,12 +1131,16 @@ __device__ inline void token_begin(const TokenStep &p, TokenBlock &s, int ring) 
         int keys = s.n + 1, items = p.B * p.H * keys, warps = blocks * TOKEN_WARPS,
             share = (items + warps - 1) / warps, first = (thread * blocks + block) * share,
             count = min(items - first, share);
-        t->run[thread] = TokenRun{first / keys, first % keys, max(count, 0)};
+        int bh = first / keys;
+        t->run[thread] = TokenRun{bh / p.H, bh % p.H, first % keys, max(count, 0)};
     }
     for (int i = thread; i < (int)(sizeof(TokenLayer) / 8); i += TOKEN_THREADS)
         ((uint64_t *)t->layer)[i] = ((const uint64_t *)p.layers)[i];
     if (thread < p.B) t->token[thread] = p.tokens[thread], t->count[thread] = (double)p.count[thread];
     __syncthreads(); // the block's work, the first layer's addresses and the tokens are there
+    s.slab_at = t->layout.slabs + s.warp() * t->layout.slab,
+    s.norm_at = t->layout.norms + s.warp() * t->layout.norm;
+    s.sums_at = t->layout.sums, s.other = t->layout.sums + t->layout.sum;
 }
 
 /* computes: the logits of one token a row, and the state after it
@@ -1072,7 +1153,7 @@ __global__ void __launch_bounds__(TOKEN_THREADS, 1) token_kernel(const __grid_co
     extern __shared__ uint4 token_memory[];
     TokenBlock s;
     TokenShared *t = s.shared = (TokenShared *)token_memory;
-    s.n = (int)(p.count[0] % p.C), s.sums = 0;
+    s.n = (int)(p.count[0] % p.C);
     unsigned epoch = *p.epoch;
     token_begin(p, s, RING);
     WeightStream<RING> weights(p, s);
@@ -1089,8 +1170,9 @@ __global__ void __launch_bounds__(TOKEN_THREADS, 1) token_kernel(const __grid_co
 #pragma unroll 1
         for (int which = is_last ? TOKEN_OUTPUT : 0; which < TOKEN_MATRICES + is_last; which++) {
             if (which == TOKEN_FC1 && layer + 1 < p.L) token_prefetch(p, s, next); // while y is on its way
-            token_input(p, s, w, which, epoch, held);
-            token_product(p, s, weights, w, which, epoch);
+            TokenMatrix matrix = t->matrix[which];
+            token_input(p, s, w, matrix, which, epoch, held);
+            token_product(p, s, weights, w, matrix, which, epoch);
         }
     }
     __syncthreads(); // all of u was received: every block has read the old statistics
