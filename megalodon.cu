@@ -212,6 +212,7 @@ struct MegalodonModel {
     std::vector<MegalodonTensor>
         params; /* the list of parameters and each one's place in the arenas below */
     std::vector<int64_t> offset;
+    std::vector<size_t> arena_order; /* the parameters in the order of their offsets */
     int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
@@ -1107,6 +1108,7 @@ template <typename T> static const char *build(Model<T> *m) {
         for (size_t i = 0; i < m->params.size(); i++) {
             if (has_product_gradient(&m->params[i]) != (bool)products) continue;
             m->offset[i] = m->arena_size;
+            m->arena_order.push_back(i);
             m->arena_size += ceil_div(m->params[i].size, ARENA_ALIGN) * ARENA_ALIGN;
         }
         if (!products) m->sums_size = m->arena_size;
@@ -1477,12 +1479,13 @@ static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, d
     LAUNCH(square_sums_kernel, (unsigned)chunks, UPDATE_THREADS, &m->context, m->norm_partials, m->grads,
            m->arena_size);
     LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip);
-    for (size_t i = 0, next; i < m->params.size(); i = next) { // neighbours of one decay together
-        double decay = megalodon_weight_decay(adamw, &m->params[i]);
-        for (next = i + 1; next < m->params.size(); next++)
-            if (megalodon_weight_decay(adamw, &m->params[next]) != decay) break;
-        int64_t end = next < m->params.size() ? m->offset[next] : m->arena_size;
-        update_range(m, m->offset[i], end, adamw, decay);
+    const std::vector<size_t> &order = m->arena_order;
+    for (size_t i = 0, next; i < order.size(); i = next) { // neighbours of one decay together
+        double decay = megalodon_weight_decay(adamw, &m->params[order[i]]);
+        for (next = i + 1; next < order.size(); next++)
+            if (megalodon_weight_decay(adamw, &m->params[order[next]]) != decay) break;
+        int64_t end = next < order.size() ? m->offset[order[next]] : m->arena_size;
+        update_range(m, m->offset[order[i]], end, adamw, decay);
     }
     refresh_coefficients(m);
     if (!grad_norm) return nullptr;
