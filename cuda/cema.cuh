@@ -93,13 +93,25 @@ static inline void cema_coefficients(Context *context, CemaCoefficients out, con
            (int)D, (int)N);
 }
 
-struct CemaComplex { double re, im; };
-__device__ inline CemaComplex operator*(CemaComplex a, CemaComplex b) {
-    return CemaComplex{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+/* Complex numbers. Powers are made in double and then rounded. */
+template <typename Real> struct CemaNumber { Real re, im; };
+using CemaComplex = CemaNumber<double>;
+using CemaFloat = CemaNumber<float>;
+template <typename Real>
+__device__ inline CemaNumber<Real> operator*(CemaNumber<Real> a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-__device__ inline CemaComplex operator*(double a, CemaComplex b) { return CemaComplex{a * b.re, a * b.im}; }
-__device__ inline CemaComplex cema_power(CemaComplex q, int n) {
-    CemaComplex power = {1, 0};
+template <typename Real>
+__device__ inline CemaNumber<Real> operator+(CemaNumber<Real> a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a.re + b.re, a.im + b.im};
+}
+template <typename Real> __device__ inline CemaNumber<Real> operator*(Real a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a * b.re, a * b.im};
+}
+__device__ inline CemaComplex to_double(CemaFloat a) { return CemaComplex{a.re, a.im}; }
+__device__ inline CemaFloat to_float(CemaComplex a) { return CemaFloat{(float)a.re, (float)a.im}; }
+__device__ inline CemaComplex cema_power(CemaFloat base, int n) {
+    CemaComplex power = {1, 0}, q = to_double(base);
     for (; n > 0; n /= 2, q = q * q)
         if (n % 2) power = power * q;
     return power;
@@ -107,13 +119,12 @@ __device__ inline CemaComplex cema_power(CemaComplex q, int n) {
 
 /* One state's coefficients; 0 beyond N and D. */
 struct CemaState {
-    double p;
-    CemaComplex q, c;
+    float p;
+    CemaFloat q, c;
     __device__ CemaState(const CemaCoefficients &coef, int d, int k, int D, int N) : p(0), q{0, 0}, c{0, 0} {
         if (d >= D || k >= N) return;
         int64_t i = (int64_t)d * N + k;
-        p = coef.p[i], q = CemaComplex{coef.q_re[i], coef.q_im[i]};
-        c = CemaComplex{coef.c_re[i], coef.c_im[i]};
+        p = coef.p[i], q = CemaFloat{coef.q_re[i], coef.q_im[i]}, c = CemaFloat{coef.c_re[i], coef.c_im[i]};
     }
 };
 
@@ -148,11 +159,11 @@ __device__ inline void cema_split(uint32_t (&part)[PARTS][WORDS], int at, float 
     }
 }
 
-/* A lane's four entries of a table, in the order of the fragment. */
+/* A lane's four entries of a table, in the order of the fragment: rows 2 pair + {0, 1, 8, 9}. */
 template <int PARTS>
-__device__ inline void cema_table(CemaTable<PARTS> &table, double v0, double v1, double v2, double v3) {
-    cema_split(table.b, 0, (float)v0, (float)v1);
-    cema_split(table.b, 1, (float)v2, (float)v3);
+__device__ inline void cema_table(CemaTable<PARTS> &table, float v0, float v1, float v2, float v3) {
+    cema_split(table.b, 0, v0, v1);
+    cema_split(table.b, 1, v2, v3);
 }
 
 /* c += a b, one part of each */
@@ -416,13 +427,29 @@ __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const Cema
     }
 }
 
-/* powers[e] = q^(2 pair + {0, 1, 8, 9}) */
-__device__ inline void cema_powers(CemaComplex (&powers)[4], CemaComplex q, int pair) {
-    CemaComplex q8 = cema_power(q, 8);
-    powers[0] = cema_power(q, 2 * pair), powers[1] = powers[0] * q;
-    powers[2] = powers[0] * q8, powers[3] = powers[1] * q8;
-}
-__device__ inline double cema_part(CemaComplex z, int im) { return im ? z.im : z.re; }
+/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in shared
+ * memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin at another
+ * bank than those of the state before it. */
+struct CemaPowers {
+    CemaFloat *own, group, length; /* the latter two of state lane / 2 */
+    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps, int D,
+                          int N) {
+        int lane = (int)threadIdx.x % WARP_SIZE, k = lane / 2, first = lane % 2 * 8;
+        CemaFloat q = CemaState(coef, place.d, place.states + k, D, N).q;
+        CemaComplex eighth = cema_power(q, 8), now = first ? eighth : CemaComplex{1, 0};
+        own = (CemaFloat *)memory + place.channel * CEMA_STATES * CEMA_GROUP;
+#pragma unroll
+        for (int m = 0; m < 8; m++, now = now * to_double(q)) own[at(k, first + m)] = to_float(now);
+        group = to_float(eighth * eighth), length = to_float(cema_power(q, steps));
+        __syncwarp(); // the powers are there
+    }
+    __device__ static int at(int k, int m) { return k * CEMA_GROUP + (m + k) % CEMA_GROUP; }
+    __device__ CemaFloat operator()(int k, int m) const { return own[at(k, m)]; }
+    __device__ static CemaFloat of(CemaFloat x, int k) {
+        return CemaFloat{__shfl_sync(FULL_MASK, x.re, 2 * k), __shfl_sync(FULL_MASK, x.im, 2 * k)};
+    }
+};
+__device__ inline float cema_part(CemaFloat z, int im) { return im ? z.im : z.re; }
 
 /* J complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
 template <int J> struct CemaPairs { float v[J][4]; };
@@ -430,12 +457,11 @@ template <int J> struct CemaPairs { float v[J][4]; };
 /* q^16 of a thread's states */
 template <int J> struct CemaTurn {
     float re[J], im[J];
-    __device__ CemaTurn(const CemaCoefficients &coef, const CemaPlace &place, int D, int N) {
+    __device__ CemaTurn(const CemaPowers &powers, const CemaPlace &place) {
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            CemaComplex power =
-                cema_power(CemaState(coef, place.d, place.state(j), D, N).q, CEMA_GROUP);
-            re[j] = (float)power.re, im[j] = (float)power.im;
+            CemaFloat power = powers.of(powers.group, 4 * j + place.pair);
+            re[j] = power.re, im[j] = power.im;
         }
     }
 };
@@ -456,27 +482,21 @@ __device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], i
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* What all segments before a strip left, h = q^length h + factor end and the slope beside it; ends (segments,B,
- * D,N,2). Slopes are by ln q. */
+/* What all segments before a strip left, h = q^length h + factor end and the slope by ln q beside it; ends
+ * (segments,B,D,N,2); power: q^length; at: of (D,N). */
 struct CemaStart {
-    CemaComplex h, slope;
-    __device__ CemaStart(CemaComplex begin, const float *ends, const float *slopes, CemaComplex factor,
-                         CemaComplex q, const CemaStrips &strips, int b, int segment, int64_t at,
+    CemaFloat h, slope;
+    __device__ CemaStart(CemaFloat begin, const float *ends, const float *slopes, CemaFloat factor,
+                         CemaFloat power, const CemaStrips &strips, int b, int segment, int64_t at,
                          int64_t states)
         : h(begin), slope{0, 0} {
-        if (segment == 0) return;
-        CemaComplex power = cema_power(q, strips.length);
         for (int i = 0; i < segment; i++) {
-            const float *end = ends + (((int64_t)i * strips.B + b) * states + at) * 2;
+            const CemaFloat *end = (const CemaFloat *)ends + ((int64_t)i * strips.B + b) * states + at;
             if (slopes) {
-                const float *add = slopes + (end - ends);
-                slope.re += strips.length * h.re, slope.im += strips.length * h.im;
-                slope = power * slope;
-                slope.re += add[0], slope.im += add[1];
+                const CemaFloat *add = (const CemaFloat *)slopes + (end - (const CemaFloat *)ends);
+                slope = power * (slope + (float)strips.length * h) + *add;
             }
-            CemaComplex add = factor * CemaComplex{end[0], end[1]};
-            h = power * h;
-            h.re += add.re, h.im += add.im;
+            h = power * h + factor * *end;
         }
     }
 };
@@ -502,20 +522,19 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
     if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, 0, D, N);
     CemaTable<STATE> plain[J], hat[J];
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex powers[4];
-        int im = place.group % 2, last = CEMA_GROUP - 1 - 2 * place.pair;
-        cema_powers(powers, CemaState(coef, place.d, place.column(j), D, N).q, 3 - place.pair);
-        double v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = cema_part(powers[3 - i], im);
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
+        float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
+                      cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], last * v[0], (last - 1) * v[1], (last - 8) * v[2], (last - 9) * v[3]);
+        cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2], (float)(m - 9) * v[3]);
     }
-    CemaTurn<J> turn(coef, place, D, N);
+    CemaTurn<J> turn(powers, place);
     CemaPairs<J> e = {}, slope = {};
+    __syncthreads(); // the powers are no longer needed
     if (moves) cema_put(tiles[0], held, mover);
     for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
@@ -563,41 +582,40 @@ template <typename T, int J> struct CemaScan {
 
 /* Forward, inputs enter the state by p q^(15-m) and the state the output by c q q^m; back in time, by c q
  * q^(15-m) and p q^m. */
-__device__ inline CemaComplex cema_way_in(const CemaState &s, bool reverse) {
-    return reverse ? s.c * s.q : CemaComplex{s.p, 0};
+__device__ inline CemaFloat cema_way_in(const CemaState &s, bool reverse) {
+    return reverse ? s.c * s.q : CemaFloat{s.p, 0};
 }
-__device__ inline CemaComplex cema_way_out(const CemaState &s, bool reverse) {
-    return reverse ? CemaComplex{s.p, 0} : s.c * s.q;
+__device__ inline CemaFloat cema_way_out(const CemaState &s, bool reverse) {
+    return reverse ? CemaFloat{s.p, 0} : s.c * s.q;
 }
 
 template <typename T, int J>
-__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaCoefficients &coef, double omega,
-                                        const CemaPlace &place, bool reverse, int D, int N) {
-    double k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
+__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &powers,
+                                        const CemaCoefficients &coef, float omega, const CemaPlace &place,
+                                        bool reverse, int D, int N) {
+    float k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaState column(coef, place.d, place.column(j), D, N);
-        CemaComplex powers[4], in = cema_way_in(column, reverse);
-        int im = place.group % 2;
-        cema_powers(powers, column.q, 3 - place.pair);
-        cema_table(scan.in[j], cema_part(in * powers[3], im), cema_part(in * powers[2], im),
-                   cema_part(in * powers[1], im), cema_part(in * powers[0], im));
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
+        CemaFloat in = cema_way_in(CemaState(coef, place.d, place.column(j), D, N), reverse);
+        cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
+                   cema_part(in * powers(k, m - 8), im), cema_part(in * powers(k, m - 9), im));
         CemaState own(coef, place.d, place.state(j), D, N);
-        CemaComplex low = cema_power(own.q, place.group), high = low * cema_power(own.q, 8), pc = own.p * own.c,
-                    out = cema_way_out(own, reverse);
+        CemaFloat low = powers(4 * j + place.pair, place.group), high = powers(4 * j + place.pair, place.group + 8),
+                  pc = own.p * own.c, out = cema_way_out(own, reverse);
         k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
         low = out * low, high = out * high;
-        cema_split(scan.out[j / 2][0].b, j % 2, (float)low.re, (float)-low.im);
-        cema_split(scan.out[j / 2][1].b, j % 2, (float)high.re, (float)-high.im);
+        cema_split(scan.out[j / 2][0].b, j % 2, low.re, -low.im);
+        cema_split(scan.out[j / 2][1].b, j % 2, high.re, -high.im);
     }
-    float k[2] = {(float)(lanes_sum(k_low, 4) + (place.group == 0 ? omega : 0.0)), (float)lanes_sum(k_high, 4)};
+    k_low = lanes_sum(k_low, 4) + (place.group == 0 ? omega : 0.0f), k_high = lanes_sum(k_high, 4);
 #pragma unroll
     for (int o = 0; o < 2; o++) {
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int lag = 8 * o + place.group - 2 * place.pair - i % 2 - i / 2 * 8, from = 4 * (lag & 7);
-            float low = __shfl_sync(FULL_MASK, k[0], from), high = __shfl_sync(FULL_MASK, k[1], from);
+            float low = __shfl_sync(FULL_MASK, k_low, from), high = __shfl_sync(FULL_MASK, k_high, from);
             v[i] = lag < 0 ? 0.0f : lag < 8 ? low : high;
         }
         cema_table(scan.taps[o], v[0], v[1], v[2], v[3]);
@@ -614,13 +632,12 @@ __device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoeffici
 #pragma unroll
     for (int j = 0; j < J; j++) {
         CemaState s(coef, place.d, place.state(j), D, N);
-        CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
+        CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
-            double value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
-            now = s.q * now;
-            now.re += in.re * value, now.im += in.im * value;
+            float value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
+            now = s.q * now + value * in;
         }
-        h.v[j][2 * i] = (float)now.re, h.v[j][2 * i + 1] = (float)now.im;
+        h.v[j][2 * i] = now.re, h.v[j][2 * i + 1] = now.im;
     }
 }
 
@@ -678,9 +695,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
     if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaScan<T, J> scan;
-    cema_scan_tables(scan, coef, omega && place.d < D ? (double)omega[place.d] : 0.0, place, strips.reverse, D, N);
-    CemaTurn<J> turn(coef, place, D, N);
+    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse, D,
+                     N);
+    CemaTurn<J> turn(powers, place);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
     int row_steps[2];
@@ -688,20 +707,20 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         row_steps[i] = strip.steps;
-        if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = place.state(j);
-            if (k >= N) continue;
+            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
+            if (strip.steps == 0 || place.d >= D || k >= N) continue;
             int64_t at = (int64_t)place.d * N + k;
             const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
-            CemaState s(coef, place.d, k, D, N);
-            CemaStart start(CemaComplex{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr,
-                            cema_way_in(s, strips.reverse), s.q, strips, strip.b, strip.segment, at,
-                            (int64_t)D * N);
-            h.v[j][2 * i] = (float)start.h.re, h.v[j][2 * i + 1] = (float)start.h.im;
+            CemaFloat way_in = cema_way_in(CemaState(coef, place.d, k, D, N), strips.reverse);
+            CemaStart start(CemaFloat{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr, way_in, power,
+                            strips, strip.b, strip.segment, at, (int64_t)D * N);
+            h.v[j][2 * i] = start.h.re, h.v[j][2 * i + 1] = start.h.im;
         }
     }
+    __syncthreads(); // the powers are no longer needed
     if (moves) cema_put(tiles[0], held, mover);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
@@ -889,15 +908,15 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
     if (place.d >= D) return;
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex q = CemaState(coef, place.d, place.state(j), D, N).q;
-        CemaComplex nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
-                    zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
+        CemaFloat q = CemaState(coef, place.d, place.state(j), D, N).q;
+        CemaFloat nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
+                  zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
-            zeta = q * CemaComplex{zeta.re + nu.re, zeta.im + nu.im}, nu = q * nu;
-            nu.re += to_float(dy[(strip.first - m) * D + place.d]);
+            zeta = q * (zeta + nu);
+            nu = q * nu + CemaFloat{to_float(dy[(strip.first - m) * D + place.d]), 0};
         }
-        s.nu.v[j][2 * i] = (float)nu.re, s.nu.v[j][2 * i + 1] = (float)nu.im;
-        s.zeta.v[j][2 * i] = (float)zeta.re, s.zeta.v[j][2 * i + 1] = (float)zeta.im;
+        s.nu.v[j][2 * i] = nu.re, s.nu.v[j][2 * i + 1] = nu.im;
+        s.zeta.v[j][2 * i] = zeta.re, s.zeta.v[j][2 * i + 1] = zeta.im;
     }
 }
 
@@ -953,21 +972,19 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
     if (lane == 0 && place.d < D && place.states == 0) sums.domega[(int64_t)blockIdx.y * D + place.d] = r;
     int k = place.states + lane;
     CemaState state(coef, place.d, k, D, N);
-    CemaComplex power = {1, 0}, a = {0, 0}, slope = {0, 0}; /* slope: of a by q */
+    CemaComplex q = to_double(state.q), c = to_double(state.c), power = {1, 0}, a = {0, 0}, slope = {0, 0};
     for (int lag = 0; lag < CEMA_GROUP; lag++) {
-        double r_lag = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
-        a.re += r_lag * power.re, a.im += r_lag * power.im;
-        slope.re += (lag + 1) * next * power.re, slope.im += (lag + 1) * next * power.im; // r_16 is 0
-        power = power * state.q;
+        /* slope: the derivative of a by q; r_16 is 0 */
+        double here = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        a = a + here * power, slope = slope + (lag + 1) * next * power;
+        power = power * q;
     }
     if (lane >= 4 * J || k >= N || place.d >= D) return;
     const float *t = own + lane * 8;
-    CemaComplex turned = state.q * CemaComplex{t[0], t[1]}, h_turned = state.q * CemaComplex{t[4], t[5]};
-    a.re += turned.re, a.im += turned.im;
-    slope.re += t[0] + t[2], slope.im += t[1] + t[3];
-    CemaComplex dp = state.c * a, dc = {state.p * a.re + h_turned.re, state.p * a.im + h_turned.im};
-    CemaComplex dq =
-        state.c * CemaComplex{state.p * slope.re + t[4] + t[6], state.p * slope.im + t[5] + t[7]};
+    double p = state.p;
+    a = a + q * CemaComplex{t[0], t[1]}, slope = slope + CemaComplex{t[0], t[1]} + CemaComplex{t[2], t[3]};
+    CemaComplex dp = c * a, dc = p * a + q * CemaComplex{t[4], t[5]};
+    CemaComplex dq = c * (p * slope + CemaComplex{t[4], t[5]} + CemaComplex{t[6], t[7]});
     int64_t at = ((int64_t)blockIdx.y * D + place.d) * N + k;
     sums.dp[at] = (float)dp.re;
     sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
@@ -993,36 +1010,35 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
     cema_fetch(held, from, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaTable<PARTS> plain[J], hat[J];
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex v[4];
-        int im = place.group % 2, m = 2 * place.pair;
-        cema_powers(v, CemaState(coef, place.d, place.column(j), D, N).q, place.pair);
-        cema_table(plain[j], cema_part(v[0], im), cema_part(v[1], im), cema_part(v[2], im),
-                   cema_part(v[3], im));
-        cema_table(hat[j], m * cema_part(v[0], im), (m + 1) * cema_part(v[1], im),
-                   (m + 8) * cema_part(v[2], im), (m + 9) * cema_part(v[3], im));
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
+        float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
+                      cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
+        cema_table(plain[j], v[0], v[1], v[2], v[3]);
+        cema_table(hat[j], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2], (float)(m + 9) * v[3]);
     }
-    CemaTurn<J> turn(coef, place, D, N);
+    CemaTurn<J> turn(powers, place);
     CemaBackward<J> s = {};
     int row_steps[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         row_steps[i] = strip.steps;
-        if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = place.state(j);
-            if (k >= N) continue;
-            CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0},
-                            CemaState(coef, place.d, k, D, N).q, strips, strip.b, strip.segment,
+            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
+            if (strip.steps == 0 || place.d >= D || k >= N) continue;
+            CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, power, strips, strip.b, strip.segment,
                             (int64_t)place.d * N + k, (int64_t)D * N);
-            s.nu.v[j][2 * i] = (float)start.h.re, s.nu.v[j][2 * i + 1] = (float)start.h.im;
-            s.zeta.v[j][2 * i] = (float)start.slope.re, s.zeta.v[j][2 * i + 1] = (float)start.slope.im;
+            s.nu.v[j][2 * i] = start.h.re, s.nu.v[j][2 * i + 1] = start.h.im;
+            s.zeta.v[j][2 * i] = start.slope.re, s.zeta.v[j][2 * i + 1] = start.slope.im;
         }
     }
+    __syncthreads(); // the powers are no longer needed
     cema_put(tiles[0], held, mover);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
@@ -1057,15 +1073,13 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
     if (i >= strips.B * states) return;
     int b = (int)(i / states), d = (int)(i % states / N), k = (int)(i % N);
     CemaState s(coef, d, k, D, N);
-    CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0}, s.q, strips, b, strips.count, i % states,
-                    states); // what all segments leave
-    CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]}, sum = s.q * start.h;
-    sum.re += to_float(u[((int64_t)b * steps + steps - 1) * D + d]);
-    CemaComplex slope = {s.p * (start.h.re + start.slope.re), s.p * (start.h.im + start.slope.im)};
-    if (h_in) {
-        CemaComplex turned = cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]};
-        slope.re += steps * turned.re, slope.im += steps * turned.im;
-    }
+    CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, to_float(cema_power(s.q, strips.length)),
+                    strips, b, strips.count, i % states, states); // what all segments leave
+    CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]};
+    CemaFloat last = {to_float(u[((int64_t)b * steps + steps - 1) * D + d]), 0};
+    CemaComplex sum = to_double(s.q * start.h + last), slope = to_double(s.p * (start.h + start.slope));
+    if (h_in)
+        slope = slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
     CemaComplex dq = g * slope, dp = g * sum;
     int64_t at = (int64_t)(row + b) * states + i % states;
     sums.dp[at] = (float)dp.re, sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
