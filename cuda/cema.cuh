@@ -46,7 +46,7 @@ enum {
     CEMA_STRIPS = 16,   /* of a warp */
     CEMA_CHANNELS = 16, /* of a block, a warp each */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
-    CEMA_TILE = 2 * CEMA_GROUP, /* the lengths of segments are multiples of it */
+    CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
     NUM_CEMA_COEFFICIENTS = 5,
@@ -54,9 +54,7 @@ enum {
 };
 
 /* Arrays (D,N), computed once for each value of the parameters. */
-struct CemaCoefficients {
-    float *p, *q_re, *q_im, *c_re, *c_im;
-};
+struct CemaCoefficients { float *p, *q_re, *q_im, *c_re, *c_im; };
 static inline CemaCoefficients cema_coefficients_at(float *memory, int64_t D, int64_t N) {
     return CemaCoefficients{memory, memory + D * N, memory + 2 * D * N, memory + 3 * D * N,
                             memory + 4 * D * N};
@@ -299,7 +297,8 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
             for (int i = 0; i < 8; i++) {
                 if (mover.d + i >= D) continue;
                 if constexpr (sizeof(T) == 2)
-                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i] << i % 2 * 16;
+                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i]
+                                           << i % 2 * 16;
                 else
                     held.word[k][i] = reinterpret_cast<const uint32_t *>(from)[i];
             }
@@ -333,7 +332,8 @@ __device__ inline void cema_take(CemaShare<T> &out, const CemaUnit<T> *tile, con
         const CemaUnit<T> *a = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair),
                           *b = tile + cema_unit(mover.slot, mover.half * 8 + i + 1, mover.row, mover.pair);
         if constexpr (sizeof(T) == 2) {
-            uint32_t even = *reinterpret_cast<const uint32_t *>(a), odd = *reinterpret_cast<const uint32_t *>(b);
+            uint32_t even = *reinterpret_cast<const uint32_t *>(a),
+                     odd = *reinterpret_cast<const uint32_t *>(b);
             out.word[0][i / 2] = cema_lows(even, odd), out.word[1][i / 2] = cema_highs(even, odd);
         } else {
 #pragma unroll
@@ -350,20 +350,20 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         for (int i = 0; i < CemaShare<T>::WORDS; i++) {
             if constexpr (sizeof(T) == 2) {
                 uint32_t a = out.word[k][i], b = before.word[k][i];
-                __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                                                           __uint_as_float(a & 0xFFFF0000u) +
-                                                               __uint_as_float(b & 0xFFFF0000u));
+                __nv_bfloat162 sum = __floats2bfloat162_rn(
+                    __uint_as_float(a << 16) + __uint_as_float(b << 16),
+                    __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
                 out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
             } else {
-                out.word[k][i] = __float_as_uint(__uint_as_float(out.word[k][i]) +
-                                                 __uint_as_float(before.word[k][i]));
+                out.word[k][i] =
+                    __float_as_uint(__uint_as_float(out.word[k][i]) + __uint_as_float(before.word[k][i]));
             }
         }
 }
 
 template <typename T>
-__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first, int D,
-                                  bool wide) {
+__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first,
+                                  int D, bool wide) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
@@ -432,8 +432,8 @@ __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const Cema
  * bank than those of the state before it. */
 struct CemaPowers {
     CemaFloat *own, group, length; /* the latter two of state lane / 2 */
-    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps, int D,
-                          int N) {
+    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps,
+                          int D, int N) {
         int lane = (int)threadIdx.x % WARP_SIZE, k = lane / 2, first = lane % 2 * 8;
         CemaFloat q = CemaState(coef, place.d, place.states + k, D, N).q;
         CemaComplex eighth = cema_power(q, 8), now = first ? eighth : CemaComplex{1, 0};
@@ -468,38 +468,60 @@ template <int J> struct CemaTurn {
 
 /* h = q^16 h + add; i: which row */
 template <int J>
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j,
+                                 const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
 template <int J>
-__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn<J> &turn,
-                                       int j, const float (&add)[4]) {
-    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]), im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
+                                       const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
+          im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* What all segments before a strip left, h = q^length h + factor end and the slope by ln q beside it; ends
- * (segments,B,D,N,2); power: q^length; at: of (D,N). */
-struct CemaStart {
-    CemaFloat h, slope;
-    __device__ CemaStart(CemaFloat begin, const float *ends, const float *slopes, CemaFloat factor,
-                         CemaFloat power, const CemaStrips &strips, int b, int segment, int64_t at,
-                         int64_t states)
-        : h(begin), slope{0, 0} {
-        for (int i = 0; i < segment; i++) {
-            const CemaFloat *end = (const CemaFloat *)ends + ((int64_t)i * strips.B + b) * states + at;
-            if (slopes) {
-                const CemaFloat *add = (const CemaFloat *)slopes + (end - (const CemaFloat *)ends);
-                slope = power * (slope + (float)strips.length * h) + *add;
+/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL); ends and
+ * slopes at this segment's. power: q^length. */
+__device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const float *end,
+                                         const float *end_slope, CemaFloat factor, CemaFloat power,
+                                         int length) {
+    if (end_slope) slope = power * (slope + (float)length * h) + CemaFloat{end_slope[0], end_slope[1]};
+    h = power * h + factor * CemaFloat{end[0], end[1]};
+}
+
+/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
+ * (segments,B,D,N,2) */
+template <int J>
+__device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const float *ends,
+                                  const float *slopes, const CemaFloat (&factor)[J],
+                                  const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
+                                  int steps, int D, int N) {
+    CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
+    CemaFloat power[J];
+#pragma unroll
+    for (int j = 0; j < J; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
+    if (place.d >= D) return;
+    /* All states at once, since each segment's waits for memory. */
+    for (int segment = 0; segment < max(strip[0].segment, strip[1].segment); segment++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                int k = place.state(j);
+                if (segment >= strip[i].segment || strip[i].steps == 0 || k >= N) continue;
+                int64_t at = ((((int64_t)segment * strips.B + strip[i].b) * D + place.d) * N + k) * 2;
+                CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]},
+                          turn = {slope.v[j][2 * i], slope.v[j][2 * i + 1]};
+                cema_pass_segment(now, turn, ends + at, slopes ? slopes + at : nullptr, factor[j], power[j],
+                                  strips.length);
+                h.v[j][2 * i] = now.re, h.v[j][2 * i + 1] = now.im;
+                slope.v[j][2 * i] = turn.re, slope.v[j][2 * i + 1] = turn.im;
             }
-            h = power * h + factor * *end;
-        }
-    }
-};
+}
 
 /* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
  *           ln q
@@ -530,7 +552,8 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
                       cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2], (float)(m - 9) * v[3]);
+        cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
+                   (float)(m - 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
     CemaPairs<J> e = {}, slope = {};
@@ -601,8 +624,9 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &
         cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
                    cema_part(in * powers(k, m - 8), im), cema_part(in * powers(k, m - 9), im));
         CemaState own(coef, place.d, place.state(j), D, N);
-        CemaFloat low = powers(4 * j + place.pair, place.group), high = powers(4 * j + place.pair, place.group + 8),
-                  pc = own.p * own.c, out = cema_way_out(own, reverse);
+        CemaFloat low = powers(4 * j + place.pair, place.group),
+                  high = powers(4 * j + place.pair, place.group + 8), pc = own.p * own.c,
+                  out = cema_way_out(own, reverse);
         k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
         low = out * low, high = out * high;
         cema_split(scan.out[j / 2][0].b, j % 2, low.re, -low.im);
@@ -671,8 +695,8 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        tile[place.unit(slot, i)] = CemaUnit<T>{
-            {from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
+        tile[place.unit(slot, i)] =
+            CemaUnit<T>{{from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
 }
 
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
@@ -685,8 +709,8 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
-                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
@@ -697,8 +721,8 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     if (moves) cema_fetch(held, x, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaScan<T, J> scan;
-    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse, D,
-                     N);
+    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
+                     D, N);
     CemaTurn<J> turn(powers, place);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
@@ -707,19 +731,21 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         row_steps[i] = strip.steps;
+        if (!h_in || strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = place.state(j);
-            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
-            if (strip.steps == 0 || place.d >= D || k >= N) continue;
-            int64_t at = (int64_t)place.d * N + k;
-            const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
-            CemaFloat way_in = cema_way_in(CemaState(coef, place.d, k, D, N), strips.reverse);
-            CemaStart start(CemaFloat{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr, way_in, power,
-                            strips, strip.b, strip.segment, at, (int64_t)D * N);
-            h.v[j][2 * i] = start.h.re, h.v[j][2 * i + 1] = start.h.im;
+            if (k >= N) continue;
+            const float *in = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
+            h.v[j][2 * i] = in[0], h.v[j][2 * i + 1] = sign * in[1];
         }
     }
+    CemaPairs<J> no_slope = {};
+    CemaFloat way_in[J];
+#pragma unroll
+    for (int j = 0; j < J; j++)
+        way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
+    cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
     if (moves) cema_put(tiles[0], held, mover);
     int now = 0, first = 0, longest = min(strips.length, steps);
@@ -771,7 +797,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
  * has to take. */
 #define WITH_CEMA_STATES(N, ...)                                                                            \
     for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
-        if ((N) - first_state > CEMA_STATES / 2) {                                                          \
+        if ((N) - first_state > CEMA_STATES / 2) {                                                            \
             constexpr int J = CEMA_STATES / 4;                                                              \
             __VA_ARGS__;                                                                                    \
         } else {                                                                                            \
@@ -804,8 +830,9 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x, h_in,
-               ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N, wide);
+        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
+               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N,
+               wide);
     });
 }
 
@@ -820,8 +847,8 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     /* The first segment's blocks read h_in when the last one's may have written h_out already. */
     float *other = take<float>(context, B * D * N * 2);
     float *last = segments.count > 1 && h_out && h_out == h_in ? other : h_out;
-    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps, D,
-                 N);
+    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps,
+                 D, N);
     cema_scan<T>(context, y, false, last, u, h_in, ends, coef, omega,
                  cema_strips(segments, B, segments.count, false), steps, D, N);
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
@@ -829,9 +856,7 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
 
 /* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
  * (rows,D). */
-struct CemaSums {
-    float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega;
-};
+struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
 /* (re, im) of J states, summed over a thread's rows. */
 template <int J> struct CemaTotals { float re[J], im[J]; };
@@ -902,8 +927,8 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
 /* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
 template <typename T, int J>
 __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
-                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
-                                      int N) {
+                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps,
+                                      int D, int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
@@ -924,9 +949,9 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
 template <typename T, int J>
 __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
-                                        const float *h_in,
-                                        const CemaCoefficients &coef, const CemaPlace &place,
-                                        const CemaStrips &strips, int steps, int D, int N) {
+                                        const float *h_in, const CemaCoefficients &coef,
+                                        const CemaPlace &place, const CemaStrips &strips, int steps, int D,
+                                        int N) {
     int lane = (int)threadIdx.x % WARP_SIZE;
     float r = 0; /* of lag `lane` */
     for (int m = 0; m < 2; m++) {
@@ -975,7 +1000,8 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
     CemaComplex q = to_double(state.q), c = to_double(state.c), power = {1, 0}, a = {0, 0}, slope = {0, 0};
     for (int lag = 0; lag < CEMA_GROUP; lag++) {
         /* slope: the derivative of a by q; r_16 is 0 */
-        double here = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        double here = __shfl_sync(FULL_MASK, r, lag),
+               next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
         a = a + here * power, slope = slope + (lag + 1) * next * power;
         power = power * q;
     }
@@ -999,8 +1025,8 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
-                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
@@ -1018,26 +1044,18 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
                       cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2], (float)(m + 9) * v[3]);
+        cema_table(hat[j], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
+                   (float)(m + 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
     CemaBackward<J> s = {};
     int row_steps[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        CemaStrip strip(strips, place.row[i], steps);
-        row_steps[i] = strip.steps;
+    for (int i = 0; i < 2; i++) row_steps[i] = CemaStrip(strips, place.row[i], steps).steps;
+    CemaFloat plainly[J];
 #pragma unroll
-        for (int j = 0; j < J; j++) {
-            int k = place.state(j);
-            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
-            if (strip.steps == 0 || place.d >= D || k >= N) continue;
-            CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, power, strips, strip.b, strip.segment,
-                            (int64_t)place.d * N + k, (int64_t)D * N);
-            s.nu.v[j][2 * i] = start.h.re, s.nu.v[j][2 * i + 1] = start.h.im;
-            s.zeta.v[j][2 * i] = start.slope.re, s.zeta.v[j][2 * i + 1] = start.slope.im;
-        }
-    }
+    for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
+    cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
     cema_put(tiles[0], held, mover);
     int now = 0, first = 0, longest = min(strips.length, steps);
@@ -1073,13 +1091,17 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
     if (i >= strips.B * states) return;
     int b = (int)(i / states), d = (int)(i % states / N), k = (int)(i % N);
     CemaState s(coef, d, k, D, N);
-    CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, to_float(cema_power(s.q, strips.length)),
-                    strips, b, strips.count, i % states, states); // what all segments leave
+    CemaFloat e = {0, 0}, turn = {0, 0}, power = to_float(cema_power(s.q, strips.length));
+    for (int segment = 0; segment < strips.count; segment++) {
+        int64_t at = ((int64_t)segment * strips.B * states + i) * 2;
+        cema_pass_segment(e, turn, ends + at, slopes + at, CemaFloat{1, 0}, power, strips.length);
+    }
     CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]};
     CemaFloat last = {to_float(u[((int64_t)b * steps + steps - 1) * D + d]), 0};
-    CemaComplex sum = to_double(s.q * start.h + last), slope = to_double(s.p * (start.h + start.slope));
+    CemaComplex sum = to_double(s.q * e + last), slope = to_double(s.p * (e + turn));
     if (h_in)
-        slope = slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
+        slope =
+            slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
     CemaComplex dq = g * slope, dp = g * sum;
     int64_t at = (int64_t)(row + b) * states + i % states;
     sums.dp[at] = (float)dp.re, sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
@@ -1143,7 +1165,8 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
     CemaStrips strips = cema_strips(segments, B, segments.count, true);
-    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B, size = most * D * N;
+    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B,
+            size = most * D * N;
     float *memory = take<float>(context, NUM_CEMA_SUMS * size + most * D);
     float *ends = take<float>(context, segments.rows * D * N * 2);
     float *slopes = take<float>(context, segments.rows * D * N * 2);
@@ -1156,15 +1179,15 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
         CemaStrips all = cema_strips(before, B, steps > 1 ? before.count : 0, false);
         all.offset = (int)(steps - 1 - before.count * before.length);
         cema_ends<T>(context, ends, slopes, u, coef, all, steps, D, N);
-        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in, ends,
-               slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
+        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in,
+               ends, slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
         rows += B;
     }
-    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps, D,
-                 N);
+    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
+                 D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in, ends,
-                               slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
