@@ -172,14 +172,18 @@ __device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* sum += rows table, small terms first */
-template <int A, int B>
-__device__ inline void cema_multiply(float (&sum)[4], const CemaRows<A> &rows, const CemaTable<B> &table) {
+/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum, so
+ * that several sums take turns. */
+template <int A, int B, int COUNT>
+__device__ inline void cema_multiply(float (&sum)[COUNT][4], const CemaRows<A> &rows,
+                                     const CemaTable<B> (&table)[COUNT]) {
 #pragma unroll
     for (int both = (A > B ? A : B) - 1; both >= 0; both--)
 #pragma unroll
         for (int i = 0; i < A; i++)
-            if (both - i >= 0 && both - i < B) tensor_product(sum, rows.a[i], table.b[both - i]);
+#pragma unroll
+            for (int n = 0; n < COUNT; n++)
+                if (both - i >= 0 && both - i < B) tensor_product(sum[n], rows.a[i], table[n].b[both - i]);
 }
 
 /* Rows and columns of an 8 x 8 matrix, two neighbours in a word, change places. */
@@ -306,12 +310,61 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
     }
 }
 
+/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no registers
+ * wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is fetched when it is wanted. */
+struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
+template <typename T> struct CemaEarly { using Stage = char; };
+template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
+
+__device__ inline void copy_early(void *to, const void *from, bool here) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(here ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+template <typename T>
+__device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
+                                    int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (!wide) return;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int s = tile_first + mover.step + k * mover.turn;
+            bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+            copy_early(stage.word[k][threadIdx.x], here ? x + mover.first + s * mover.stride : x, here);
+        }
+    }
+}
+template <typename T>
+__device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::Stage &stage, const T *x,
+                                    const CemaMover &mover, int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (wide) {
+            wait_for_copies();
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                Packed<uint32_t, 4> part = packed<4>(stage.word[k][threadIdx.x]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) held.word[k][i] = part.v[i];
+            }
+            return;
+        }
+    }
+    cema_fetch(held, x, mover, tile_first, D, wide);
+}
+
 /* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
 __device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
+/* What was requested, into the tile. */
 template <typename T>
-__device__ inline void cema_put(CemaUnit<T> *tile, const CemaShare<T> &held, const CemaMover &mover) {
+__device__ inline void cema_move(CemaUnit<T> *tile, typename CemaEarly<T>::Stage &stage, const T *x,
+                                 const CemaMover &mover, int tile_first, int D, bool wide) {
+    CemaShare<T> held;
+    cema_receive(held, stage, x, mover, tile_first, D, wide);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
@@ -397,6 +450,7 @@ struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
     int low, upper; /* units of the lower and upper eight steps of its first row */
+    int matrix;     /* unit where its row of a matrix begins, see tensor_load */
     int states;     /* the first of the launch */
     __device__ explicit CemaPlace(int first_state) : states(first_state) {
         int lane = (int)threadIdx.x % WARP_SIZE;
@@ -404,6 +458,7 @@ struct CemaPlace {
         group = lane / 4, pair = lane % 4;
         row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
         low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
+        matrix = cema_unit(0, channel, lane % 16, lane / 16 * 4);
     }
     __device__ int state(int j) const { return states + 4 * j + pair; }
     __device__ int column(int j) const { return states + 4 * j + group / 2; }
@@ -413,17 +468,48 @@ struct CemaPlace {
     }
 };
 
+/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right third;
+ * `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
+template <bool TRANSPOSED> __device__ inline void tensor_load(uint32_t (&a)[4], const void *row) {
+    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+}
+
 /* The channel's strips and steps as a fragment. */
 template <typename T>
 __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const CemaUnit<T> *tile,
                                  const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<false>(rows.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        CemaUnit<T> unit = tile[place.unit(slot, i)];
-        if constexpr (CemaParts<T>::INPUT == 1)
-            rows.a[0][i] = *reinterpret_cast<uint32_t *>(&unit);
-        else
+        for (int i = 0; i < 4; i++) {
+            CemaUnit<T> unit = tile[place.unit(slot, i)];
             cema_split(rows.a, i, unit.v[0], unit.v[1]);
+        }
+    }
+}
+/* The same with each of its four matrices transposed. */
+template <typename T>
+__device__ inline void cema_rows_transposed(CemaRows<CemaParts<T>::INPUT> &out,
+                                            const CemaRows<CemaParts<T>::INPUT> &rows,
+                                            const CemaUnit<T> *tile, const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<true>(out.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
+#pragma unroll
+        for (int part = 0; part < CemaParts<T>::INPUT; part++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) out.a[part][i] = tensor_transpose(rows.a[part][i]);
     }
 }
 
@@ -528,10 +614,10 @@ __device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const fl
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
  * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
- *           with steps before step 0, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of
+ *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
  *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
-template <typename T, int J>
+template <typename T, int J, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
                      int first_state, int steps, int D, int N, bool wide) {
@@ -539,48 +625,47 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     constexpr int STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, 0, D, N);
-    CemaTable<STATE> plain[J], hat[J];
+    CemaTable<STATE> plain[J], hat[SLOPES ? J : 1];
 #pragma unroll
     for (int j = 0; j < J; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
                       cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
-                   (float)(m - 9) * v[3]);
+        if constexpr (SLOPES)
+            cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
+                       (float)(m - 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
     CemaPairs<J> e = {}, slope = {};
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_put(tiles[0], held, mover);
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_fetch(held, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
             cema_rows<T>(rows, tiles[now], place, slot);
+            float add[J][4] = {}, add_slope[SLOPES ? J : 1][4] = {};
+            cema_multiply(add, rows, plain);
+            if constexpr (SLOPES) cema_multiply(add_slope, rows, hat);
 #pragma unroll
-            for (int j = 0; j < J; j++) {
-                float add[4] = {}, add_slope[4] = {};
-                cema_multiply(add, rows, plain[j]);
-                if (slopes) {
-                    cema_multiply(add_slope, rows, hat[j]);
+            for (int j = 0; j < J; j++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope);
+                for (int i = 0; i < 2; i++) {
+                    if constexpr (SLOPES) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope[j]);
+                    cema_turn(e.v[j], i, turn, j, add[j]);
                 }
-#pragma unroll
-                for (int i = 0; i < 2; i++) cema_turn(e.v[j], i, turn, j, add);
-            }
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -592,7 +677,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
             ends[at] = e.v[j][2 * i], ends[at + 1] = e.v[j][2 * i + 1];
-            if (slopes) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
+            if constexpr (SLOPES) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
         }
     }
 }
@@ -671,32 +756,38 @@ template <bool RAGGED, typename T, int J>
 __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
                                        const CemaTurn<J> &turn, const CemaPlace &place, int slot,
                                        const int (&left)[2]) {
+    constexpr int OUTPUT = CemaParts<T>::OUTPUT;
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
-    float y[2][4] = {};
+    CemaRows<OUTPUT> states[J / 2];
+    float y[J / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
+    cema_multiply(y[0], rows, scan.taps);
 #pragma unroll
-    for (int half = 0; half < J / 2; half++) {
-        CemaRows<CemaParts<T>::OUTPUT> states;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            cema_split(states.a, i, h.v[2 * half + i / 2][i % 2 * 2], h.v[2 * half + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-        for (int o = 0; o < 2; o++) cema_multiply(y[o], states, scan.out[half][o]);
-    }
-#pragma unroll
-    for (int o = 0; o < 2; o++) cema_multiply(y[o], rows, scan.taps[o]);
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        float add[4] = {};
-        cema_multiply(add, rows, scan.in[j]);
+    for (int j = 0; j < J; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add);
+            cema_split(states[j / 2].a, j % 2 * 2 + i, h.v[j][2 * i], h.v[j][2 * i + 1]);
+#pragma unroll
+    for (int both = OUTPUT - 1; both >= 0; both--)
+#pragma unroll
+        for (int part = 0; part <= both; part++)
+#pragma unroll
+            for (int n = 0; n < J; n++)
+                tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
+    float add[J][4] = {};
+    cema_multiply(add, rows, scan.in);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
+#pragma unroll
+        for (int n = 1; n < J / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        tile[place.unit(slot, i)] =
-            CemaUnit<T>{{from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
+    for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
 }
 
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
@@ -714,11 +805,12 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held, before;
+    CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaScan<T, J> scan;
     cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
@@ -747,12 +839,12 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
     cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_put(tiles[0], held, mover);
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
         bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_fetch(held, x, mover, first + TILE, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + TILE, D, wide);
         if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
@@ -765,7 +857,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (accumulate) cema_add(out, before);
             cema_write(y, out, mover, first - TILE, D, wide);
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + TILE, D, wide);
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
@@ -818,8 +910,14 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     bool wide = cema_wide<T>(D, x);
     if (strips.count == 0) return;
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_ends_kernel<T, J>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
-                               strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, {
+        if (slopes)
+            LAUNCH((cema_ends_kernel<T, J, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+        else
+            LAUNCH((cema_ends_kernel<T, J, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+    });
 }
 
 template <typename T>
@@ -879,8 +977,7 @@ template <int J> struct CemaBackward {
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
 template <bool RAGGED, typename T, int J>
 __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&plain)[J],
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&hat)[J],
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[J][2],
                                        const CemaTurn<J> &turn, const CemaPlace &place,
                                        const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
@@ -889,39 +986,37 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
     cema_rows<T>(dy, tile, place, 1);
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        float v[4] = {}, v_slope[4] = {}, add[4] = {}, add_slope[4] = {};
-        cema_multiply(v, u, plain[j]);
-        cema_multiply(v_slope, u, hat[j]);
-        cema_add_product(s.a.re[j], s.a.im[j], v, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v_slope, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v, s.zeta.v[j]);
-        cema_multiply(add, dy, plain[j]);
-        cema_multiply(add_slope, dy, hat[j]);
+        float v[2][4] = {}, add[2][4] = {}; /* and by ln q */
+        cema_multiply(v, u, tables[j]);
+        cema_multiply(add, dy, tables[j]);
+        cema_add_product(s.a.re[j], s.a.im[j], v[0], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[1], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[0], s.zeta.v[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (RAGGED && left[i] < CEMA_GROUP) continue;
-            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add_slope);
-            cema_turn(s.nu.v[j], i, turn, j, add);
+            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add[1]);
+            cema_turn(s.nu.v[j], i, turn, j, add[0]);
         }
     }
     /* u transposed times dy: strips are what is summed over. */
-    CemaRows<INPUT> turned;
+    CemaRows<INPUT> u_turned, dy_turned, columns;
     CemaTable<INPUT> table[2];
+    cema_rows_transposed<T>(u_turned, u, tile, place, 0);
+    cema_rows_transposed<T>(dy_turned, dy, tile, place, 1);
 #pragma unroll
-    for (int part = 0; part < INPUT; part++) {
+    for (int part = 0; part < INPUT; part++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            turned.a[part][i] = tensor_transpose(u.a[part][i / 2 + i % 2 * 2]);
-            table[i / 2].b[part][i % 2] = tensor_transpose(dy.a[part][i]);
+            columns.a[part][i] = u_turned.a[part][i / 2 + i % 2 * 2];
+            table[i / 2].b[part][i % 2] = dy_turned.a[part][i];
         }
-    }
+    float sum[2][4] = {};
+    cema_multiply(sum, columns, table);
 #pragma unroll
-    for (int o = 0; o < 2; o++) {
-        float sum[4] = {};
-        cema_multiply(sum, turned, table[o]);
+    for (int o = 0; o < 2; o++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[i];
-    }
+        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[o][i];
 }
 
 /* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
@@ -1031,20 +1126,20 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
-    cema_fetch(held, from, mover, 0, D, wide);
+    cema_request<T>(stage, from, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaTable<PARTS> plain[J], hat[J];
+    CemaTable<PARTS> tables[J][2]; /* of powers, and of their derivatives by ln q */
 #pragma unroll
     for (int j = 0; j < J; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
                       cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
-        cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
+        cema_table(tables[j][0], v[0], v[1], v[2], v[3]);
+        cema_table(tables[j][1], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
                    (float)(m + 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
@@ -1057,17 +1152,17 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
     cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    cema_put(tiles[0], held, mover);
+    cema_move<T>(tiles[0], stage, from, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = first + CEMA_GROUP < longest;
-        if (more) cema_fetch(held, from, mover, first + CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, from, mover, first + CEMA_GROUP, D, wide);
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
-        cema_sums_group<ragged.value, T>(s, tiles[now], plain, hat, turn, place, left);
+        cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_put(tiles[now], held, mover);
+        if (more) cema_move<T>(tiles[now], stage, from, mover, first, D, wide);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
