@@ -46,7 +46,7 @@ enum {
     CEMA_STRIPS = 16,   /* of a warp */
     CEMA_CHANNELS = 16, /* of a block, a warp each */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
-    CEMA_TILE = 2 * CEMA_GROUP, /* the lengths of segments are multiples of it */
+    CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
     NUM_CEMA_COEFFICIENTS = 5,
@@ -54,9 +54,7 @@ enum {
 };
 
 /* Arrays (D,N), computed once for each value of the parameters. */
-struct CemaCoefficients {
-    float *p, *q_re, *q_im, *c_re, *c_im;
-};
+struct CemaCoefficients { float *p, *q_re, *q_im, *c_re, *c_im; };
 static inline CemaCoefficients cema_coefficients_at(float *memory, int64_t D, int64_t N) {
     return CemaCoefficients{memory, memory + D * N, memory + 2 * D * N, memory + 3 * D * N,
                             memory + 4 * D * N};
@@ -174,14 +172,18 @@ __device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* sum += rows table, small terms first */
-template <int A, int B>
-__device__ inline void cema_multiply(float (&sum)[4], const CemaRows<A> &rows, const CemaTable<B> &table) {
+/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum, so
+ * that several sums take turns. */
+template <int A, int B, int COUNT>
+__device__ inline void cema_multiply(float (&sum)[COUNT][4], const CemaRows<A> &rows,
+                                     const CemaTable<B> (&table)[COUNT]) {
 #pragma unroll
     for (int both = (A > B ? A : B) - 1; both >= 0; both--)
 #pragma unroll
         for (int i = 0; i < A; i++)
-            if (both - i >= 0 && both - i < B) tensor_product(sum, rows.a[i], table.b[both - i]);
+#pragma unroll
+            for (int n = 0; n < COUNT; n++)
+                if (both - i >= 0 && both - i < B) tensor_product(sum[n], rows.a[i], table[n].b[both - i]);
 }
 
 /* Rows and columns of an 8 x 8 matrix, two neighbours in a word, change places. */
@@ -299,7 +301,8 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
             for (int i = 0; i < 8; i++) {
                 if (mover.d + i >= D) continue;
                 if constexpr (sizeof(T) == 2)
-                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i] << i % 2 * 16;
+                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i]
+                                           << i % 2 * 16;
                 else
                     held.word[k][i] = reinterpret_cast<const uint32_t *>(from)[i];
             }
@@ -307,12 +310,61 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
     }
 }
 
+/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no registers
+ * wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is fetched when it is wanted. */
+struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
+template <typename T> struct CemaEarly { using Stage = char; };
+template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
+
+__device__ inline void copy_early(void *to, const void *from, bool here) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(here ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+template <typename T>
+__device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
+                                    int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (!wide) return;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int s = tile_first + mover.step + k * mover.turn;
+            bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+            copy_early(stage.word[k][threadIdx.x], here ? x + mover.first + s * mover.stride : x, here);
+        }
+    }
+}
+template <typename T>
+__device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::Stage &stage, const T *x,
+                                    const CemaMover &mover, int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (wide) {
+            wait_for_copies();
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                Packed<uint32_t, 4> part = packed<4>(stage.word[k][threadIdx.x]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) held.word[k][i] = part.v[i];
+            }
+            return;
+        }
+    }
+    cema_fetch(held, x, mover, tile_first, D, wide);
+}
+
 /* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
 __device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
+/* What was requested, into the tile. */
 template <typename T>
-__device__ inline void cema_put(CemaUnit<T> *tile, const CemaShare<T> &held, const CemaMover &mover) {
+__device__ inline void cema_move(CemaUnit<T> *tile, typename CemaEarly<T>::Stage &stage, const T *x,
+                                 const CemaMover &mover, int tile_first, int D, bool wide) {
+    CemaShare<T> held;
+    cema_receive(held, stage, x, mover, tile_first, D, wide);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
@@ -333,7 +385,8 @@ __device__ inline void cema_take(CemaShare<T> &out, const CemaUnit<T> *tile, con
         const CemaUnit<T> *a = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair),
                           *b = tile + cema_unit(mover.slot, mover.half * 8 + i + 1, mover.row, mover.pair);
         if constexpr (sizeof(T) == 2) {
-            uint32_t even = *reinterpret_cast<const uint32_t *>(a), odd = *reinterpret_cast<const uint32_t *>(b);
+            uint32_t even = *reinterpret_cast<const uint32_t *>(a),
+                     odd = *reinterpret_cast<const uint32_t *>(b);
             out.word[0][i / 2] = cema_lows(even, odd), out.word[1][i / 2] = cema_highs(even, odd);
         } else {
 #pragma unroll
@@ -350,20 +403,20 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         for (int i = 0; i < CemaShare<T>::WORDS; i++) {
             if constexpr (sizeof(T) == 2) {
                 uint32_t a = out.word[k][i], b = before.word[k][i];
-                __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                                                           __uint_as_float(a & 0xFFFF0000u) +
-                                                               __uint_as_float(b & 0xFFFF0000u));
+                __nv_bfloat162 sum = __floats2bfloat162_rn(
+                    __uint_as_float(a << 16) + __uint_as_float(b << 16),
+                    __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
                 out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
             } else {
-                out.word[k][i] = __float_as_uint(__uint_as_float(out.word[k][i]) +
-                                                 __uint_as_float(before.word[k][i]));
+                out.word[k][i] =
+                    __float_as_uint(__uint_as_float(out.word[k][i]) + __uint_as_float(before.word[k][i]));
             }
         }
 }
 
 template <typename T>
-__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first, int D,
-                                  bool wide) {
+__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first,
+                                  int D, bool wide) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
@@ -397,6 +450,7 @@ struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
     int low, upper; /* units of the lower and upper eight steps of its first row */
+    int matrix;     /* unit where its row of a matrix begins, see tensor_load */
     int states;     /* the first of the launch */
     __device__ explicit CemaPlace(int first_state) : states(first_state) {
         int lane = (int)threadIdx.x % WARP_SIZE;
@@ -404,6 +458,7 @@ struct CemaPlace {
         group = lane / 4, pair = lane % 4;
         row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
         low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
+        matrix = cema_unit(0, channel, lane % 16, lane / 16 * 4);
     }
     __device__ int state(int j) const { return states + 4 * j + pair; }
     __device__ int column(int j) const { return states + 4 * j + group / 2; }
@@ -413,17 +468,48 @@ struct CemaPlace {
     }
 };
 
+/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right third;
+ * `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
+template <bool TRANSPOSED> __device__ inline void tensor_load(uint32_t (&a)[4], const void *row) {
+    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+}
+
 /* The channel's strips and steps as a fragment. */
 template <typename T>
 __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const CemaUnit<T> *tile,
                                  const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<false>(rows.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        CemaUnit<T> unit = tile[place.unit(slot, i)];
-        if constexpr (CemaParts<T>::INPUT == 1)
-            rows.a[0][i] = *reinterpret_cast<uint32_t *>(&unit);
-        else
+        for (int i = 0; i < 4; i++) {
+            CemaUnit<T> unit = tile[place.unit(slot, i)];
             cema_split(rows.a, i, unit.v[0], unit.v[1]);
+        }
+    }
+}
+/* The same with each of its four matrices transposed. */
+template <typename T>
+__device__ inline void cema_rows_transposed(CemaRows<CemaParts<T>::INPUT> &out,
+                                            const CemaRows<CemaParts<T>::INPUT> &rows,
+                                            const CemaUnit<T> *tile, const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<true>(out.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
+#pragma unroll
+        for (int part = 0; part < CemaParts<T>::INPUT; part++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) out.a[part][i] = tensor_transpose(rows.a[part][i]);
     }
 }
 
@@ -432,8 +518,8 @@ __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const Cema
  * bank than those of the state before it. */
 struct CemaPowers {
     CemaFloat *own, group, length; /* the latter two of state lane / 2 */
-    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps, int D,
-                          int N) {
+    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps,
+                          int D, int N) {
         int lane = (int)threadIdx.x % WARP_SIZE, k = lane / 2, first = lane % 2 * 8;
         CemaFloat q = CemaState(coef, place.d, place.states + k, D, N).q;
         CemaComplex eighth = cema_power(q, 8), now = first ? eighth : CemaComplex{1, 0};
@@ -468,48 +554,70 @@ template <int J> struct CemaTurn {
 
 /* h = q^16 h + add; i: which row */
 template <int J>
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j,
+                                 const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
 template <int J>
-__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn<J> &turn,
-                                       int j, const float (&add)[4]) {
-    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]), im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
+                                       const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
+          im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* What all segments before a strip left, h = q^length h + factor end and the slope by ln q beside it; ends
- * (segments,B,D,N,2); power: q^length; at: of (D,N). */
-struct CemaStart {
-    CemaFloat h, slope;
-    __device__ CemaStart(CemaFloat begin, const float *ends, const float *slopes, CemaFloat factor,
-                         CemaFloat power, const CemaStrips &strips, int b, int segment, int64_t at,
-                         int64_t states)
-        : h(begin), slope{0, 0} {
-        for (int i = 0; i < segment; i++) {
-            const CemaFloat *end = (const CemaFloat *)ends + ((int64_t)i * strips.B + b) * states + at;
-            if (slopes) {
-                const CemaFloat *add = (const CemaFloat *)slopes + (end - (const CemaFloat *)ends);
-                slope = power * (slope + (float)strips.length * h) + *add;
+/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL); ends and
+ * slopes at this segment's. power: q^length. */
+__device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const float *end,
+                                         const float *end_slope, CemaFloat factor, CemaFloat power,
+                                         int length) {
+    if (end_slope) slope = power * (slope + (float)length * h) + CemaFloat{end_slope[0], end_slope[1]};
+    h = power * h + factor * CemaFloat{end[0], end[1]};
+}
+
+/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
+ * (segments,B,D,N,2) */
+template <int J>
+__device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const float *ends,
+                                  const float *slopes, const CemaFloat (&factor)[J],
+                                  const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
+                                  int steps, int D, int N) {
+    CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
+    CemaFloat power[J];
+#pragma unroll
+    for (int j = 0; j < J; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
+    if (place.d >= D) return;
+    /* All states at once, since each segment's waits for memory. */
+    for (int segment = 0; segment < max(strip[0].segment, strip[1].segment); segment++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                int k = place.state(j);
+                if (segment >= strip[i].segment || strip[i].steps == 0 || k >= N) continue;
+                int64_t at = ((((int64_t)segment * strips.B + strip[i].b) * D + place.d) * N + k) * 2;
+                CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]},
+                          turn = {slope.v[j][2 * i], slope.v[j][2 * i + 1]};
+                cema_pass_segment(now, turn, ends + at, slopes ? slopes + at : nullptr, factor[j], power[j],
+                                  strips.length);
+                h.v[j][2 * i] = now.re, h.v[j][2 * i + 1] = now.im;
+                slope.v[j][2 * i] = turn.re, slope.v[j][2 * i + 1] = turn.im;
             }
-            h = power * h + factor * *end;
-        }
-    }
-};
+}
 
 /* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
  *           ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
  * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
- *           with steps before step 0, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of
+ *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
  *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
-template <typename T, int J>
+template <typename T, int J, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
                      int first_state, int steps, int D, int N, bool wide) {
@@ -517,47 +625,47 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     constexpr int STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, 0, D, N);
-    CemaTable<STATE> plain[J], hat[J];
+    CemaTable<STATE> plain[J], hat[SLOPES ? J : 1];
 #pragma unroll
     for (int j = 0; j < J; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
                       cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2], (float)(m - 9) * v[3]);
+        if constexpr (SLOPES)
+            cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
+                       (float)(m - 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
     CemaPairs<J> e = {}, slope = {};
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_put(tiles[0], held, mover);
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_fetch(held, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
             cema_rows<T>(rows, tiles[now], place, slot);
+            float add[J][4] = {}, add_slope[SLOPES ? J : 1][4] = {};
+            cema_multiply(add, rows, plain);
+            if constexpr (SLOPES) cema_multiply(add_slope, rows, hat);
 #pragma unroll
-            for (int j = 0; j < J; j++) {
-                float add[4] = {}, add_slope[4] = {};
-                cema_multiply(add, rows, plain[j]);
-                if (slopes) {
-                    cema_multiply(add_slope, rows, hat[j]);
+            for (int j = 0; j < J; j++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope);
+                for (int i = 0; i < 2; i++) {
+                    if constexpr (SLOPES) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope[j]);
+                    cema_turn(e.v[j], i, turn, j, add[j]);
                 }
-#pragma unroll
-                for (int i = 0; i < 2; i++) cema_turn(e.v[j], i, turn, j, add);
-            }
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -569,7 +677,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
             ends[at] = e.v[j][2 * i], ends[at + 1] = e.v[j][2 * i + 1];
-            if (slopes) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
+            if constexpr (SLOPES) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
         }
     }
 }
@@ -601,8 +709,9 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &
         cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
                    cema_part(in * powers(k, m - 8), im), cema_part(in * powers(k, m - 9), im));
         CemaState own(coef, place.d, place.state(j), D, N);
-        CemaFloat low = powers(4 * j + place.pair, place.group), high = powers(4 * j + place.pair, place.group + 8),
-                  pc = own.p * own.c, out = cema_way_out(own, reverse);
+        CemaFloat low = powers(4 * j + place.pair, place.group),
+                  high = powers(4 * j + place.pair, place.group + 8), pc = own.p * own.c,
+                  out = cema_way_out(own, reverse);
         k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
         low = out * low, high = out * high;
         cema_split(scan.out[j / 2][0].b, j % 2, low.re, -low.im);
@@ -647,32 +756,38 @@ template <bool RAGGED, typename T, int J>
 __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
                                        const CemaTurn<J> &turn, const CemaPlace &place, int slot,
                                        const int (&left)[2]) {
+    constexpr int OUTPUT = CemaParts<T>::OUTPUT;
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
-    float y[2][4] = {};
+    CemaRows<OUTPUT> states[J / 2];
+    float y[J / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
+    cema_multiply(y[0], rows, scan.taps);
 #pragma unroll
-    for (int half = 0; half < J / 2; half++) {
-        CemaRows<CemaParts<T>::OUTPUT> states;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            cema_split(states.a, i, h.v[2 * half + i / 2][i % 2 * 2], h.v[2 * half + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-        for (int o = 0; o < 2; o++) cema_multiply(y[o], states, scan.out[half][o]);
-    }
-#pragma unroll
-    for (int o = 0; o < 2; o++) cema_multiply(y[o], rows, scan.taps[o]);
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        float add[4] = {};
-        cema_multiply(add, rows, scan.in[j]);
+    for (int j = 0; j < J; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add);
+            cema_split(states[j / 2].a, j % 2 * 2 + i, h.v[j][2 * i], h.v[j][2 * i + 1]);
+#pragma unroll
+    for (int both = OUTPUT - 1; both >= 0; both--)
+#pragma unroll
+        for (int part = 0; part <= both; part++)
+#pragma unroll
+            for (int n = 0; n < J; n++)
+                tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
+    float add[J][4] = {};
+    cema_multiply(add, rows, scan.in);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
+#pragma unroll
+        for (int n = 1; n < J / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        tile[place.unit(slot, i)] = CemaUnit<T>{
-            {from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
+    for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
 }
 
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
@@ -685,20 +800,21 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
-                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held, before;
+    CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaScan<T, J> scan;
-    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse, D,
-                     N);
+    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
+                     D, N);
     CemaTurn<J> turn(powers, place);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
@@ -707,26 +823,28 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         row_steps[i] = strip.steps;
+        if (!h_in || strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = place.state(j);
-            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
-            if (strip.steps == 0 || place.d >= D || k >= N) continue;
-            int64_t at = (int64_t)place.d * N + k;
-            const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
-            CemaFloat way_in = cema_way_in(CemaState(coef, place.d, k, D, N), strips.reverse);
-            CemaStart start(CemaFloat{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr, way_in, power,
-                            strips, strip.b, strip.segment, at, (int64_t)D * N);
-            h.v[j][2 * i] = start.h.re, h.v[j][2 * i + 1] = start.h.im;
+            if (k >= N) continue;
+            const float *in = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
+            h.v[j][2 * i] = in[0], h.v[j][2 * i + 1] = sign * in[1];
         }
     }
+    CemaPairs<J> no_slope = {};
+    CemaFloat way_in[J];
+#pragma unroll
+    for (int j = 0; j < J; j++)
+        way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
+    cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_put(tiles[0], held, mover);
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
         bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_fetch(held, x, mover, first + TILE, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + TILE, D, wide);
         if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
@@ -739,7 +857,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (accumulate) cema_add(out, before);
             cema_write(y, out, mover, first - TILE, D, wide);
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + TILE, D, wide);
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
@@ -771,7 +889,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
  * has to take. */
 #define WITH_CEMA_STATES(N, ...)                                                                            \
     for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
-        if ((N) - first_state > CEMA_STATES / 2) {                                                          \
+        if ((N) - first_state > CEMA_STATES / 2) {                                                            \
             constexpr int J = CEMA_STATES / 4;                                                              \
             __VA_ARGS__;                                                                                    \
         } else {                                                                                            \
@@ -792,8 +910,14 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     bool wide = cema_wide<T>(D, x);
     if (strips.count == 0) return;
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_ends_kernel<T, J>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
-                               strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, {
+        if (slopes)
+            LAUNCH((cema_ends_kernel<T, J, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+        else
+            LAUNCH((cema_ends_kernel<T, J, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+    });
 }
 
 template <typename T>
@@ -804,8 +928,9 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x, h_in,
-               ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N, wide);
+        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
+               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N,
+               wide);
     });
 }
 
@@ -820,8 +945,8 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     /* The first segment's blocks read h_in when the last one's may have written h_out already. */
     float *other = take<float>(context, B * D * N * 2);
     float *last = segments.count > 1 && h_out && h_out == h_in ? other : h_out;
-    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps, D,
-                 N);
+    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps,
+                 D, N);
     cema_scan<T>(context, y, false, last, u, h_in, ends, coef, omega,
                  cema_strips(segments, B, segments.count, false), steps, D, N);
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
@@ -829,9 +954,7 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
 
 /* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
  * (rows,D). */
-struct CemaSums {
-    float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega;
-};
+struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
 /* (re, im) of J states, summed over a thread's rows. */
 template <int J> struct CemaTotals { float re[J], im[J]; };
@@ -854,8 +977,7 @@ template <int J> struct CemaBackward {
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
 template <bool RAGGED, typename T, int J>
 __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&plain)[J],
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&hat)[J],
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[J][2],
                                        const CemaTurn<J> &turn, const CemaPlace &place,
                                        const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
@@ -864,46 +986,44 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
     cema_rows<T>(dy, tile, place, 1);
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        float v[4] = {}, v_slope[4] = {}, add[4] = {}, add_slope[4] = {};
-        cema_multiply(v, u, plain[j]);
-        cema_multiply(v_slope, u, hat[j]);
-        cema_add_product(s.a.re[j], s.a.im[j], v, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v_slope, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v, s.zeta.v[j]);
-        cema_multiply(add, dy, plain[j]);
-        cema_multiply(add_slope, dy, hat[j]);
+        float v[2][4] = {}, add[2][4] = {}; /* and by ln q */
+        cema_multiply(v, u, tables[j]);
+        cema_multiply(add, dy, tables[j]);
+        cema_add_product(s.a.re[j], s.a.im[j], v[0], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[1], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[0], s.zeta.v[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (RAGGED && left[i] < CEMA_GROUP) continue;
-            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add_slope);
-            cema_turn(s.nu.v[j], i, turn, j, add);
+            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add[1]);
+            cema_turn(s.nu.v[j], i, turn, j, add[0]);
         }
     }
     /* u transposed times dy: strips are what is summed over. */
-    CemaRows<INPUT> turned;
+    CemaRows<INPUT> u_turned, dy_turned, columns;
     CemaTable<INPUT> table[2];
+    cema_rows_transposed<T>(u_turned, u, tile, place, 0);
+    cema_rows_transposed<T>(dy_turned, dy, tile, place, 1);
 #pragma unroll
-    for (int part = 0; part < INPUT; part++) {
+    for (int part = 0; part < INPUT; part++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            turned.a[part][i] = tensor_transpose(u.a[part][i / 2 + i % 2 * 2]);
-            table[i / 2].b[part][i % 2] = tensor_transpose(dy.a[part][i]);
+            columns.a[part][i] = u_turned.a[part][i / 2 + i % 2 * 2];
+            table[i / 2].b[part][i % 2] = dy_turned.a[part][i];
         }
-    }
+    float sum[2][4] = {};
+    cema_multiply(sum, columns, table);
 #pragma unroll
-    for (int o = 0; o < 2; o++) {
-        float sum[4] = {};
-        cema_multiply(sum, turned, table[o]);
+    for (int o = 0; o < 2; o++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[i];
-    }
+        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[o][i];
 }
 
 /* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
 template <typename T, int J>
 __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
-                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
-                                      int N) {
+                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps,
+                                      int D, int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
@@ -924,9 +1044,9 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
 template <typename T, int J>
 __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
-                                        const float *h_in,
-                                        const CemaCoefficients &coef, const CemaPlace &place,
-                                        const CemaStrips &strips, int steps, int D, int N) {
+                                        const float *h_in, const CemaCoefficients &coef,
+                                        const CemaPlace &place, const CemaStrips &strips, int steps, int D,
+                                        int N) {
     int lane = (int)threadIdx.x % WARP_SIZE;
     float r = 0; /* of lag `lane` */
     for (int m = 0; m < 2; m++) {
@@ -975,7 +1095,8 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
     CemaComplex q = to_double(state.q), c = to_double(state.c), power = {1, 0}, a = {0, 0}, slope = {0, 0};
     for (int lag = 0; lag < CEMA_GROUP; lag++) {
         /* slope: the derivative of a by q; r_16 is 0 */
-        double here = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        double here = __shfl_sync(FULL_MASK, r, lag),
+               next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
         a = a + here * power, slope = slope + (lag + 1) * next * power;
         power = power * q;
     }
@@ -999,57 +1120,49 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
-                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
-    cema_fetch(held, from, mover, 0, D, wide);
+    cema_request<T>(stage, from, mover, 0, D, wide);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaTable<PARTS> plain[J], hat[J];
+    CemaTable<PARTS> tables[J][2]; /* of powers, and of their derivatives by ln q */
 #pragma unroll
     for (int j = 0; j < J; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
                       cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
-        cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2], (float)(m + 9) * v[3]);
+        cema_table(tables[j][0], v[0], v[1], v[2], v[3]);
+        cema_table(tables[j][1], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
+                   (float)(m + 9) * v[3]);
     }
     CemaTurn<J> turn(powers, place);
     CemaBackward<J> s = {};
     int row_steps[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        CemaStrip strip(strips, place.row[i], steps);
-        row_steps[i] = strip.steps;
+    for (int i = 0; i < 2; i++) row_steps[i] = CemaStrip(strips, place.row[i], steps).steps;
+    CemaFloat plainly[J];
 #pragma unroll
-        for (int j = 0; j < J; j++) {
-            int k = place.state(j);
-            CemaFloat power = powers.of(powers.length, 4 * j + place.pair);
-            if (strip.steps == 0 || place.d >= D || k >= N) continue;
-            CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, power, strips, strip.b, strip.segment,
-                            (int64_t)place.d * N + k, (int64_t)D * N);
-            s.nu.v[j][2 * i] = start.h.re, s.nu.v[j][2 * i + 1] = start.h.im;
-            s.zeta.v[j][2 * i] = start.slope.re, s.zeta.v[j][2 * i + 1] = start.slope.im;
-        }
-    }
+    for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
+    cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    cema_put(tiles[0], held, mover);
+    cema_move<T>(tiles[0], stage, from, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = first + CEMA_GROUP < longest;
-        if (more) cema_fetch(held, from, mover, first + CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, from, mover, first + CEMA_GROUP, D, wide);
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
-        cema_sums_group<ragged.value, T>(s, tiles[now], plain, hat, turn, place, left);
+        cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_put(tiles[now], held, mover);
+        if (more) cema_move<T>(tiles[now], stage, from, mover, first, D, wide);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
@@ -1073,13 +1186,17 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
     if (i >= strips.B * states) return;
     int b = (int)(i / states), d = (int)(i % states / N), k = (int)(i % N);
     CemaState s(coef, d, k, D, N);
-    CemaStart start(CemaFloat{0, 0}, ends, slopes, CemaFloat{1, 0}, to_float(cema_power(s.q, strips.length)),
-                    strips, b, strips.count, i % states, states); // what all segments leave
+    CemaFloat e = {0, 0}, turn = {0, 0}, power = to_float(cema_power(s.q, strips.length));
+    for (int segment = 0; segment < strips.count; segment++) {
+        int64_t at = ((int64_t)segment * strips.B * states + i) * 2;
+        cema_pass_segment(e, turn, ends + at, slopes + at, CemaFloat{1, 0}, power, strips.length);
+    }
     CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]};
     CemaFloat last = {to_float(u[((int64_t)b * steps + steps - 1) * D + d]), 0};
-    CemaComplex sum = to_double(s.q * start.h + last), slope = to_double(s.p * (start.h + start.slope));
+    CemaComplex sum = to_double(s.q * e + last), slope = to_double(s.p * (e + turn));
     if (h_in)
-        slope = slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
+        slope =
+            slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
     CemaComplex dq = g * slope, dp = g * sum;
     int64_t at = (int64_t)(row + b) * states + i % states;
     sums.dp[at] = (float)dp.re, sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
@@ -1143,7 +1260,8 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
     CemaStrips strips = cema_strips(segments, B, segments.count, true);
-    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B, size = most * D * N;
+    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B,
+            size = most * D * N;
     float *memory = take<float>(context, NUM_CEMA_SUMS * size + most * D);
     float *ends = take<float>(context, segments.rows * D * N * 2);
     float *slopes = take<float>(context, segments.rows * D * N * 2);
@@ -1156,15 +1274,15 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
         CemaStrips all = cema_strips(before, B, steps > 1 ? before.count : 0, false);
         all.offset = (int)(steps - 1 - before.count * before.length);
         cema_ends<T>(context, ends, slopes, u, coef, all, steps, D, N);
-        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in, ends,
-               slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
+        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in,
+               ends, slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
         rows += B;
     }
-    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps, D,
-                 N);
+    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
+                 D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in, ends,
-                               slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);

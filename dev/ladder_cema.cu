@@ -12,7 +12,9 @@
     X(INT, seq_len, "4096", 1, 1048576, "STEPS", "Size", "steps of a sequence")                             \
     X(INT, model_dim, "1024", 1, 65536, "CHANNELS", "Size", "channels")                                     \
     X(INT, cema_ndim, "16", 1, 16, "STATES", "Size", "states of a channel")
-struct Values { OPTIONS(OPTION_MEMBER) };
+struct Values {
+    OPTIONS(OPTION_MEMBER)
+};
 static const Option options[] = {OPTIONS(OPTION_ROW)};
 
 enum { MOST_STATES = 16, LANES = 8 };
@@ -29,7 +31,8 @@ struct Sizes { int B, steps, D, N; };
  * needs:    N <= 16
  * numerics: Real */
 template <typename Real, typename Out, typename T>
-__global__ void naive_forward_kernel(Out *y, const T *u, CemaCoefficients coef, const float *omega, Sizes s) {
+__global__ void naive_forward_kernel(Out *y, const T *u, CemaCoefficients coef, const float *omega,
+                                     Sizes s) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)s.B * s.D) return;
     int b = (int)(i / s.D), d = (int)(i % s.D);
@@ -60,8 +63,8 @@ template <typename Real> struct Sums { Real *dp, *dq_re, *dq_im, *dc_re, *dc_im,
  * needs:    N <= 16
  * numerics: Real */
 template <typename Real, typename Out, typename T>
-__global__ void naive_backward_kernel(Out *du, Sums<Real> sums, const T *dy, const T *u, CemaCoefficients coef,
-                                      const float *omega, Sizes s) {
+__global__ void naive_backward_kernel(Out *du, Sums<Real> sums, const T *dy, const T *u,
+                                      CemaCoefficients coef, const float *omega, Sizes s) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)s.B * s.D) return;
     int b = (int)(i / s.D), d = (int)(i % s.D);
@@ -217,8 +220,9 @@ struct Arguments { bf16 *u, *y, *dy, *du; };
 struct Parameters { float *alpha, *delta, *theta, *gamma, *omega; };
 
 static Parameters allocate_parameters(int64_t D, int64_t N) {
-    return Parameters{ladder_allocate<float>(D * N), ladder_allocate<float>(D * N), ladder_allocate<float>(D),
-                      ladder_allocate<float>(2 * D * N), ladder_allocate<float>(D)};
+    return Parameters{ladder_allocate<float>(D * N), ladder_allocate<float>(D * N),
+                      ladder_allocate<float>(D), ladder_allocate<float>(2 * D * N),
+                      ladder_allocate<float>(D)};
 }
 static void clear_parameters(Context *context, const Parameters &g, int64_t D, int64_t N) {
     clear(context, g.alpha, (size_t)(D * N) * sizeof(float));
@@ -263,8 +267,8 @@ static void parameters_truth(Ladder *ladder, Truth *truth, const Sums<double> &s
         double dr = sum[1][i] * std::cos(phase) + sum[2][i] * std::sin(phase);
         truth->alpha[i] = (sum[0][i] - b * dr) * a * (1 - a);
         truth->delta[i] = -a * dr * b * (1 - b);
-        truth->theta[d] += radius * (sum[2][i] * std::cos(phase) - sum[1][i] * std::sin(phase)) * turn * rate *
-                           (1 - rate);
+        truth->theta[d] +=
+            radius * (sum[2][i] * std::cos(phase) - sum[1][i] * std::sin(phase)) * turn * rate * (1 - rate);
         truth->gamma[2 * i] = sum[3][i] / std::sqrt((double)N);
         truth->gamma[2 * i + 1] = sum[4][i] / std::sqrt((double)N);
     }
@@ -298,31 +302,35 @@ static void climb_forward(Ladder *ladder, const std::vector<Arguments> &sets, Ce
     int count = (int)sets.size();
     LadderOutput<bf16> y = {"y", sets[0].y, size, &truth.y, OUTPUT_TOLERANCE};
     printf("forward\n");
-    ladder_step(ladder, "naive", "a thread owns a channel and walks through time", bytes, count,
-                [&](int i) {
-                    LAUNCH((naive_forward_kernel<float, bf16, bf16>), blocks_for(channels, 128), 128, context,
-                           sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
-                },
-                y);
-    ladder_step(ladder, "lanes", "a lane a state: sixteen times the threads", bytes, count,
-                [&](int i) {
-                    LAUNCH(lanes_forward_kernel<bf16>, blocks_for(channels * MOST_STATES, 256), 256, context,
-                           sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
-                },
-                y);
-    ladder_step(ladder, "groups", "eight steps at once, one shuffle a step", bytes, count,
-                [&](int i) {
-                    LAUNCH(groups_forward_kernel<bf16>, blocks_for(channels * LANES, 256), 256, context,
-                           sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
-                },
-                y);
-    ladder_step(ladder, "cema_forward", "sixteen steps as products on the tensor cores; time in segments", bytes,
-                count,
-                [&](int i) {
-                    cema_forward<bf16>(context, sets[(size_t)i].y, nullptr, sets[(size_t)i].u, nullptr, coef,
-                                       w.omega, s.B, s.steps, s.D, s.N);
-                },
-                y);
+    ladder_step(
+        ladder, "naive", "a thread owns a channel and walks through time", bytes, count,
+        [&](int i) {
+            LAUNCH((naive_forward_kernel<float, bf16, bf16>), blocks_for(channels, 128), 128, context,
+                   sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
+        },
+        y);
+    ladder_step(
+        ladder, "lanes", "a lane a state: sixteen times the threads", bytes, count,
+        [&](int i) {
+            LAUNCH(lanes_forward_kernel<bf16>, blocks_for(channels * MOST_STATES, 256), 256, context,
+                   sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
+        },
+        y);
+    ladder_step(
+        ladder, "groups", "eight steps at once, one shuffle a step", bytes, count,
+        [&](int i) {
+            LAUNCH(groups_forward_kernel<bf16>, blocks_for(channels * LANES, 256), 256, context,
+                   sets[(size_t)i].y, sets[(size_t)i].u, coef, w.omega, s);
+        },
+        y);
+    ladder_step(
+        ladder, "cema_forward", "sixteen steps as products on the tensor cores; time in segments", bytes,
+        count,
+        [&](int i) {
+            cema_forward<bf16>(context, sets[(size_t)i].y, nullptr, sets[(size_t)i].u, nullptr, coef,
+                               w.omega, s.B, s.steps, s.D, s.N);
+        },
+        y);
 }
 
 static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, CemaCoefficients coef,
@@ -341,27 +349,29 @@ static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, C
                         omega = {"domega", g.omega, D, &truth.omega, GRADIENT_TOLERANCE};
     printf("backward\n");
     ladder->first_ms = 0;
-    ladder_step(ladder, "naive", "a thread owns a channel and walks back through time", bytes, count,
-                [&](int i) {
-                    const Arguments &set = sets[(size_t)i];
-                    clear_parameters(context, g, D, N);
-                    LAUNCH((naive_backward_kernel<float, bf16, bf16>), blocks_for(channels, 128), 128, context,
-                           set.du, sums, set.dy, set.u, coef, w.omega, s);
-                    CemaSums rows = {sums.dp, sums.dq_re, sums.dq_im, sums.dc_re, sums.dc_im, sums.domega};
-                    LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, g.alpha, g.delta,
-                           g.theta, g.gamma, g.omega, rows, w.alpha, w.delta, w.theta, s.B, s.D, s.N);
-                },
-                du, alpha, delta, theta, gamma, omega);
-    ladder_step(ladder, "cema_backward", "the forward's kernels back in time; sums of groups, not of steps", bytes,
-                count,
-                [&](int i) {
-                    const Arguments &set = sets[(size_t)i];
-                    clear_parameters(context, g, D, N);
-                    cema_backward<bf16>(context, set.du, false, nullptr, g.alpha, g.delta, g.theta, g.gamma,
-                                        g.omega, set.dy, nullptr, set.u, nullptr, coef, w.alpha, w.delta,
-                                        w.theta, w.omega, s.B, s.steps, D, N);
-                },
-                du, alpha, delta, theta, gamma, omega);
+    ladder_step(
+        ladder, "naive", "a thread owns a channel and walks back through time", bytes, count,
+        [&](int i) {
+            const Arguments &set = sets[(size_t)i];
+            clear_parameters(context, g, D, N);
+            LAUNCH((naive_backward_kernel<float, bf16, bf16>), blocks_for(channels, 128), 128, context,
+                   set.du, sums, set.dy, set.u, coef, w.omega, s);
+            CemaSums rows = {sums.dp, sums.dq_re, sums.dq_im, sums.dc_re, sums.dc_im, sums.domega};
+            LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, g.alpha, g.delta, g.theta,
+                   g.gamma, g.omega, rows, w.alpha, w.delta, w.theta, s.B, s.D, s.N);
+        },
+        du, alpha, delta, theta, gamma, omega);
+    ladder_step(
+        ladder, "cema_backward", "the forward's kernels back in time; sums of groups, not of steps", bytes,
+        count,
+        [&](int i) {
+            const Arguments &set = sets[(size_t)i];
+            clear_parameters(context, g, D, N);
+            cema_backward<bf16>(context, set.du, false, nullptr, g.alpha, g.delta, g.theta, g.gamma, g.omega,
+                                set.dy, nullptr, set.u, nullptr, coef, w.alpha, w.delta, w.theta, w.omega,
+                                s.B, s.steps, D, N);
+        },
+        du, alpha, delta, theta, gamma, omega);
 }
 
 int main(int argc, char **argv) {
