@@ -77,6 +77,7 @@ struct Context {
     void *cublas_workspace;
     size_t cublas_workspace_bytes;
     int num_sms;
+    bool hopper; /* see hopper.cuh */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
     size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */

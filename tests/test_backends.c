@@ -554,13 +554,15 @@ static MegalodonConfig odd_config(void) {
 }
 
 static void check_candidate(const Candidate *candidate) {
-    MegalodonConfig plain = small_config(), full = plain, bare = plain, dropout = plain, odd = odd_config();
+    MegalodonConfig plain = small_config(), full = plain, bare = plain, dropout = plain, odd = odd_config(), wide;
     plain.swiglu = false;
     full.rescale_nffn = full.share_emb = full.scale_emb = true;
     bare.norm_affine = bare.swiglu = false;
     bare.num_heads = 1;
     dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
     dropout.rescale_nffn = true;
+    wide = plain;
+    wide.model_dim = 64, wide.value_dim = 512, wide.ffn_hidden_dim = 256;
     check_shapes(candidate, "plain", &plain, false, true);
     check_shapes(candidate, "swiglu, rescale, tied", &full, false, true);
     check_shapes(candidate, "no affine, one head", &bare, false, true);
@@ -568,6 +570,10 @@ static void check_candidate(const Candidate *candidate) {
     check_shapes(candidate, "odd sizes", &odd, false, true);
     check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
     check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
+    /* sizes that a GPU's own tiles divide, with SwiGLU and without */
+    check_shapes(candidate, "wide", &wide, false, false);
+    wide.swiglu = true;
+    check_shapes(candidate, "wide, swiglu", &wide, false, false);
     check_masks(candidate, &dropout);
     check_accumulation(candidate, &full);
     check_repeatable(candidate, &dropout);
