@@ -20,6 +20,11 @@
 #include "matmul.cuh"
 #include "pointwise.cuh"
 
+/* -DFUSED_PRODUCTS=0: never */
+#ifndef FUSED_PRODUCTS
+#define FUSED_PRODUCTS 1
+#endif
+
 enum {
     FUSED_M = 128, FUSED_N = 256, FUSED_K = 64, FUSED_PLACES = 4, FUSED_GROUP_ROWS = 64, FUSED_WARP_ROWS = 16,
     FUSED_A_BYTES = FUSED_M * FUSED_K * 2, FUSED_B_BYTES = FUSED_N * FUSED_K * 2, FUSED_BYTES = FUSED_A_BYTES + FUSED_B_BYTES,
@@ -263,19 +268,24 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
     }
 }
 
-/* Returns false where the kernel cannot do it; then nothing was written. x is rows,K; weight is columns,K, or
- * K,columns if the epilogue says so. */
+/* May the kernel do a product with so many rows and columns? The pointers are all that it and the epilogue use. */
+template <typename T, typename... P>
+static bool fused_fits(const Context *context, int64_t rows, int64_t columns, int64_t K, const P *...pointers) {
+    return std::is_same<T, bf16>::value && FUSED_PRODUCTS && context->hopper && rows > FEW_ROWS &&
+           columns % FUSED_N == 0 && K % FUSED_K == 0 && vectorises<bf16>(columns, pointers...);
+}
+
+/* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename E>
-static bool fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
+static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
                           int64_t columns, int64_t K) {
-    if (!context->hopper || rows <= FEW_ROWS || columns % FUSED_N || K % FUSED_K) return false;
+    if (context->dry_run) return;
     CUtensorMap A = tile_map(x, rows, K, FUSED_M),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K) : tile_map(weight, columns, K, FUSED_N);
     int64_t tiles = ceil_div(rows, FUSED_M) * (columns / FUSED_N);
     unsigned blocks = (unsigned)(tiles < context->num_sms ? tiles : context->num_sms);
     LAUNCH_WITH_SHARED(fused_product_kernel<E>, blocks, FUSED_THREADS, FUSED_SHARED, context, A, B, epilogue, rows,
                        (int)columns, (int)K);
-    return true;
 }
 
 /* y = x W^T + bias (NULL: none);  h = dropout(silu(y) other) (NULL: as if 1);  s (NULL: not wanted) = silu(y).
@@ -283,29 +293,26 @@ static bool fused_product(Context *context, const E &epilogue, const bf16 *x, co
 template <typename T>
 static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, const T *weight, const T *bias,
                                 const T *other, int64_t M, int64_t N, int64_t K, Dropout dropout) {
-    if (context->dry_run) return;
-    if constexpr (std::is_same<T, bf16>::value)
-        if (!s && !dropout.threshold && vectorises<T>(N, h, y, x, weight, other) &&
-            fused_product(context, SiluEpilogue{y, h, bias, other}, x, weight, M, N, K))
-            return;
+    if (!s && !dropout.threshold && fused_fits<T>(context, M, N, K, h, y, x, weight, bias, other)) {
+        if constexpr (std::is_same<T, bf16>::value)
+            fused_product(context, SiluEpilogue{y, h, bias, other}, x, weight, M, N, K);
+        return;
+    }
     linear_forward<T>(context, y, x, weight, bias, nullptr, M, N, K);
     silu_gate(context, h, s, y, other, M * N, dropout);
 }
 
-/* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx;  and
- * h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL. */
+/* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx, with
+ * the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL. */
 template <typename T>
 static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *dbias, const T *dy, const T *weight,
                                  const T *x, const T *a, int64_t M, int64_t N, int64_t K, Dropout dropout) {
-    ScratchScope scope(context);
-    int64_t parts = ceil_div(M, FUSED_M) * (FUSED_M / FUSED_WARP_ROWS);
-    float *partial = dbias ? take<float>(context, parts * K) : nullptr;
-    if constexpr (std::is_same<T, bf16>::value)
-        if (!context->dry_run && !dropout.threshold && vectorises<T>(K, dx, da, h, dy, weight, x, a) &&
-            fused_product(context, GateEpilogue{dx, da, h, x, a, partial, (int)K}, dy, weight, M, K, N)) {
-            if (dbias) add_partials(context, dbias, partial, parts, K);
-            return;
-        }
+    if (!dropout.threshold && fused_fits<T>(context, M, K, N, dx, da, h, dy, weight, x, a)) {
+        float *partial = take_sum(context, dbias, ceil_div(M, FUSED_M) * (FUSED_M / FUSED_WARP_ROWS), K);
+        if constexpr (std::is_same<T, bf16>::value)
+            fused_product(context, GateEpilogue{dx, da, h, x, a, partial, (int)K}, dy, weight, M, K, N);
+        return;
+    }
     linear_backward_input(context, dx, false, dy, weight, M, N, K);
     silu_gate_backward(context, dx, da, h, dbias, dx, x, a, M, K, dropout);
 }
