@@ -5,6 +5,7 @@
  *
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
  *   cuda/matmul.cuh        cuBLAS, the linear layer
+ *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
  *   cuda/decode.cuh        one token a row, the kernels of generation; cuda/token.cuh: all of them in one
@@ -23,6 +24,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/fused.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/megalodon_cuda.h"
 #include "cuda/norms.cuh"
@@ -550,8 +552,8 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
                          in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D,
                          c->norm_num_groups, eps);
-    linear_forward<T>(context, a->vv, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D);
-    silu_forward(context, v, a->vv, rows * E);
+    linear_silu_forward<T>(context, v, a->vv, nullptr, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D,
+                           no_dropout());
     cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D,
                  c->cema_ndim);
     rmsnorm_forward(context, mm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, eps,
@@ -559,10 +561,9 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     linear_forward<T>(context, a->zz, mm, w->wz_weight, w->wz_bias, nullptr, rows, Z, D);
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
     model_attention(m, l, v);
-    linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
     T *ar = a->ar || a->v ? room(m, a->ar, rows * E) : v; // else v is not needed any more
-    silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E,
-                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+    linear_silu_forward<T>(context, ar, a->rr, a->r, mm, w->wr_weight, w->wr_bias, a->a, rows, E, D,
+                           dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
 
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
     const T *residual =
@@ -585,10 +586,9 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
     T *n = room(m, a->n, rows * D), *hidden = room(m, a->hidden, rows * F);
     layernorm_forward(context, n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D,
                       (float)c->norm_eps);
-    linear_forward<T>(context, a->f1, n, w->fc1_weight, nullptr, nullptr, rows, F, D);
     if (c->swiglu) linear_forward<T>(context, a->f3, n, w->fc3_weight, nullptr, nullptr, rows, F, D);
-    swiglu_forward<T>(context, hidden, a->f1, a->f3, rows * F,
-                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    linear_silu_forward<T>(context, hidden, a->f1, nullptr, n, w->fc1_weight, nullptr, a->f3, rows, F, D,
+                           dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
     if (!c->rescale_nffn && dropout.threshold == 0) {
         linear_forward<T>(context, a->out, hidden, w->fc2_weight, nullptr, x, rows, D, F);
@@ -623,9 +623,8 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
     T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
-    linear_backward_input(context, df1, false, df, w->fc2_weight, rows, D, F);
-    swiglu_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, df1, a->f1, a->f3, rows, F,
-                       dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
+                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     linear_backward_weight(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
     if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
@@ -666,12 +665,11 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         dh = dropped;
     }
     T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
-    linear_backward_input(context, da, false, dh, w->wh2_weight, rows, D, E);
     {
         ScratchScope gated(context);
         T *ar = room(m, a->ar, rows * E);
-        silu_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, da, a->rr, a->a, rows, E,
-                              dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+        linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
+                                a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
         linear_backward_weight(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     }
     if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
@@ -1177,6 +1175,10 @@ static void start_context(Context *context, bool own_stream) {
         context->cublas,
         (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+    int *answer = nullptr;
+    CHECK_CUDA(cudaMalloc((void **)&answer, sizeof *answer));
+    context->hopper = hopper_code(context, answer);
+    CHECK_CUDA(cudaFree(answer));
 }
 
 static void cuda_destroy(MegalodonModel *m) {

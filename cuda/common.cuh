@@ -78,6 +78,7 @@ struct Context {
     size_t cublas_workspace_bytes;
     int num_sms, shared_bytes; /* shared memory that a block can have */
     bool cooperative;          /* launches may ask for all blocks at the same time */
+    bool hopper;               /* see hopper.cuh */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
     size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */

@@ -249,6 +249,20 @@ static void check_pass(const Pair *pair, int B, int T, int before, bool dropout,
                    &worst->state_gradients);
 }
 
+/* Sizes that a GPU's own tiles divide: few shapes, since they are large. */
+static void check_wide(const Candidate *candidate, const char *what, MegalodonConfig config, bool swiglu) {
+    config.model_dim = 64, config.value_dim = 512, config.ffn_hidden_dim = 256, config.swiglu = swiglu;
+    Pair pair = pair_create(candidate, what, &config, true, false);
+    Worst worst;
+    memset(&worst, 0, sizeof worst);
+    check_pass(&pair, MAX_B, 3 * config.chunk_size + 2, 0, false, &worst);
+    check_pass(&pair, 1, config.chunk_size, 5, false, &worst);
+    printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name, what,
+           worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
+           worst.gradients.worst, worst.state_gradients.worst_error);
+    pair_destroy(&pair);
+}
+
 /* All shapes of one configuration: T of one, primes, around the chunk size, several chunks and a rest. */
 static void check_shapes(const Candidate *candidate, const char *what, const MegalodonConfig *config, bool dropout,
                          bool keep) {
@@ -642,6 +656,8 @@ static void check_candidate(const Candidate *candidate) {
     check_shapes(candidate, "odd sizes", &odd, false, true);
     check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
     check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
+    check_wide(candidate, "wide", plain, false);
+    check_wide(candidate, "wide, swiglu", plain, true);
     check_masks(candidate, &dropout);
     check_accumulation(candidate, &full);
     check_repeatable(candidate, &dropout);
