@@ -73,7 +73,7 @@ CUDA_OBJECT := $(BUILD)/megalodon_cuda.o
 ALL_CFLAGS += -DMEGALODON_WITH_CUDA
 CUDA_LDLIBS := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart -lcublas -lcublasLt -lstdc++
 # Machine code for 8.0 and 9.0, and PTX from which the driver makes code for anything newer.
-NVCCFLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+NVCCFLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90
 endif
 
 ifneq ($(announce),)

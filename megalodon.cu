@@ -5,9 +5,10 @@
  *
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
  *   cuda/matmul.cuh        cuBLAS, the linear layer
+ *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
- *   cuda/decode.cuh        one token a row, the kernels of generation
+ *   cuda/decode.cuh        one token a row, the kernels of generation; cuda/token.cuh: all of them in one
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
@@ -23,12 +24,14 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/fused.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/megalodon_cuda.h"
 #include "cuda/norms.cuh"
 #include "cuda/pointwise.cuh"
 #include "cuda/queries.cuh"
 #include "cuda/timestepnorm.cuh"
+#include "cuda/token.cuh"
 
 /* The error sentence of this thread. */
 static const char *errorf(const char *format, ...) {
@@ -194,6 +197,15 @@ constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t
 constexpr size_t CUBLAS_WORKSPACE = (size_t)32 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
+/* What the launches of a pass without a backward depend on. n: tokens before in the chunk. */
+struct PassShape {
+    int B, T, n;
+    bool targets;
+    bool operator==(const PassShape &other) const {
+        return B == other.B && T == other.T && n == other.n && targets == other.targets;
+    }
+};
+
 /* What the two precisions share, and what the table's functions see. */
 struct MegalodonModel {
     MegalodonConfig config;
@@ -204,6 +216,7 @@ struct MegalodonModel {
     std::vector<MegalodonTensor>
         params; /* the list of parameters and each one's place in the arenas below */
     std::vector<int64_t> offset;
+    std::vector<size_t> arena_order; /* the parameters in the order of their offsets */
     int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
@@ -218,6 +231,8 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
     int *arrivals;      /* decode_attention's counters, zero between steps */
+    TokenStep token;    /* a step in one launch: all but its number of rows; layers NULL: never */
+    TokenLayer *token_layers; /* (L) on the device */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
@@ -229,9 +244,10 @@ struct MegalodonModel {
     int32_t *tokens, *targets; /* on the device */
     EmbeddingPlan plan;        /* arrays on the device */
     std::vector<int32_t> token_counts;
-    /* Generation repeats one short pass: it is recorded once for its batch size and replayed. */
-    cudaGraphExec_t step_graph;
-    int step_rows; /* batch size of the recorded pass; 0: none */
+    /* Generation, and reading a stream, repeat one pass of many short kernels: a pass that is made a second
+     * time is recorded, and from then on replayed. */
+    cudaGraphExec_t graph;
+    PassShape recorded, previous; /* the graph's pass, and that of the last forward; B 0: none */
     virtual ~MegalodonModel() {}
 };
 
@@ -367,6 +383,20 @@ template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
     take_state(m, arena, &m->dstate_out);
 }
 
+/* What the blocks of a step in one launch hand to each other; nothing else writes here. */
+static void layout_token(MegalodonModel *m, Arena *arena) {
+    const MegalodonConfig *c = &m->config;
+    TokenStep *p = &m->token;
+    int64_t B = few_rows(m), D = c->model_dim;
+    m->token_layers = take<TokenLayer>(arena, c->num_layers);
+    p->epoch = take<unsigned>(arena, 1), p->arrivals = take<unsigned>(arena, 1);
+    p->x = take<uint64_t>(arena, B * D / 2), p->uc = take<uint64_t>(arena, B * D);
+    p->y = take<uint64_t>(arena, B * D / 2), p->zz = take<uint64_t>(arena, B * c->z_dim / 2);
+    p->score = take<uint64_t>(arena, B * c->num_heads * c->chunk_size);
+    p->ar = take<uint64_t>(arena, B * c->value_dim / 2);
+    p->hidden = take<uint64_t>(arena, B * c->ffn_hidden_dim / 2);
+}
+
 template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     const MegalodonConfig *c = &m->config;
     int64_t rows = (int64_t)m->options.max_batch * m->options.max_length,
@@ -381,6 +411,7 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     m->arrivals = take<int>(arena, decode_attention_sizes(few_rows(m), c->num_heads,
                                                           c->value_dim / c->num_heads).arrivals);
     m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
+    if (std::is_same<T, bf16>::value && !m->options.training) layout_token(m, arena);
 
     Arena upload = {arena->base + arena->used, 0};
     m->tokens = take<int32_t>(&upload, rows);
@@ -436,6 +467,10 @@ template <typename T> static void point_all_params(Model<T> *m) {
 }
 
 /* ---- forward ---- */
+
+static float embedding_scale(const MegalodonConfig *c) {
+    return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1.0f;
+}
 
 /* The dropout of a site in the last forward: none where the batch has none. */
 static Dropout dropout_at(const MegalodonModel *m, double p, int layer, MegalodonSite site) {
@@ -519,8 +554,8 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
                          in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D,
                          c->norm_num_groups, eps);
-    linear_forward<T>(context, a->vv, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D);
-    silu_forward(context, v, a->vv, rows * E);
+    linear_silu_forward<T>(context, v, a->vv, nullptr, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D,
+                           no_dropout());
     cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D,
                  c->cema_ndim);
     rmsnorm_forward(context, mm, a->c_rstd, a->c, w->rmsnorm_weight, rows, D, eps,
@@ -528,10 +563,9 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     linear_forward<T>(context, a->zz, mm, w->wz_weight, w->wz_bias, nullptr, rows, Z, D);
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
     model_attention(m, l, v);
-    linear_forward<T>(context, a->rr, mm, w->wr_weight, w->wr_bias, nullptr, rows, E, D);
     T *ar = a->ar || a->v ? room(m, a->ar, rows * E) : v; // else v is not needed any more
-    silu_gate_forward(context, ar, a->r, a->a, a->rr, rows * E,
-                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+    linear_silu_forward<T>(context, ar, a->rr, a->r, mm, w->wr_weight, w->wr_bias, a->a, rows, E, D,
+                           dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
 
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
     const T *residual =
@@ -554,10 +588,9 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
     T *n = room(m, a->n, rows * D), *hidden = room(m, a->hidden, rows * F);
     layernorm_forward(context, n, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight, w->ffnnorm_bias, rows, D,
                       (float)c->norm_eps);
-    linear_forward<T>(context, a->f1, n, w->fc1_weight, nullptr, nullptr, rows, F, D);
     if (c->swiglu) linear_forward<T>(context, a->f3, n, w->fc3_weight, nullptr, nullptr, rows, F, D);
-    swiglu_forward<T>(context, hidden, a->f1, a->f3, rows * F,
-                      dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    linear_silu_forward<T>(context, hidden, a->f1, nullptr, n, w->fc1_weight, nullptr, a->f3, rows, F, D,
+                           dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_FFN);
     if (!c->rescale_nffn && dropout.threshold == 0) {
         linear_forward<T>(context, a->out, hidden, w->fc2_weight, nullptr, x, rows, D, F);
@@ -592,9 +625,8 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
     T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
-    linear_backward_input(context, df1, false, df, w->fc2_weight, rows, D, F);
-    swiglu_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, df1, a->f1, a->f3, rows, F,
-                       dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+    linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
+                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
     linear_backward_weight(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
     if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
@@ -635,12 +667,11 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         dh = dropped;
     }
     T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
-    linear_backward_input(context, da, false, dh, w->wh2_weight, rows, D, E);
     {
         ScratchScope gated(context);
         T *ar = room(m, a->ar, rows * E);
-        silu_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, da, a->rr, a->a, rows, E,
-                              dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+        linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
+                                a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
         linear_backward_weight(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     }
     if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
@@ -763,10 +794,6 @@ template <typename T> static T *head_backward(Model<T> *m, float scale) {
 
 /* ---- whole passes: no error, no wait, so that a dry run can make them too ---- */
 
-static float embedding_scale(const MegalodonConfig *c) {
-    return c->scale_emb ? (float)sqrt((double)c->model_dim) : 1.0f;
-}
-
 template <typename T> static void forward_pass(Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
@@ -806,7 +833,13 @@ static bool is_step(const MegalodonModel *m) {
     return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets &&
            !m->batch.dropout;
 }
-/* Of those, what the fused kernels take. */
+/* Of those, what one launch takes. */
+static bool is_token_step(const MegalodonModel *m) {
+    TokenStep p = m->token;
+    p.B = m->batch.B;
+    return p.layers && is_step(m) && p.B <= DECODE_ROWS && token_ring(&m->context, p) > 0;
+}
+/* And what the fused kernels take. */
 static bool is_decode_step(const MegalodonModel *m) {
     int z = m->config.z_dim / m->config.num_heads;
     return is_step(m) && m->batch.B <= DECODE_ROWS && z <= DECODE_MAX_HEAD;
@@ -949,6 +982,13 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                           dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
 }
 
+/* The same pass in one launch. It reads the tokens from the host's memory and writes the logits there. */
+static void token_pass(MegalodonModel *m) {
+    TokenStep p = m->token;
+    p.B = m->batch.B;
+    token_step(&m->context, p);
+}
+
 /* ---- create and destroy ---- */
 
 /* Walks through the largest passes without launching anything: the high-water mark of scratch is what a step
@@ -1012,6 +1052,48 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     return nullptr;
 }
 
+/* Where `device` memory of the upload lies on the host. */
+template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
+    return (P *)(m->host_upload + ((char *)device - m->device_upload));
+}
+
+/* Tells the device where everything lies that a step in one launch reads and writes. */
+static void prepare_token_step(Model<bf16> *m) {
+    const MegalodonConfig *c = &m->config;
+    TokenStep *p = &m->token;
+    std::vector<TokenLayer> layers;
+    for (size_t l = 0; l < m->layers.size(); l++) {
+        const LayerParams<bf16> &w = m->layers[l];
+        const LayerState<bf16> &s = m->state.layers[l];
+        TokenLayer layer = {{w.wz_weight, w.wh1_weight, w.wr_weight, w.wv_weight, w.wh2_weight, w.fc1_weight,
+                             w.fc3_weight, w.fc2_weight},
+                            {},
+                            m->masters[l].cema_omega,
+                            m->coef[l],
+                            s.norm_mean,
+                            s.norm_var,
+                            s.cema,
+                            s.k,
+                            s.v};
+#define X(name, size) layer.vector.name = w.name;
+        FOR_TOKEN_VECTORS(X)
+#undef X
+        layers.push_back(layer);
+    }
+    CHECK_CUDA(cudaMemcpy(m->token_layers, layers.data(), layers.size() * sizeof(TokenLayer),
+                          cudaMemcpyHostToDevice));
+    p->layers = m->token_layers;
+    p->embed = m->top.embed_weight, p->output_weight = m->top.output_weight;
+    p->final_weight = m->top.final_weight, p->final_bias = m->top.final_bias;
+    p->final_mean = m->state.final_mean, p->final_var = m->state.final_var, p->count = m->state.count;
+    p->rope = m->rope, p->tokens = on_host(m, m->tokens), p->logits = m->host_logits;
+    p->L = c->num_layers, p->D = c->model_dim, p->N = c->cema_ndim, p->H = c->num_heads, p->Z = c->z_dim;
+    p->E = c->value_dim, p->F = c->ffn_hidden_dim, p->G = c->norm_num_groups, p->C = c->chunk_size;
+    p->V = c->vocab_size, p->swiglu = c->swiglu, p->scale = embedding_scale(c), p->eps = (float)c->norm_eps;
+    allow_token_launches(&m->context);
+}
+static void prepare_token_step(Model<float> *) {} // only bf16 has it
+
 /* Is the gradient one matrix product? Then the first one after zero_gradients need not be added to zeros. */
 static bool has_product_gradient(const MegalodonTensor *tensor) {
     return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
@@ -1054,6 +1136,7 @@ template <typename T> static const char *build(Model<T> *m) {
         for (size_t i = 0; i < m->params.size(); i++) {
             if (has_product_gradient(&m->params[i]) != (bool)products) continue;
             m->offset[i] = m->arena_size;
+            m->arena_order.push_back(i);
             m->arena_size += ceil_div(m->params[i].size, ARENA_ALIGN) * ARENA_ALIGN;
         }
         if (!products) m->sums_size = m->arena_size;
@@ -1096,6 +1179,7 @@ template <typename T> static const char *build(Model<T> *m) {
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
                               (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
+    if (!m->options.training) prepare_token_step(m);
     CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
                                     m->context.cublas_workspace_bytes));
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
@@ -1104,9 +1188,13 @@ template <typename T> static const char *build(Model<T> *m) {
 }
 
 static void start_context(Context *context, bool own_stream) {
-    int device = 0;
+    int device = 0, cooperative = 0;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&context->num_sms, cudaDevAttrMultiProcessorCount, device));
+    CHECK_CUDA(
+        cudaDeviceGetAttribute(&context->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
+    context->cooperative = cooperative;
     if (own_stream) CHECK_CUDA(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking));
     CHECK_CUBLAS(cublasCreate(&context->cublas));
     CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
@@ -1116,6 +1204,10 @@ static void start_context(Context *context, bool own_stream) {
         context->cublas,
         (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
     context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+    int *answer = nullptr;
+    CHECK_CUDA(cudaMalloc((void **)&answer, sizeof *answer));
+    context->hopper = hopper_code(context, answer);
+    CHECK_CUDA(cudaFree(answer));
 }
 
 static void cuda_destroy(MegalodonModel *m) {
@@ -1124,7 +1216,7 @@ static void cuda_destroy(MegalodonModel *m) {
     CHECK_CUBLAS(cublasDestroy(m->context.cublas));
     CHECK_CUBLAS(cublasLtDestroy(m->context.cublas_lt));
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
-    if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+    if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
     CHECK_CUDA(cudaStreamDestroy(m->context.stream));
     for (void *arena : m->arenas) CHECK_CUDA(cudaFree(arena));
     if (m->host_upload) CHECK_CUDA(cudaFreeHost(m->host_upload));
@@ -1235,11 +1327,6 @@ template <typename T> static void begin_state(Model<T> *m) {
     m->state.n = (int)((tokens_before(m, m->state_in.n) + m->batch.T) % m->config.chunk_size);
 }
 
-/* Where `device` memory of the upload lies on the host. */
-template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
-    return (P *)(m->host_upload + ((char *)device - m->device_upload));
-}
-
 /* Sends `bytes` of the upload from offset `from` on. */
 static void upload(MegalodonModel *m, size_t from, size_t bytes) {
     CHECK_CUDA(cudaMemcpyAsync(m->device_upload + from, m->host_upload + from, bytes, cudaMemcpyHostToDevice,
@@ -1252,6 +1339,7 @@ static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
+    if (is_token_step(m)) return; // its launch reads them there
     size_t used = rows * sizeof(int32_t);
     if (m->batch.targets) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
@@ -1288,21 +1376,33 @@ template <typename T> static void refresh_weights(Model<T> *m) {
     m->weights_changed = false;
 }
 
-template <typename T> static void replay_step(Model<T> *m) {
-    if (m->step_rows != m->batch.B) {
+template <typename T> static void make_pass(Model<T> *m) {
+    if (is_decode_step(m)) decode_pass(m);
+    else forward_pass(m);
+}
+
+/* The pass of a forward without a backward. A step finds its place in the chunk on the device, so that its
+ * shape has none. */
+template <typename T> static void replay_pass(Model<T> *m) {
+    PassShape shape = {m->batch.B, m->batch.T, is_step(m) ? 0 : m->state_in.n, m->batch.targets != nullptr};
+    if (!(m->recorded == shape)) {
+        bool again = m->previous == shape;
+        m->previous = shape;
+        if (!again) {
+            make_pass(m);
+            return;
+        }
         cudaGraph_t graph;
-        if (m->step_rows) CHECK_CUDA(cudaGraphExecDestroy(m->step_graph));
+        if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
         CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
-        if (is_decode_step(m))
-            decode_pass(m);
-        else
-            forward_pass(m);
+        make_pass(m);
         CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&m->step_graph, graph, 0));
+        CHECK_CUDA(cudaGraphInstantiate(&m->graph, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
-        m->step_rows = m->batch.B;
+        m->recorded = shape;
     }
-    CHECK_CUDA(cudaGraphLaunch(m->step_graph, m->context.stream));
+    m->previous = shape;
+    CHECK_CUDA(cudaGraphLaunch(m->graph, m->context.stream));
 }
 
 template <typename T>
@@ -1313,10 +1413,14 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     begin_state(m);
     upload_batch(m);
     refresh_weights(m);
-    if (is_step(m))
-        replay_step(m);
-    else
+    if (is_token_step(m)) {
+        token_pass(m);
+        CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    } else if (!m->options.training && !m->options.keep_activations && !batch->dropout) {
+        replay_pass(m);
+    } else {
         forward_pass(m);
+    }
     m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
     if (m->can_backward) upload_plan(m);
@@ -1407,12 +1511,13 @@ static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, d
            m->arena_size);
     LAUNCH(clip_kernel, 1, SUM_THREADS, &m->context, m->scalars, m->norm_partials, chunks, adamw->clip,
            adamw->max_norm);
-    for (size_t i = 0, next; i < m->params.size(); i = next) { // neighbours of one decay together
-        double decay = megalodon_weight_decay(adamw, &m->params[i]);
-        for (next = i + 1; next < m->params.size(); next++)
-            if (megalodon_weight_decay(adamw, &m->params[next]) != decay) break;
-        int64_t end = next < m->params.size() ? m->offset[next] : m->arena_size;
-        update_range(m, m->offset[i], end, adamw, decay);
+    const std::vector<size_t> &order = m->arena_order;
+    for (size_t i = 0, next; i < order.size(); i = next) { // neighbours of one decay together
+        double decay = megalodon_weight_decay(adamw, &m->params[order[i]]);
+        for (next = i + 1; next < order.size(); next++)
+            if (megalodon_weight_decay(adamw, &m->params[order[next]]) != decay) break;
+        int64_t end = next < order.size() ? m->offset[order[next]] : m->arena_size;
+        update_range(m, m->offset[order[i]], end, adamw, decay);
     }
     refresh_coefficients(m);
     if (!grad_norm) return nullptr;

@@ -46,7 +46,7 @@ enum {
     CEMA_STRIPS = 16,   /* of a warp */
     CEMA_CHANNELS = 16, /* of a block, a warp each */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
-    CEMA_TILE = 2 * CEMA_GROUP, /* the lengths of segments are multiples of it */
+    CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
     NUM_CEMA_COEFFICIENTS = 5,
@@ -54,9 +54,7 @@ enum {
 };
 
 /* Arrays (D,N), computed once for each value of the parameters. */
-struct CemaCoefficients {
-    float *p, *q_re, *q_im, *c_re, *c_im;
-};
+struct CemaCoefficients { float *p, *q_re, *q_im, *c_re, *c_im; };
 static inline CemaCoefficients cema_coefficients_at(float *memory, int64_t D, int64_t N) {
     return CemaCoefficients{memory, memory + D * N, memory + 2 * D * N, memory + 3 * D * N,
                             memory + 4 * D * N};
@@ -93,13 +91,25 @@ static inline void cema_coefficients(Context *context, CemaCoefficients out, con
            (int)D, (int)N);
 }
 
-struct CemaComplex { double re, im; };
-__device__ inline CemaComplex operator*(CemaComplex a, CemaComplex b) {
-    return CemaComplex{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+/* Complex numbers. Powers are made in double and then rounded. */
+template <typename Real> struct CemaNumber { Real re, im; };
+using CemaComplex = CemaNumber<double>;
+using CemaFloat = CemaNumber<float>;
+template <typename Real>
+__device__ inline CemaNumber<Real> operator*(CemaNumber<Real> a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-__device__ inline CemaComplex operator*(double a, CemaComplex b) { return CemaComplex{a * b.re, a * b.im}; }
-__device__ inline CemaComplex cema_power(CemaComplex q, int n) {
-    CemaComplex power = {1, 0};
+template <typename Real>
+__device__ inline CemaNumber<Real> operator+(CemaNumber<Real> a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a.re + b.re, a.im + b.im};
+}
+template <typename Real> __device__ inline CemaNumber<Real> operator*(Real a, CemaNumber<Real> b) {
+    return CemaNumber<Real>{a * b.re, a * b.im};
+}
+__device__ inline CemaComplex to_double(CemaFloat a) { return CemaComplex{a.re, a.im}; }
+__device__ inline CemaFloat to_float(CemaComplex a) { return CemaFloat{(float)a.re, (float)a.im}; }
+__device__ inline CemaComplex cema_power(CemaFloat base, int n) {
+    CemaComplex power = {1, 0}, q = to_double(base);
     for (; n > 0; n /= 2, q = q * q)
         if (n % 2) power = power * q;
     return power;
@@ -107,13 +117,12 @@ __device__ inline CemaComplex cema_power(CemaComplex q, int n) {
 
 /* One state's coefficients; 0 beyond N and D. */
 struct CemaState {
-    double p;
-    CemaComplex q, c;
+    float p;
+    CemaFloat q, c;
     __device__ CemaState(const CemaCoefficients &coef, int d, int k, int D, int N) : p(0), q{0, 0}, c{0, 0} {
         if (d >= D || k >= N) return;
         int64_t i = (int64_t)d * N + k;
-        p = coef.p[i], q = CemaComplex{coef.q_re[i], coef.q_im[i]};
-        c = CemaComplex{coef.c_re[i], coef.c_im[i]};
+        p = coef.p[i], q = CemaFloat{coef.q_re[i], coef.q_im[i]}, c = CemaFloat{coef.c_re[i], coef.c_im[i]};
     }
 };
 
@@ -148,11 +157,11 @@ __device__ inline void cema_split(uint32_t (&part)[PARTS][WORDS], int at, float 
     }
 }
 
-/* A lane's four entries of a table, in the order of the fragment. */
+/* A lane's four entries of a table, in the order of the fragment: rows 2 pair + {0, 1, 8, 9}. */
 template <int PARTS>
-__device__ inline void cema_table(CemaTable<PARTS> &table, double v0, double v1, double v2, double v3) {
-    cema_split(table.b, 0, (float)v0, (float)v1);
-    cema_split(table.b, 1, (float)v2, (float)v3);
+__device__ inline void cema_table(CemaTable<PARTS> &table, float v0, float v1, float v2, float v3) {
+    cema_split(table.b, 0, v0, v1);
+    cema_split(table.b, 1, v2, v3);
 }
 
 /* c += a b, one part of each */
@@ -163,14 +172,18 @@ __device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* sum += rows table, small terms first */
-template <int A, int B>
-__device__ inline void cema_multiply(float (&sum)[4], const CemaRows<A> &rows, const CemaTable<B> &table) {
+/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum, so
+ * that several sums take turns. */
+template <int A, int B, int COUNT>
+__device__ inline void cema_multiply(float (&sum)[COUNT][4], const CemaRows<A> &rows,
+                                     const CemaTable<B> (&table)[COUNT]) {
 #pragma unroll
     for (int both = (A > B ? A : B) - 1; both >= 0; both--)
 #pragma unroll
         for (int i = 0; i < A; i++)
-            if (both - i >= 0 && both - i < B) tensor_product(sum, rows.a[i], table.b[both - i]);
+#pragma unroll
+            for (int n = 0; n < COUNT; n++)
+                if (both - i >= 0 && both - i < B) tensor_product(sum[n], rows.a[i], table[n].b[both - i]);
 }
 
 /* Rows and columns of an 8 x 8 matrix, two neighbours in a word, change places. */
@@ -288,7 +301,8 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
             for (int i = 0; i < 8; i++) {
                 if (mover.d + i >= D) continue;
                 if constexpr (sizeof(T) == 2)
-                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i] << i % 2 * 16;
+                    held.word[k][i / 2] |= (uint32_t)reinterpret_cast<const uint16_t *>(from)[i]
+                                           << i % 2 * 16;
                 else
                     held.word[k][i] = reinterpret_cast<const uint32_t *>(from)[i];
             }
@@ -296,12 +310,61 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
     }
 }
 
+/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no registers
+ * wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is fetched when it is wanted. */
+struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
+template <typename T> struct CemaEarly { using Stage = char; };
+template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
+
+__device__ inline void copy_early(void *to, const void *from, bool here) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(here ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+
+template <typename T>
+__device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
+                                    int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (!wide) return;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int s = tile_first + mover.step + k * mover.turn;
+            bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+            copy_early(stage.word[k][threadIdx.x], here ? x + mover.first + s * mover.stride : x, here);
+        }
+    }
+}
+template <typename T>
+__device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::Stage &stage, const T *x,
+                                    const CemaMover &mover, int tile_first, int D, bool wide) {
+    if constexpr (sizeof(T) == 2) {
+        if (wide) {
+            wait_for_copies();
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                Packed<uint32_t, 4> part = packed<4>(stage.word[k][threadIdx.x]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) held.word[k][i] = part.v[i];
+            }
+            return;
+        }
+    }
+    cema_fetch(held, x, mover, tile_first, D, wide);
+}
+
 /* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
 __device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
+/* What was requested, into the tile. */
 template <typename T>
-__device__ inline void cema_put(CemaUnit<T> *tile, const CemaShare<T> &held, const CemaMover &mover) {
+__device__ inline void cema_move(CemaUnit<T> *tile, typename CemaEarly<T>::Stage &stage, const T *x,
+                                 const CemaMover &mover, int tile_first, int D, bool wide) {
+    CemaShare<T> held;
+    cema_receive(held, stage, x, mover, tile_first, D, wide);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
@@ -322,7 +385,8 @@ __device__ inline void cema_take(CemaShare<T> &out, const CemaUnit<T> *tile, con
         const CemaUnit<T> *a = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair),
                           *b = tile + cema_unit(mover.slot, mover.half * 8 + i + 1, mover.row, mover.pair);
         if constexpr (sizeof(T) == 2) {
-            uint32_t even = *reinterpret_cast<const uint32_t *>(a), odd = *reinterpret_cast<const uint32_t *>(b);
+            uint32_t even = *reinterpret_cast<const uint32_t *>(a),
+                     odd = *reinterpret_cast<const uint32_t *>(b);
             out.word[0][i / 2] = cema_lows(even, odd), out.word[1][i / 2] = cema_highs(even, odd);
         } else {
 #pragma unroll
@@ -339,20 +403,20 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         for (int i = 0; i < CemaShare<T>::WORDS; i++) {
             if constexpr (sizeof(T) == 2) {
                 uint32_t a = out.word[k][i], b = before.word[k][i];
-                __nv_bfloat162 sum = __floats2bfloat162_rn(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                                                           __uint_as_float(a & 0xFFFF0000u) +
-                                                               __uint_as_float(b & 0xFFFF0000u));
+                __nv_bfloat162 sum = __floats2bfloat162_rn(
+                    __uint_as_float(a << 16) + __uint_as_float(b << 16),
+                    __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
                 out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
             } else {
-                out.word[k][i] = __float_as_uint(__uint_as_float(out.word[k][i]) +
-                                                 __uint_as_float(before.word[k][i]));
+                out.word[k][i] =
+                    __float_as_uint(__uint_as_float(out.word[k][i]) + __uint_as_float(before.word[k][i]));
             }
         }
 }
 
 template <typename T>
-__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first, int D,
-                                  bool wide) {
+__device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first,
+                                  int D, bool wide) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
@@ -386,6 +450,7 @@ struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
     int low, upper; /* units of the lower and upper eight steps of its first row */
+    int matrix;     /* unit where its row of a matrix begins, see tensor_load */
     int states;     /* the first of the launch */
     __device__ explicit CemaPlace(int first_state) : states(first_state) {
         int lane = (int)threadIdx.x % WARP_SIZE;
@@ -393,6 +458,7 @@ struct CemaPlace {
         group = lane / 4, pair = lane % 4;
         row[0] = (int)blockIdx.y * CEMA_STRIPS + group, row[1] = row[0] + 8;
         low = cema_unit(0, channel, group, pair), upper = cema_unit(0, channel, group, pair + 4);
+        matrix = cema_unit(0, channel, lane % 16, lane / 16 * 4);
     }
     __device__ int state(int j) const { return states + 4 * j + pair; }
     __device__ int column(int j) const { return states + 4 * j + group / 2; }
@@ -402,27 +468,74 @@ struct CemaPlace {
     }
 };
 
+/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right third;
+ * `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
+template <bool TRANSPOSED> __device__ inline void tensor_load(uint32_t (&a)[4], const void *row) {
+    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(from)
+                     : "memory");
+}
+
 /* The channel's strips and steps as a fragment. */
 template <typename T>
 __device__ inline void cema_rows(CemaRows<CemaParts<T>::INPUT> &rows, const CemaUnit<T> *tile,
                                  const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<false>(rows.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        CemaUnit<T> unit = tile[place.unit(slot, i)];
-        if constexpr (CemaParts<T>::INPUT == 1)
-            rows.a[0][i] = *reinterpret_cast<uint32_t *>(&unit);
-        else
+        for (int i = 0; i < 4; i++) {
+            CemaUnit<T> unit = tile[place.unit(slot, i)];
             cema_split(rows.a, i, unit.v[0], unit.v[1]);
+        }
+    }
+}
+/* The same with each of its four matrices transposed. */
+template <typename T>
+__device__ inline void cema_rows_transposed(CemaRows<CemaParts<T>::INPUT> &out,
+                                            const CemaRows<CemaParts<T>::INPUT> &rows,
+                                            const CemaUnit<T> *tile, const CemaPlace &place, int slot) {
+    if constexpr (CemaParts<T>::INPUT == 1) {
+        tensor_load<true>(out.a[0], tile + place.matrix + slot * CEMA_CHANNELS * CEMA_UNITS);
+    } else {
+#pragma unroll
+        for (int part = 0; part < CemaParts<T>::INPUT; part++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) out.a[part][i] = tensor_transpose(rows.a[part][i]);
     }
 }
 
-/* powers[e] = q^(2 pair + {0, 1, 8, 9}) */
-__device__ inline void cema_powers(CemaComplex (&powers)[4], CemaComplex q, int pair) {
-    CemaComplex q8 = cema_power(q, 8);
-    powers[0] = cema_power(q, 2 * pair), powers[1] = powers[0] * q;
-    powers[2] = powers[0] * q8, powers[3] = powers[1] * q8;
-}
-__device__ inline double cema_part(CemaComplex z, int im) { return im ? z.im : z.re; }
+/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in shared
+ * memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin at another
+ * bank than those of the state before it. */
+struct CemaPowers {
+    CemaFloat *own, group, length; /* the latter two of state lane / 2 */
+    __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps,
+                          int D, int N) {
+        int lane = (int)threadIdx.x % WARP_SIZE, k = lane / 2, first = lane % 2 * 8;
+        CemaFloat q = CemaState(coef, place.d, place.states + k, D, N).q;
+        CemaComplex eighth = cema_power(q, 8), now = first ? eighth : CemaComplex{1, 0};
+        own = (CemaFloat *)memory + place.channel * CEMA_STATES * CEMA_GROUP;
+#pragma unroll
+        for (int m = 0; m < 8; m++, now = now * to_double(q)) own[at(k, first + m)] = to_float(now);
+        group = to_float(eighth * eighth), length = to_float(cema_power(q, steps));
+        __syncwarp(); // the powers are there
+    }
+    __device__ static int at(int k, int m) { return k * CEMA_GROUP + (m + k) % CEMA_GROUP; }
+    __device__ CemaFloat operator()(int k, int m) const { return own[at(k, m)]; }
+    __device__ static CemaFloat of(CemaFloat x, int k) {
+        return CemaFloat{__shfl_sync(FULL_MASK, x.re, 2 * k), __shfl_sync(FULL_MASK, x.im, 2 * k)};
+    }
+};
+__device__ inline float cema_part(CemaFloat z, int im) { return im ? z.im : z.re; }
 
 /* J complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
 template <int J> struct CemaPairs { float v[J][4]; };
@@ -430,66 +543,81 @@ template <int J> struct CemaPairs { float v[J][4]; };
 /* q^16 of a thread's states */
 template <int J> struct CemaTurn {
     float re[J], im[J];
-    __device__ CemaTurn(const CemaCoefficients &coef, const CemaPlace &place, int D, int N) {
+    __device__ CemaTurn(const CemaPowers &powers, const CemaPlace &place) {
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            CemaComplex power =
-                cema_power(CemaState(coef, place.d, place.state(j), D, N).q, CEMA_GROUP);
-            re[j] = (float)power.re, im[j] = (float)power.im;
+            CemaFloat power = powers.of(powers.group, 4 * j + place.pair);
+            re[j] = power.re, im[j] = power.im;
         }
     }
 };
 
 /* h = q^16 h + add; i: which row */
 template <int J>
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j,
+                                 const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
 template <int J>
-__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn<J> &turn,
-                                       int j, const float (&add)[4]) {
-    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]), im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
+                                       const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+    float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
+          im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* What all segments before a strip left, h = q^length h + factor end and the slope beside it; ends (segments,B,
- * D,N,2). Slopes are by ln q. */
-struct CemaStart {
-    CemaComplex h, slope;
-    __device__ CemaStart(CemaComplex begin, const float *ends, const float *slopes, CemaComplex factor,
-                         CemaComplex q, const CemaStrips &strips, int b, int segment, int64_t at,
-                         int64_t states)
-        : h(begin), slope{0, 0} {
-        if (segment == 0) return;
-        CemaComplex power = cema_power(q, strips.length);
-        for (int i = 0; i < segment; i++) {
-            const float *end = ends + (((int64_t)i * strips.B + b) * states + at) * 2;
-            if (slopes) {
-                const float *add = slopes + (end - ends);
-                slope.re += strips.length * h.re, slope.im += strips.length * h.im;
-                slope = power * slope;
-                slope.re += add[0], slope.im += add[1];
+/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL); ends and
+ * slopes at this segment's. power: q^length. */
+__device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const float *end,
+                                         const float *end_slope, CemaFloat factor, CemaFloat power,
+                                         int length) {
+    if (end_slope) slope = power * (slope + (float)length * h) + CemaFloat{end_slope[0], end_slope[1]};
+    h = power * h + factor * CemaFloat{end[0], end[1]};
+}
+
+/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
+ * (segments,B,D,N,2) */
+template <int J>
+__device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const float *ends,
+                                  const float *slopes, const CemaFloat (&factor)[J],
+                                  const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
+                                  int steps, int D, int N) {
+    CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
+    CemaFloat power[J];
+#pragma unroll
+    for (int j = 0; j < J; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
+    if (place.d >= D) return;
+    /* All states at once, since each segment's waits for memory. */
+    for (int segment = 0; segment < max(strip[0].segment, strip[1].segment); segment++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                int k = place.state(j);
+                if (segment >= strip[i].segment || strip[i].steps == 0 || k >= N) continue;
+                int64_t at = ((((int64_t)segment * strips.B + strip[i].b) * D + place.d) * N + k) * 2;
+                CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]},
+                          turn = {slope.v[j][2 * i], slope.v[j][2 * i + 1]};
+                cema_pass_segment(now, turn, ends + at, slopes ? slopes + at : nullptr, factor[j], power[j],
+                                  strips.length);
+                h.v[j][2 * i] = now.re, h.v[j][2 * i + 1] = now.im;
+                slope.v[j][2 * i] = turn.re, slope.v[j][2 * i + 1] = turn.im;
             }
-            CemaComplex add = factor * CemaComplex{end[0], end[1]};
-            h = power * h;
-            h.re += add.re, h.im += add.im;
-        }
-    }
-};
+}
 
 /* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
  *           ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
  * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
- *           with steps before step 0, which are zero; slopes NULL: not wanted; wide: D a multiple of 8, x of
+ *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
  *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
-template <typename T, int J>
+template <typename T, int J, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
                      int first_state, int steps, int D, int N, bool wide) {
@@ -497,48 +625,47 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     constexpr int STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
-    CemaTable<STATE> plain[J], hat[J];
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, 0, D, N);
+    CemaTable<STATE> plain[J], hat[SLOPES ? J : 1];
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex powers[4];
-        int im = place.group % 2, last = CEMA_GROUP - 1 - 2 * place.pair;
-        cema_powers(powers, CemaState(coef, place.d, place.column(j), D, N).q, 3 - place.pair);
-        double v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = cema_part(powers[3 - i], im);
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
+        float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
+                      cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
         cema_table(plain[j], v[0], v[1], v[2], v[3]);
-        cema_table(hat[j], last * v[0], (last - 1) * v[1], (last - 8) * v[2], (last - 9) * v[3]);
+        if constexpr (SLOPES)
+            cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
+                       (float)(m - 9) * v[3]);
     }
-    CemaTurn<J> turn(coef, place, D, N);
+    CemaTurn<J> turn(powers, place);
     CemaPairs<J> e = {}, slope = {};
-    if (moves) cema_put(tiles[0], held, mover);
+    __syncthreads(); // the powers are no longer needed
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_fetch(held, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
             cema_rows<T>(rows, tiles[now], place, slot);
+            float add[J][4] = {}, add_slope[SLOPES ? J : 1][4] = {};
+            cema_multiply(add, rows, plain);
+            if constexpr (SLOPES) cema_multiply(add_slope, rows, hat);
 #pragma unroll
-            for (int j = 0; j < J; j++) {
-                float add[4] = {}, add_slope[4] = {};
-                cema_multiply(add, rows, plain[j]);
-                if (slopes) {
-                    cema_multiply(add_slope, rows, hat[j]);
+            for (int j = 0; j < J; j++)
 #pragma unroll
-                    for (int i = 0; i < 2; i++) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope);
+                for (int i = 0; i < 2; i++) {
+                    if constexpr (SLOPES) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope[j]);
+                    cema_turn(e.v[j], i, turn, j, add[j]);
                 }
-#pragma unroll
-                for (int i = 0; i < 2; i++) cema_turn(e.v[j], i, turn, j, add);
-            }
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -550,7 +677,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
             ends[at] = e.v[j][2 * i], ends[at + 1] = e.v[j][2 * i + 1];
-            if (slopes) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
+            if constexpr (SLOPES) slopes[at] = slope.v[j][2 * i], slopes[at + 1] = slope.v[j][2 * i + 1];
         }
     }
 }
@@ -563,41 +690,41 @@ template <typename T, int J> struct CemaScan {
 
 /* Forward, inputs enter the state by p q^(15-m) and the state the output by c q q^m; back in time, by c q
  * q^(15-m) and p q^m. */
-__device__ inline CemaComplex cema_way_in(const CemaState &s, bool reverse) {
-    return reverse ? s.c * s.q : CemaComplex{s.p, 0};
+__device__ inline CemaFloat cema_way_in(const CemaState &s, bool reverse) {
+    return reverse ? s.c * s.q : CemaFloat{s.p, 0};
 }
-__device__ inline CemaComplex cema_way_out(const CemaState &s, bool reverse) {
-    return reverse ? CemaComplex{s.p, 0} : s.c * s.q;
+__device__ inline CemaFloat cema_way_out(const CemaState &s, bool reverse) {
+    return reverse ? CemaFloat{s.p, 0} : s.c * s.q;
 }
 
 template <typename T, int J>
-__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaCoefficients &coef, double omega,
-                                        const CemaPlace &place, bool reverse, int D, int N) {
-    double k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
+__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &powers,
+                                        const CemaCoefficients &coef, float omega, const CemaPlace &place,
+                                        bool reverse, int D, int N) {
+    float k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaState column(coef, place.d, place.column(j), D, N);
-        CemaComplex powers[4], in = cema_way_in(column, reverse);
-        int im = place.group % 2;
-        cema_powers(powers, column.q, 3 - place.pair);
-        cema_table(scan.in[j], cema_part(in * powers[3], im), cema_part(in * powers[2], im),
-                   cema_part(in * powers[1], im), cema_part(in * powers[0], im));
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
+        CemaFloat in = cema_way_in(CemaState(coef, place.d, place.column(j), D, N), reverse);
+        cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
+                   cema_part(in * powers(k, m - 8), im), cema_part(in * powers(k, m - 9), im));
         CemaState own(coef, place.d, place.state(j), D, N);
-        CemaComplex low = cema_power(own.q, place.group), high = low * cema_power(own.q, 8), pc = own.p * own.c,
-                    out = cema_way_out(own, reverse);
+        CemaFloat low = powers(4 * j + place.pair, place.group),
+                  high = powers(4 * j + place.pair, place.group + 8), pc = own.p * own.c,
+                  out = cema_way_out(own, reverse);
         k_low += pc.re * low.re - pc.im * low.im, k_high += pc.re * high.re - pc.im * high.im;
         low = out * low, high = out * high;
-        cema_split(scan.out[j / 2][0].b, j % 2, (float)low.re, (float)-low.im);
-        cema_split(scan.out[j / 2][1].b, j % 2, (float)high.re, (float)-high.im);
+        cema_split(scan.out[j / 2][0].b, j % 2, low.re, -low.im);
+        cema_split(scan.out[j / 2][1].b, j % 2, high.re, -high.im);
     }
-    float k[2] = {(float)(lanes_sum(k_low, 4) + (place.group == 0 ? omega : 0.0)), (float)lanes_sum(k_high, 4)};
+    k_low = lanes_sum(k_low, 4) + (place.group == 0 ? omega : 0.0f), k_high = lanes_sum(k_high, 4);
 #pragma unroll
     for (int o = 0; o < 2; o++) {
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int lag = 8 * o + place.group - 2 * place.pair - i % 2 - i / 2 * 8, from = 4 * (lag & 7);
-            float low = __shfl_sync(FULL_MASK, k[0], from), high = __shfl_sync(FULL_MASK, k[1], from);
+            float low = __shfl_sync(FULL_MASK, k_low, from), high = __shfl_sync(FULL_MASK, k_high, from);
             v[i] = lag < 0 ? 0.0f : lag < 8 ? low : high;
         }
         cema_table(scan.taps[o], v[0], v[1], v[2], v[3]);
@@ -614,13 +741,12 @@ __device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoeffici
 #pragma unroll
     for (int j = 0; j < J; j++) {
         CemaState s(coef, place.d, place.state(j), D, N);
-        CemaComplex now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
+        CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
-            double value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
-            now = s.q * now;
-            now.re += in.re * value, now.im += in.im * value;
+            float value = to_float(x[(strip.first + (strips.reverse ? -m : m)) * D + place.d]);
+            now = s.q * now + value * in;
         }
-        h.v[j][2 * i] = (float)now.re, h.v[j][2 * i + 1] = (float)now.im;
+        h.v[j][2 * i] = now.re, h.v[j][2 * i + 1] = now.im;
     }
 }
 
@@ -630,32 +756,38 @@ template <bool RAGGED, typename T, int J>
 __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
                                        const CemaTurn<J> &turn, const CemaPlace &place, int slot,
                                        const int (&left)[2]) {
+    constexpr int OUTPUT = CemaParts<T>::OUTPUT;
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
-    float y[2][4] = {};
+    CemaRows<OUTPUT> states[J / 2];
+    float y[J / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
+    cema_multiply(y[0], rows, scan.taps);
 #pragma unroll
-    for (int half = 0; half < J / 2; half++) {
-        CemaRows<CemaParts<T>::OUTPUT> states;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            cema_split(states.a, i, h.v[2 * half + i / 2][i % 2 * 2], h.v[2 * half + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-        for (int o = 0; o < 2; o++) cema_multiply(y[o], states, scan.out[half][o]);
-    }
-#pragma unroll
-    for (int o = 0; o < 2; o++) cema_multiply(y[o], rows, scan.taps[o]);
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        float add[4] = {};
-        cema_multiply(add, rows, scan.in[j]);
+    for (int j = 0; j < J; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add);
+            cema_split(states[j / 2].a, j % 2 * 2 + i, h.v[j][2 * i], h.v[j][2 * i + 1]);
+#pragma unroll
+    for (int both = OUTPUT - 1; both >= 0; both--)
+#pragma unroll
+        for (int part = 0; part <= both; part++)
+#pragma unroll
+            for (int n = 0; n < J; n++)
+                tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
+    float add[J][4] = {};
+    cema_multiply(add, rows, scan.in);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
+#pragma unroll
+        for (int n = 1; n < J / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        tile[place.unit(slot, i)] = CemaUnit<T>{
-            {from_float<T>(y[i / 2][i % 2 * 2]), from_float<T>(y[i / 2][i % 2 * 2 + 1])}};
+    for (int j = 0; j < J; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
 }
 
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
@@ -668,19 +800,22 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
-                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held, before;
+    CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_fetch(held, x, mover, 0, D, wide);
+    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, strips.length, D, N);
     CemaScan<T, J> scan;
-    cema_scan_tables(scan, coef, omega && place.d < D ? (double)omega[place.d] : 0.0, place, strips.reverse, D, N);
-    CemaTurn<J> turn(coef, place, D, N);
+    cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
+                     D, N);
+    CemaTurn<J> turn(powers, place);
     CemaPairs<J> h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
     int row_steps[2];
@@ -688,26 +823,28 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         row_steps[i] = strip.steps;
-        if (strip.steps == 0 || place.d >= D) continue;
+        if (!h_in || strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
         for (int j = 0; j < J; j++) {
             int k = place.state(j);
             if (k >= N) continue;
-            int64_t at = (int64_t)place.d * N + k;
-            const float *in = h_in ? h_in + ((int64_t)strip.b * D * N + at) * 2 : nullptr;
-            CemaState s(coef, place.d, k, D, N);
-            CemaStart start(CemaComplex{in ? in[0] : 0.0f, in ? sign * in[1] : 0.0f}, ends, nullptr,
-                            cema_way_in(s, strips.reverse), s.q, strips, strip.b, strip.segment, at,
-                            (int64_t)D * N);
-            h.v[j][2 * i] = (float)start.h.re, h.v[j][2 * i + 1] = (float)start.h.im;
+            const float *in = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
+            h.v[j][2 * i] = in[0], h.v[j][2 * i + 1] = sign * in[1];
         }
     }
-    if (moves) cema_put(tiles[0], held, mover);
+    CemaPairs<J> no_slope = {};
+    CemaFloat way_in[J];
+#pragma unroll
+    for (int j = 0; j < J; j++)
+        way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
+    cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
+    __syncthreads(); // the powers are no longer needed
+    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
         bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_fetch(held, x, mover, first + TILE, D, wide);
+        if (more) cema_request<T>(stage, x, mover, first + TILE, D, wide);
         if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
@@ -720,7 +857,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             if (accumulate) cema_add(out, before);
             cema_write(y, out, mover, first - TILE, D, wide);
         }
-        if (more) cema_put(tiles[now ^ 1], held, mover);
+        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + TILE, D, wide);
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
@@ -752,7 +889,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
  * has to take. */
 #define WITH_CEMA_STATES(N, ...)                                                                            \
     for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
-        if ((N) - first_state > CEMA_STATES / 2) {                                                          \
+        if ((N) - first_state > CEMA_STATES / 2) {                                                            \
             constexpr int J = CEMA_STATES / 4;                                                              \
             __VA_ARGS__;                                                                                    \
         } else {                                                                                            \
@@ -773,8 +910,14 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     bool wide = cema_wide<T>(D, x);
     if (strips.count == 0) return;
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_ends_kernel<T, J>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
-                               strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, {
+        if (slopes)
+            LAUNCH((cema_ends_kernel<T, J, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+        else
+            LAUNCH((cema_ends_kernel<T, J, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N, wide);
+    });
 }
 
 template <typename T>
@@ -785,8 +928,9 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x, h_in,
-               ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N, wide);
+        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
+               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N,
+               wide);
     });
 }
 
@@ -801,8 +945,8 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     /* The first segment's blocks read h_in when the last one's may have written h_out already. */
     float *other = take<float>(context, B * D * N * 2);
     float *last = segments.count > 1 && h_out && h_out == h_in ? other : h_out;
-    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps, D,
-                 N);
+    cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps,
+                 D, N);
     cema_scan<T>(context, y, false, last, u, h_in, ends, coef, omega,
                  cema_strips(segments, B, segments.count, false), steps, D, N);
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
@@ -810,9 +954,7 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
 
 /* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
  * (rows,D). */
-struct CemaSums {
-    float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega;
-};
+struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
 /* (re, im) of J states, summed over a thread's rows. */
 template <int J> struct CemaTotals { float re[J], im[J]; };
@@ -835,8 +977,7 @@ template <int J> struct CemaBackward {
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
 template <bool RAGGED, typename T, int J>
 __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&plain)[J],
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&hat)[J],
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[J][2],
                                        const CemaTurn<J> &turn, const CemaPlace &place,
                                        const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
@@ -845,59 +986,57 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
     cema_rows<T>(dy, tile, place, 1);
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        float v[4] = {}, v_slope[4] = {}, add[4] = {}, add_slope[4] = {};
-        cema_multiply(v, u, plain[j]);
-        cema_multiply(v_slope, u, hat[j]);
-        cema_add_product(s.a.re[j], s.a.im[j], v, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v_slope, s.nu.v[j]);
-        cema_add_product(s.k.re[j], s.k.im[j], v, s.zeta.v[j]);
-        cema_multiply(add, dy, plain[j]);
-        cema_multiply(add_slope, dy, hat[j]);
+        float v[2][4] = {}, add[2][4] = {}; /* and by ln q */
+        cema_multiply(v, u, tables[j]);
+        cema_multiply(add, dy, tables[j]);
+        cema_add_product(s.a.re[j], s.a.im[j], v[0], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[1], s.nu.v[j]);
+        cema_add_product(s.k.re[j], s.k.im[j], v[0], s.zeta.v[j]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (RAGGED && left[i] < CEMA_GROUP) continue;
-            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add_slope);
-            cema_turn(s.nu.v[j], i, turn, j, add);
+            cema_turn_slope(s.zeta.v[j], s.nu.v[j], i, turn, j, add[1]);
+            cema_turn(s.nu.v[j], i, turn, j, add[0]);
         }
     }
     /* u transposed times dy: strips are what is summed over. */
-    CemaRows<INPUT> turned;
+    CemaRows<INPUT> u_turned, dy_turned, columns;
     CemaTable<INPUT> table[2];
+    cema_rows_transposed<T>(u_turned, u, tile, place, 0);
+    cema_rows_transposed<T>(dy_turned, dy, tile, place, 1);
 #pragma unroll
-    for (int part = 0; part < INPUT; part++) {
+    for (int part = 0; part < INPUT; part++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            turned.a[part][i] = tensor_transpose(u.a[part][i / 2 + i % 2 * 2]);
-            table[i / 2].b[part][i % 2] = tensor_transpose(dy.a[part][i]);
+            columns.a[part][i] = u_turned.a[part][i / 2 + i % 2 * 2];
+            table[i / 2].b[part][i % 2] = dy_turned.a[part][i];
         }
-    }
+    float sum[2][4] = {};
+    cema_multiply(sum, columns, table);
 #pragma unroll
-    for (int o = 0; o < 2; o++) {
-        float sum[4] = {};
-        cema_multiply(sum, turned, table[o]);
+    for (int o = 0; o < 2; o++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[i];
-    }
+        for (int i = 0; i < 4; i++) s.meet[o][i] += sum[o][i];
 }
 
 /* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
 template <typename T, int J>
 __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
-                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
-                                      int N) {
+                                      const CemaPlace &place, const CemaStrips &strips, int i, int steps,
+                                      int D, int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex q = CemaState(coef, place.d, place.state(j), D, N).q;
-        CemaComplex nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
-                    zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
+        CemaFloat q = CemaState(coef, place.d, place.state(j), D, N).q;
+        CemaFloat nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
+                  zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
-            zeta = q * CemaComplex{zeta.re + nu.re, zeta.im + nu.im}, nu = q * nu;
-            nu.re += to_float(dy[(strip.first - m) * D + place.d]);
+            zeta = q * (zeta + nu);
+            nu = q * nu + CemaFloat{to_float(dy[(strip.first - m) * D + place.d]), 0};
         }
-        s.nu.v[j][2 * i] = (float)nu.re, s.nu.v[j][2 * i + 1] = (float)nu.im;
-        s.zeta.v[j][2 * i] = (float)zeta.re, s.zeta.v[j][2 * i + 1] = (float)zeta.im;
+        s.nu.v[j][2 * i] = nu.re, s.nu.v[j][2 * i + 1] = nu.im;
+        s.zeta.v[j][2 * i] = zeta.re, s.zeta.v[j][2 * i + 1] = zeta.im;
     }
 }
 
@@ -905,9 +1044,9 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
 template <typename T, int J>
 __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
-                                        const float *h_in,
-                                        const CemaCoefficients &coef, const CemaPlace &place,
-                                        const CemaStrips &strips, int steps, int D, int N) {
+                                        const float *h_in, const CemaCoefficients &coef,
+                                        const CemaPlace &place, const CemaStrips &strips, int steps, int D,
+                                        int N) {
     int lane = (int)threadIdx.x % WARP_SIZE;
     float r = 0; /* of lag `lane` */
     for (int m = 0; m < 2; m++) {
@@ -953,21 +1092,20 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
     if (lane == 0 && place.d < D && place.states == 0) sums.domega[(int64_t)blockIdx.y * D + place.d] = r;
     int k = place.states + lane;
     CemaState state(coef, place.d, k, D, N);
-    CemaComplex power = {1, 0}, a = {0, 0}, slope = {0, 0}; /* slope: of a by q */
+    CemaComplex q = to_double(state.q), c = to_double(state.c), power = {1, 0}, a = {0, 0}, slope = {0, 0};
     for (int lag = 0; lag < CEMA_GROUP; lag++) {
-        double r_lag = __shfl_sync(FULL_MASK, r, lag), next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
-        a.re += r_lag * power.re, a.im += r_lag * power.im;
-        slope.re += (lag + 1) * next * power.re, slope.im += (lag + 1) * next * power.im; // r_16 is 0
-        power = power * state.q;
+        /* slope: the derivative of a by q; r_16 is 0 */
+        double here = __shfl_sync(FULL_MASK, r, lag),
+               next = __shfl_sync(FULL_MASK, r, (lag + 1) % WARP_SIZE);
+        a = a + here * power, slope = slope + (lag + 1) * next * power;
+        power = power * q;
     }
     if (lane >= 4 * J || k >= N || place.d >= D) return;
     const float *t = own + lane * 8;
-    CemaComplex turned = state.q * CemaComplex{t[0], t[1]}, h_turned = state.q * CemaComplex{t[4], t[5]};
-    a.re += turned.re, a.im += turned.im;
-    slope.re += t[0] + t[2], slope.im += t[1] + t[3];
-    CemaComplex dp = state.c * a, dc = {state.p * a.re + h_turned.re, state.p * a.im + h_turned.im};
-    CemaComplex dq =
-        state.c * CemaComplex{state.p * slope.re + t[4] + t[6], state.p * slope.im + t[5] + t[7]};
+    double p = state.p;
+    a = a + q * CemaComplex{t[0], t[1]}, slope = slope + CemaComplex{t[0], t[1]} + CemaComplex{t[2], t[3]};
+    CemaComplex dp = c * a, dc = p * a + q * CemaComplex{t[4], t[5]};
+    CemaComplex dq = c * (p * slope + CemaComplex{t[4], t[5]} + CemaComplex{t[6], t[7]});
     int64_t at = ((int64_t)blockIdx.y * D + place.d) * N + k;
     sums.dp[at] = (float)dp.re;
     sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
@@ -982,58 +1120,49 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
 template <typename T, int J>
 __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
-                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state, int steps,
-                     int D, int N, bool wide) {
+                     const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
+                     int steps, int D, int N, bool wide) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
     CemaPlace place(first_state);
+    __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> held;
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
-    cema_fetch(held, from, mover, 0, D, wide);
-    CemaTable<PARTS> plain[J], hat[J];
+    cema_request<T>(stage, from, mover, 0, D, wide);
+    CemaPowers powers(tiles, coef, place, strips.length, D, N);
+    CemaTable<PARTS> tables[J][2]; /* of powers, and of their derivatives by ln q */
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        CemaComplex v[4];
-        int im = place.group % 2, m = 2 * place.pair;
-        cema_powers(v, CemaState(coef, place.d, place.column(j), D, N).q, place.pair);
-        cema_table(plain[j], cema_part(v[0], im), cema_part(v[1], im), cema_part(v[2], im),
-                   cema_part(v[3], im));
-        cema_table(hat[j], m * cema_part(v[0], im), (m + 1) * cema_part(v[1], im),
-                   (m + 8) * cema_part(v[2], im), (m + 9) * cema_part(v[3], im));
+        int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
+        float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
+                      cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
+        cema_table(tables[j][0], v[0], v[1], v[2], v[3]);
+        cema_table(tables[j][1], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
+                   (float)(m + 9) * v[3]);
     }
-    CemaTurn<J> turn(coef, place, D, N);
+    CemaTurn<J> turn(powers, place);
     CemaBackward<J> s = {};
     int row_steps[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        CemaStrip strip(strips, place.row[i], steps);
-        row_steps[i] = strip.steps;
-        if (strip.steps == 0 || place.d >= D) continue;
+    for (int i = 0; i < 2; i++) row_steps[i] = CemaStrip(strips, place.row[i], steps).steps;
+    CemaFloat plainly[J];
 #pragma unroll
-        for (int j = 0; j < J; j++) {
-            int k = place.state(j);
-            if (k >= N) continue;
-            CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0},
-                            CemaState(coef, place.d, k, D, N).q, strips, strip.b, strip.segment,
-                            (int64_t)place.d * N + k, (int64_t)D * N);
-            s.nu.v[j][2 * i] = (float)start.h.re, s.nu.v[j][2 * i + 1] = (float)start.h.im;
-            s.zeta.v[j][2 * i] = (float)start.slope.re, s.zeta.v[j][2 * i + 1] = (float)start.slope.im;
-        }
-    }
-    cema_put(tiles[0], held, mover);
+    for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
+    cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
+    __syncthreads(); // the powers are no longer needed
+    cema_move<T>(tiles[0], stage, from, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = first + CEMA_GROUP < longest;
-        if (more) cema_fetch(held, from, mover, first + CEMA_GROUP, D, wide);
+        if (more) cema_request<T>(stage, from, mover, first + CEMA_GROUP, D, wide);
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
-        cema_sums_group<ragged.value, T>(s, tiles[now], plain, hat, turn, place, left);
+        cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_put(tiles[now], held, mover);
+        if (more) cema_move<T>(tiles[now], stage, from, mover, first, D, wide);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
@@ -1057,15 +1186,17 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
     if (i >= strips.B * states) return;
     int b = (int)(i / states), d = (int)(i % states / N), k = (int)(i % N);
     CemaState s(coef, d, k, D, N);
-    CemaStart start(CemaComplex{0, 0}, ends, slopes, CemaComplex{1, 0}, s.q, strips, b, strips.count, i % states,
-                    states); // what all segments leave
-    CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]}, sum = s.q * start.h;
-    sum.re += to_float(u[((int64_t)b * steps + steps - 1) * D + d]);
-    CemaComplex slope = {s.p * (start.h.re + start.slope.re), s.p * (start.h.im + start.slope.im)};
-    if (h_in) {
-        CemaComplex turned = cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]};
-        slope.re += steps * turned.re, slope.im += steps * turned.im;
+    CemaFloat e = {0, 0}, turn = {0, 0}, power = to_float(cema_power(s.q, strips.length));
+    for (int segment = 0; segment < strips.count; segment++) {
+        int64_t at = ((int64_t)segment * strips.B * states + i) * 2;
+        cema_pass_segment(e, turn, ends + at, slopes + at, CemaFloat{1, 0}, power, strips.length);
     }
+    CemaComplex g = {dh_out[2 * i], -dh_out[2 * i + 1]};
+    CemaFloat last = {to_float(u[((int64_t)b * steps + steps - 1) * D + d]), 0};
+    CemaComplex sum = to_double(s.q * e + last), slope = to_double(s.p * (e + turn));
+    if (h_in)
+        slope =
+            slope + (double)steps * (cema_power(s.q, steps - 1) * CemaComplex{h_in[2 * i], h_in[2 * i + 1]});
     CemaComplex dq = g * slope, dp = g * sum;
     int64_t at = (int64_t)(row + b) * states + i % states;
     sums.dp[at] = (float)dp.re, sums.dq_re[at] = (float)dq.re, sums.dq_im[at] = (float)-dq.im;
@@ -1129,7 +1260,8 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
     CemaStrips strips = cema_strips(segments, B, segments.count, true);
-    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B, size = most * D * N;
+    int64_t rows = cema_blocks(strips), most = blocks_for(segments.rows, CEMA_STRIPS) + B,
+            size = most * D * N;
     float *memory = take<float>(context, NUM_CEMA_SUMS * size + most * D);
     float *ends = take<float>(context, segments.rows * D * N * 2);
     float *slopes = take<float>(context, segments.rows * D * N * 2);
@@ -1142,15 +1274,15 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
         CemaStrips all = cema_strips(before, B, steps > 1 ? before.count : 0, false);
         all.offset = (int)(steps - 1 - before.count * before.length);
         cema_ends<T>(context, ends, slopes, u, coef, all, steps, D, N);
-        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in, ends,
-               slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
+        LAUNCH(cema_outgoing_kernel<T>, blocks_for(B * D * N, 256), 256, context, sums, dh_out, u, h_in,
+               ends, slopes, coef, all, (int)rows, (int)steps, (int)D, (int)N);
         rows += B;
     }
-    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps, D,
-                 N);
+    cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
+                 D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in, ends,
-                               slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);

@@ -100,7 +100,9 @@ struct Context {
     cublasLtHandle_t cublas_lt;
     void *cublas_workspace;
     size_t cublas_workspace_bytes;
-    int num_sms;
+    int num_sms, shared_bytes; /* shared memory that a block can have */
+    bool cooperative;          /* launches may ask for all blocks at the same time */
+    bool hopper;               /* see hopper.cuh */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
     size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */
@@ -201,6 +203,15 @@ template <int VEC, typename T> __device__ inline void store(T *to, const float (
 #pragma unroll
     for (int i = 0; i < VEC; i++) packed.v[i] = from_float<T>(from[i]);
     *reinterpret_cast<Packed<T, VEC> *>(to) = packed;
+}
+
+/* Asks for `bytes` of device memory, whole vectors of 16, to be brought into the second-level cache. */
+__device__ inline void prefetch(const void *from, size_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"((unsigned)bytes)
+                 : "memory");
+#endif
 }
 
 /* May rows of `columns` elements be read 16 bytes at a time? Absent (null) pointers do not object. */
@@ -333,15 +344,14 @@ __device__ inline float block_max(float x, float *shared) {
 }
 
 /* Column sums. Many backward kernels produce, besides a result a row, a sum over all rows for each column
- * (the gradient of a weight or bias). Such a kernel gives each block about SWEEP_ROWS rows, far apart, so that
- * all blocks together move through memory from its beginning to its end; the threads of a block own columns
- * and walk down its rows, and the block writes one row of partial sums into memory of take_sum. add_sums then
+ * (the gradient of a weight or bias). Such a kernel gives each block SWEEP_ROWS rows; its threads own columns
+ * and walk down the rows, and the block writes one row of partial sums into memory of take_sum. add_sums then
  * adds those of several kernels to their gradients.
  *
  *   threads of a block:   | group 0: columns 0..D-1 in vectors | group 1: the same columns, the next row |
  *   ...
  */
-enum { SWEEP_ROWS = 64, SWEEP_THREADS = 256 };
+enum { SWEEP_ROWS = 32, SWEEP_THREADS = 256 };
 
 struct Sweep {
     int lanes, groups, group, lane; /* lanes threads share a row; groups rows are walked at a time */
@@ -352,9 +362,6 @@ struct Sweep {
         group = (int)threadIdx.x / lanes;
         lane = (int)threadIdx.x % lanes;
     }
-    /* the first row of this thread, and the distance to the next */
-    __device__ int first_row() const { return (int)blockIdx.x * groups + group; }
-    __device__ int row_stride() const { return (int)gridDim.x * groups; }
 };
 
 /* Memory for what a thread's group adds to a sweep's row of partial sums. */
@@ -377,6 +384,12 @@ __device__ inline void sweep_row(float *row, const Sweep &sweep, int columns, co
 }
 
 static inline unsigned sweep_blocks(int64_t rows) { return blocks_for(rows, SWEEP_ROWS); }
+/* Threads of a block: whole rows' worth of vectors, if that is not more than 256. */
+static inline unsigned sweep_threads(int64_t columns, int vec) {
+    int64_t vectors = ceil_div(columns, vec), groups = vectors < SWEEP_THREADS ? SWEEP_THREADS / vectors : 1;
+    int64_t threads = ceil_div(vectors * groups, WARP_SIZE) * WARP_SIZE;
+    return (unsigned)(threads < SWEEP_THREADS ? threads : (int64_t)SWEEP_THREADS);
+}
 
 /* All sums of one launch. A sum's rows are cut into slices; blocks are numbered by sum, slice and column. */
 enum { SUM_LANES = 32, SUM_GROUPS = 16, SUM_SLICE = 64 };
@@ -478,7 +491,7 @@ static inline float *take_sum(Context *context, float *sum, int64_t count, int64
 }
 
 /* computes: partial[block, j] = sum over the block's rows of x[row, j]
- * launch:   grid ceil(rows / 64), block 256: a thread owns VEC columns (see Sweep)
+ * launch:   grid ceil(rows / 32), block 256: a thread owns VEC columns (see Sweep)
  * traffic:  rows columns sizeof(T) bytes read
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, fixed order: deterministic */
@@ -486,12 +499,13 @@ template <typename T, int VEC>
 __global__ void column_sums_kernel(float *partial, const T *x, int rows, int columns) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
+    int first = (int)blockIdx.x * SWEEP_ROWS, last = min(first + (int)SWEEP_ROWS, rows);
     float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {}, value[VEC];
     for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum[i] = 0;
 #pragma unroll 4
-        for (int row = sweep.first_row(); row < rows; row += sweep.row_stride()) {
+        for (int row = first + sweep.group; row < last; row += sweep.groups) {
             load<VEC>(value, x + (int64_t)row * columns + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) sum[i] += value[i];
@@ -506,8 +520,8 @@ template <typename T>
 static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns) {
     float *partial = take_sum(context, sum, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, x),
-             LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, partial, x,
-                    (int)rows, (int)columns));
+             LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), sweep_threads(columns, VEC), context,
+                    partial, x, (int)rows, (int)columns));
 }
 
 #endif

@@ -11,8 +11,8 @@ enum { NORM_WARPS = 8 };
  * Backward of both: LayerNorm is the CENTRED one, RMSNorm has no mean, no bias, and dropout after it.
  */
 
-/* A block takes a few rows at a time, as many as the first cache holds for its three blocks. */
-enum { NORM_BATCH = 16, NORM_BATCH_BYTES = 32768 };
+/* A block takes a few rows at a time, as many as the first cache holds for all blocks of a multiprocessor. */
+enum { NORM_BATCH = 16, NORM_BATCH_BYTES = 32768, NORM_BLOCKS = 3 };
 
 template <typename T> struct NormBackward {
     T *dx, *y;
@@ -29,14 +29,14 @@ template <typename T> struct NormBackward {
  * dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not CENTRED;  dw += keep dy xhat;  db += dy
  * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that read
  *           y needs it)
- * launch:   grid about rows / 64, block 256: every so manyth batch of rows is a block's; first a warp a row for
- *           the two means, then a thread walks down its columns
+ * launch:   grid at most 3 blocks a multiprocessor, block 256: a block takes batches of rows in turn with the
+ *           others; in each, first a warp a row for the two means, then a thread walks down its columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
  *           may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool CENTRED>
-__global__ void __launch_bounds__(SWEEP_THREADS, 3) norm_backward_kernel(NormBackward<T> n) {
+__global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kernel(NormBackward<T> n) {
     __shared__ float row_g[2][NORM_BATCH], row_gx[2][NORM_BATCH];
     __shared__ SweepSums<VEC> shared;
     int64_t first = (int64_t)blockIdx.x * n.batch, stride = (int64_t)gridDim.x * n.batch;
@@ -48,6 +48,11 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 3) norm_backward_kernel(NormBac
     int side = 0;
     for (int64_t begin = first; begin < n.rows; begin += stride, side ^= 1) {
         int count = (int)min((int64_t)n.batch, n.rows - begin);
+        if (VEC > 1 && threadIdx.x == 0 && begin + stride < n.rows) { // the next batch is on its way meanwhile
+            size_t bytes = (size_t)(min((int64_t)n.batch, n.rows - begin - stride) * columns) * sizeof(T);
+            prefetch(n.x + (begin + stride) * columns, bytes);
+            prefetch(n.dy + (begin + stride) * columns, bytes);
+        }
         for (int r = (int)threadIdx.x / WARP_SIZE; r < count; r += SWEEP_THREADS / WARP_SIZE) {
             int64_t row = begin + r;
             float g_sum = 0, gx_sum = 0, rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f;
@@ -123,7 +128,7 @@ static void norm_backward(Context *context, NormBackward<T> n, float *dweight, f
         int64_t fit = min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
         n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);
         n.rows = rows, n.columns = (int)columns;
-        int64_t blocks = ceil_div(rows, ceil_div(SWEEP_ROWS, n.batch) * n.batch);
+        int64_t blocks = min(ceil_div(rows, n.batch), (int64_t)context->num_sms * NORM_BLOCKS);
         n.partial_w = take_sum(context, dweight, blocks, columns);
         n.partial_b = take_sum(context, dbias, blocks, columns);
         n.partial_dx = take_sum(context, dcolumns, blocks, columns);

@@ -195,35 +195,36 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid ceil(rows / 64), block 256: a thread owns columns in vectors and walks down the rows (see
- *           Sweep)
+ * launch:   grid ceil(rows / share), block 256: a thread owns columns in vectors and walks down `share` rows
+ *           (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
  *           NULL: as if 1, with da NULL; dx or da may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool DROPS>
 __global__ void __launch_bounds__(SWEEP_THREADS, 4)
-    silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
-                              int rows, int columns, Dropout dropout) {
+    silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a, int rows,
+                              int columns, int share, Dropout dropout) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
-    int64_t stride = (int64_t)sweep.row_stride() * columns;
+    int first = (int)blockIdx.x * share, last = min(first + share, rows);
+    int64_t stride = (int64_t)sweep.groups * columns;
     float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {};
     for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
-        int row = sweep.first_row();
+        int row = first + sweep.group;
         int64_t at = (int64_t)row * columns + c;
         /* The results may lie over the inputs, so the compiler may not move the next row's loads up: they
          * are asked for here before this row's results are written. */
         Packed<T, VEC> value, grad, other, next_value, next_grad, next_other;
 #pragma unroll
         for (int i = 0; i < VEC; i++) next_other.v[i] = from_float<T>(1.0f), sum[i] = 0;
-        if (row < rows) {
+        if (row < last) {
             next_value = packed<VEC>(x + at), next_grad = packed<VEC>(dy + at);
             if (a) next_other = packed<VEC>(a + at);
         }
-        for (; row < rows; row += sweep.row_stride(), at += stride) {
+        for (; row < last; row += sweep.groups, at += stride) {
             value = next_value, grad = next_grad, other = next_other;
-            if (row + sweep.row_stride() < rows) {
+            if (row + sweep.groups < last) {
                 next_value = packed<VEC>(x + at + stride), next_grad = packed<VEC>(dy + at + stride);
                 if (a) next_other = packed<VEC>(a + at + stride);
             }
@@ -253,12 +254,17 @@ static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbia
                                const T *a, int64_t rows, int64_t columns, Dropout dropout) {
     float *partial = take_sum(context, dbias, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
+        /* Without sums the columns do not matter, and rows of just the right width keep every thread busy. */
+        int64_t width = SWEEP_THREADS * VEC, share = SWEEP_ROWS;
+        if (!dbias && rows * columns % width == 0) rows = rows * columns / width, columns = width, share = 1;
         if (dropout.threshold)
-            LAUNCH((silu_gate_backward_kernel<T, VEC, true>), sweep_blocks(rows), SWEEP_THREADS, context, dx,
-                   da, y, partial, dy, x, a, (int)rows, (int)columns, dropout);
+            LAUNCH((silu_gate_backward_kernel<T, VEC, true>), blocks_for(rows, share),
+                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows, (int)columns,
+                   (int)share, dropout);
         else
-            LAUNCH((silu_gate_backward_kernel<T, VEC, false>), sweep_blocks(rows), SWEEP_THREADS, context,
-                   dx, da, y, partial, dy, x, a, (int)rows, (int)columns, dropout);
+            LAUNCH((silu_gate_backward_kernel<T, VEC, false>), blocks_for(rows, share),
+                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows, (int)columns,
+                   (int)share, dropout);
     });
 }
 template <typename T>
@@ -355,7 +361,7 @@ static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, in
 
 /* out = alpha f + x, f = keep f':  df' = keep alpha dout;  dx = dout;  dalpha += sum over rows of dout f
  * computes: df', dx (if wanted) and partial sums of dalpha
- * launch:   grid ceil(rows / 64), block 256: a thread owns columns in vectors and walks down the rows (see
+ * launch:   grid ceil(rows / 32), block 256: a thread owns columns in vectors and walks down the rows (see
  *           Sweep)
  * traffic:  up to 4 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything;
@@ -366,12 +372,13 @@ __global__ void rescale_backward_kernel(T *df, T *dx, float *partial, const T *d
                                         const T *alpha, int rows, int columns, Dropout dropout) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
+    int first = (int)blockIdx.x * SWEEP_ROWS, last = min(first + (int)SWEEP_ROWS, rows);
     float *out = partial + (int64_t)blockIdx.x * columns, sum[VEC] = {}, grad[VEC], value[VEC], factor[VEC];
     for (int c = sweep.lane * VEC; sweep.group < sweep.groups && c < columns; c += sweep.lanes * VEC) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) factor[i] = 1, sum[i] = 0;
         if (alpha) load<VEC>(factor, alpha + c);
-        for (int row = sweep.first_row(); row < rows; row += sweep.row_stride()) {
+        for (int row = first + sweep.group; row < last; row += sweep.groups) {
             int64_t at = (int64_t)row * columns + c;
             load<VEC>(grad, dout + at);
             if (dx) store<VEC>(dx + at, grad);
@@ -395,8 +402,8 @@ static void rescale_backward(Context *context, T *df, T *dx, float *dalpha, cons
                              const T *alpha, int64_t rows, int64_t columns, Dropout dropout) {
     float *partial = take_sum(context, dalpha, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, df, dx, dout, f, alpha),
-             LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), SWEEP_THREADS, context, df, dx,
-                    partial, dout, f, alpha, (int)rows, (int)columns, dropout));
+             LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), sweep_threads(columns, VEC), context,
+                    df, dx, partial, dout, f, alpha, (int)rows, (int)columns, dropout));
 }
 
 /* ----------------------------------------------------------------------------------------------------------

@@ -281,8 +281,9 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
                                   partial_beta + row_sums + (int64_t)blockIdx.x * Z + Z,
                                   partial_bias ? partial_bias + row_sums : nullptr};
     HeadVector<VEC> v;
-    for (int64_t begin = (int64_t)blockIdx.x * sweep.groups; begin < shape.rows; begin += sweep.row_stride()) {
-        bool active = begin + sweep.group < shape.rows, again = begin >= sweep.row_stride();
+    int64_t first = (int64_t)blockIdx.x * sweep.groups, stride = (int64_t)gridDim.x * sweep.groups;
+    for (int64_t begin = first; begin < shape.rows; begin += stride) {
+        bool active = begin + sweep.group < shape.rows, again = begin > first;
         int64_t row = active ? begin + sweep.group : begin, at = row * Z + column;
         const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
         float squares = 0, products = 0;

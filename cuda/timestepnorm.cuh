@@ -4,13 +4,15 @@
  *
  * A block owns a tile: 32 steps of some groups. It reduces the tile to sums, tells them to the blocks that
  * need them, learns from others what came before, and goes over the tile a second time, which is in the
- * caches by then. A warp owns a group: its lanes are the steps of the tile while the tile is scanned, and
- * other tiles while it looks back. 32 tiles make a span; whoever has the last tile of a span tells the sums
- * of everything up to its end. So a tile reads at most 31 tiles and one span, in an order that never changes.
+ * caches by then. 32 tiles make a span; whoever has the last tile of a span tells the sums of everything up to
+ * its end. So a tile waits for at most 31 tiles and one span, and adds them in an order that never changes.
+ * Threads change roles on the way: a thread owns a group of a step, then a lane a step and a warp a group for
+ * the scan, then a thread a group of another tile to learn from, and at last columns.
  *
- * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula. Moments of 32 equal parts
- * come from the sums of differences to the first part: the first one lies within a few standard deviations of
- * the rest (5.6 at most), so that nothing cancels and a large mean or a million steps do no harm.
+ * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula. Moments of equal parts come
+ * from the sums of differences to a reference that is one of the parts, or merges with them in the next line:
+ * the variance is at least the reference's squared distance over their number, so that nothing cancels and a
+ * large mean or a million steps do no harm.
  *
  * Backward. With k_t the steps seen at t, and dm_t, dv_t the gradients of mean_t and var_t from y_t alone,
  * let
@@ -29,12 +31,9 @@
 enum {
     TILE_STEPS = WARP_SIZE,
     SPAN_TILES = WARP_SIZE,
-    TILE_GROUPS = 16,
     TILE_THREADS = 256,
     TILE_WARPS = TILE_THREADS / WARP_SIZE,
-    GROUPS_PER_WARP = TILE_GROUPS / TILE_WARPS,
-    TILE_BATCH = 4,   /* loads that a thread has under way while it makes sums */
-    SHORT_GROUP = 16, /* a group of so few features is one thread's */
+    LANE_FEATURES = 32, /* a group of at most so many features is one thread's, in a step */
 };
 
 /* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
@@ -44,39 +43,46 @@ struct TimestepShape {
     float eps;
 };
 
-template <typename T>
-static TimestepShape timestep_shape(int64_t B, int64_t steps, int64_t D, int64_t G, float eps, int vec) {
+static inline TimestepShape timestep_shape(int64_t B, int64_t steps, int64_t D, int64_t G, float eps,
+                                           int tile_groups) {
     int64_t size = D / G, tiles = ceil_div(steps, TILE_STEPS), lanes = 1;
-    while (size > SHORT_GROUP && lanes * 2 <= WARP_SIZE && lanes * 2 * vec <= size) lanes *= 2;
-    return TimestepShape{(int)B,    (int)steps, (int)D,
-                         (int)G,    (int)size,  (int)tiles,
-                         (int)ceil_div(tiles, SPAN_TILES), (int)ceil_div(G, TILE_GROUPS), (int)lanes,
-                         eps};
+    while (lanes < WARP_SIZE && lanes * LANE_FEATURES < size) lanes *= 2;
+    TimestepShape shape = {};
+    shape.B = (int)B, shape.steps = (int)steps, shape.D = (int)D, shape.G = (int)G, shape.size = (int)size;
+    shape.num_tiles = (int)tiles, shape.num_spans = (int)ceil_div(tiles, SPAN_TILES);
+    shape.parts = (int)ceil_div(G, tile_groups), shape.lanes = (int)lanes;
+    shape.eps = eps;
+    return shape;
 }
+static unsigned tile_blocks(const TimestepShape &shape) {
+    return (unsigned)((int64_t)shape.num_tiles * shape.parts * shape.B);
+}
+
+/* Groups of a tile: so many that four blocks' tiles fit the first cache, the backward reading two tensors. */
+static inline int forward_groups(int64_t size) { return size < 24 ? 32 : 16; }
+static inline int backward_groups(int64_t size) { return size < 24 ? 16 : 8; }
+/* Runs a statement with the constant GROUPS, which is `many` or half of it. */
+#define WITH_GROUPS(many, groups, ...)                                                                      \
+    do {                                                                                                    \
+        if ((groups) == (many)) {                                                                           \
+            constexpr int GROUPS = (many);                                                                  \
+            __VA_ARGS__;                                                                                    \
+        } else {                                                                                            \
+            constexpr int GROUPS = (many) / 2;                                                              \
+            __VA_ARGS__;                                                                                    \
+        }                                                                                                   \
+    } while (0)
 
 /* The tile of this block. Blocks start in the order of their index, so that whatever a block waits for is
  * under way or done: `order` counts tiles from where the scan begins. */
-struct Tile {
+template <int GROUPS> struct Tile {
     int b, order, index, first_group, groups, first_step, steps;
     __device__ Tile(const TimestepShape &shape, bool backwards) {
         int rest = (int)(blockIdx.x / (unsigned)shape.B), part = rest % shape.parts;
         b = (int)(blockIdx.x % (unsigned)shape.B), order = rest / shape.parts;
         index = backwards ? shape.num_tiles - 1 - order : order;
-        first_group = part * TILE_GROUPS, groups = min((int)TILE_GROUPS, shape.G - first_group);
+        first_group = part * GROUPS, groups = min(GROUPS, shape.G - first_group);
         first_step = index * TILE_STEPS, steps = min((int)TILE_STEPS, shape.steps - first_step);
-    }
-};
-
-/* Unit by unit (a group of a step) through a tile, `units` at a time, without a division each time. */
-struct TileWalk {
-    int step, group, groups, step_stride, group_stride;
-    __device__ TileWalk(int unit, int units, int groups_here) {
-        groups = groups_here, step = unit / groups, group = unit % groups;
-        step_stride = units / groups, group_stride = units % groups;
-    }
-    __device__ void next() {
-        step += step_stride, group += group_stride;
-        if (group >= groups) group -= groups, step++;
     }
 };
 
@@ -90,7 +96,7 @@ constexpr unsigned long long SLOT_EMPTY = ~0ull, SLOT_NAN = 0x7ff8000000000000ul
 
 __device__ inline void tell_word(double *word, double value) {
     unsigned long long bits = (unsigned long long)__double_as_longlong(value);
-    /* A NaN may have any bits; this one would be waited for. */
+    /* A NaN may have any bits; these would be waited for. */
     *(volatile unsigned long long *)word = bits == SLOT_EMPTY ? SLOT_NAN : bits;
 }
 __device__ inline double await_word(const double *word) {
@@ -105,13 +111,15 @@ __device__ inline void tell(Slot *slot, double x, double y) {
 }
 __device__ inline Slot await(const Slot *slot) { return Slot{await_word(&slot->x), await_word(&slot->y)}; }
 
-static unsigned tile_blocks(const TimestepShape &shape) {
-    return (unsigned)((int64_t)shape.num_tiles * shape.parts * shape.B);
-}
-
 /* tiles (B,num_tiles,G), then spans (B,num_spans,G): spans[b, i] is what came before span i */
 struct Slots {
     Slot *tiles, *spans;
+    __device__ Slot *tile(const TimestepShape &shape, int b, int index, int g) const {
+        return tiles + ((int64_t)b * shape.num_tiles + index) * shape.G + g;
+    }
+    __device__ Slot *span(const TimestepShape &shape, int b, int index, int g) const {
+        return spans + ((int64_t)b * shape.num_spans + index) * shape.G + g;
+    }
 };
 static Slots take_slots(Context *context, const TimestepShape &shape) {
     int64_t tiles = (int64_t)shape.B * shape.num_tiles * shape.G,
@@ -119,6 +127,28 @@ static Slots take_slots(Context *context, const TimestepShape &shape) {
     Slot *slots = take<Slot>(context, tiles + spans);
     if (shape.num_tiles > 1) fill(context, slots, 0xff, (size_t)(tiles + spans) * sizeof(Slot));
     return Slots{slots, slots + tiles};
+}
+
+/* Room for what the threads of a block learned from other tiles: a row a warp. */
+template <int GROUPS> struct Learned {
+    Slot of[TILE_WARPS][GROUPS];
+};
+/* Adds what the threads learned, group by group, where thread i asked for group i % GROUPS. */
+template <int GROUPS> __device__ inline void add_learned(Learned<GROUPS> &learned, Slot sum) {
+#pragma unroll
+    for (int step = WARP_SIZE / 2; step >= GROUPS; step /= 2) {
+        sum.x += __shfl_xor_sync(FULL_MASK, sum.x, step);
+        sum.y += __shfl_xor_sync(FULL_MASK, sum.y, step);
+    }
+    int lane = (int)threadIdx.x % WARP_SIZE;
+    if (lane < GROUPS) learned.of[threadIdx.x / WARP_SIZE][lane] = sum;
+    __syncthreads(); // every warp's sums are there
+}
+template <int GROUPS> __device__ inline Slot all_learned(const Learned<GROUPS> &learned, int group) {
+    Slot sum = {0, 0};
+    for (int warp = 0; warp < TILE_WARPS; warp++)
+        sum.x += learned.of[warp][group].x, sum.y += learned.of[warp][group].y;
+    return sum;
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -140,15 +170,15 @@ template <typename A> __device__ inline Moments<A> merge(const Moments<A> &a, co
     return result;
 }
 
-/* Moments of `parts` equal parts of `count` steps, from the sums of what part_differences gives. */
-template <typename A>
-__device__ inline Moments<A> whole_of(A first_mean, A sum, A squares, int parts, int count) {
-    A inverse = (A)1 / (A)parts, shift = sum * inverse;
-    return Moments<A>{(A)(parts * count), first_mean + shift, squares * inverse - shift * shift};
+/* Moments of equal parts, from the sums over them of their mean's difference to a reference, and of its square
+ * plus their variance. inverse: 1 / the number of parts. */
+template <typename A> __device__ inline Pair<A> moments_of(A reference, A sum, A squares, A inverse) {
+    A shift = sum * inverse;
+    return Pair<A>{reference + shift, squares * inverse - shift * shift};
 }
 
-/* Moments of steps 0 .. lane of a tile: lane i has the moments of step i alone. */
-template <typename A> __device__ inline Moments<A> scan_steps(Pair<A> own, int lane) {
+/* Moments of steps 0 .. lane of a tile: lane i has the moments of step i alone. inverse: 1 / (lane + 1). */
+template <typename A> __device__ inline Pair<A> scan_steps(Pair<A> own, int lane, A inverse) {
     A first = __shfl_sync(FULL_MASK, own.x, 0), sum = own.x - first, squares = own.y + sum * sum;
 #pragma unroll
     for (int step = 1; step < WARP_SIZE; step *= 2) {
@@ -156,127 +186,116 @@ template <typename A> __device__ inline Moments<A> scan_steps(Pair<A> own, int l
           squares_before = __shfl_up_sync(FULL_MASK, squares, step);
         if (lane >= step) sum += sum_before, squares += squares_before;
     }
-    return whole_of(first, sum, squares, lane + 1, 1);
-}
-
-/* Moments of everything before this tile, for one group; the whole warp calls it. */
-__device__ inline Moments<double> look_back(const TimestepShape &shape, const Tile &tile, const Slots &slots,
-                                            const Moments<double> &state, int g, int lane) {
-    int span = tile.order / SPAN_TILES, earlier = tile.order % SPAN_TILES;
-    int64_t row = (int64_t)tile.b * shape.num_tiles + span * SPAN_TILES + lane;
-    Slot part = {0, 0};
-    if (lane < earlier) part = await(slots.tiles + row * shape.G + g);
-    Moments<double> before = state;
-    if (span) {
-        Slot prefix = await(slots.spans + ((int64_t)tile.b * shape.num_spans + span) * shape.G + g);
-        before.count += (double)span * (SPAN_TILES * TILE_STEPS);
-        before.mean = prefix.x, before.var = prefix.y;
-    }
-    if (earlier == 0) return before;
-    double first = __shfl_sync(FULL_MASK, part.x, 0), difference = lane < earlier ? part.x - first : 0;
-    double sum = warp_sum(difference), squares = warp_sum(part.y + difference * difference);
-    return merge(before, whole_of(first, sum, squares, earlier, (int)TILE_STEPS));
+    return moments_of(first, sum, squares, inverse);
 }
 
 /* computes: mean_t, var_t and y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + w) + b, and the moments after the
  *           last step
- * launch:   grid (tiles ceil(G / 16) B), block 256: a block owns 32 steps of 16 groups; `lanes` threads make
- *           the sums of a group of a step, a warp scans a group, then threads own columns and walk down
+ * launch:   grid (tiles ceil(G / GROUPS) B), block 256: a block owns 32 steps of GROUPS groups
  * traffic:  2 B T D sizeof(T) + 8 B T G bytes, x a second time from the caches
  * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; state
  *           in and out may be the same memory; mean_in NULL is an empty state
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
-template <typename T, int VEC>
+template <typename T, int VEC, int GROUPS>
 __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out, Slots slots,
                                 const T *__restrict__ x, const int64_t *count, const double *mean_in,
                                 const double *var_in, const T *weight, const T *bias, TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> moments[TILE_STEPS][TILE_GROUPS + 1];
-    __shared__ float rstds[TILE_STEPS][TILE_GROUPS + 1];
-    Tile tile(shape, false);
-    int size = shape.size, lane = (int)threadIdx.x % shape.lanes, units = TILE_THREADS / shape.lanes;
+    __shared__ Pair<A> moments[TILE_STEPS][GROUPS + 1], before[GROUPS];
+    __shared__ float rstds[TILE_STEPS][GROUPS + 1];
+    __shared__ Learned<GROUPS> learned;
+    Tile<GROUPS> tile(shape, false);
+    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
 
-    /* The moments of each step alone, from differences to the group's first value. All lanes of a warp make the
-     * same number of rounds, so that the shuffles find them all. */
-    TileWalk walk((int)threadIdx.x / shape.lanes, units, tile.groups);
-    for (int round = 0; round * units < tile.groups * tile.steps; round += TILE_BATCH) {
-        const T *values[TILE_BATCH];
-        Pair<A> *out[TILE_BATCH];
-        A first[TILE_BATCH], sum[TILE_BATCH] = {}, squares[TILE_BATCH] = {};
+    /* The moments of each step alone. All threads make the same number of rounds: shuffles find every lane. */
+    A inverse_size = (A)1 / (A)size;
+    for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
+        int step = unit / GROUPS, group = unit % GROUPS;
+        bool active = step < tile.steps && group < tile.groups;
+        const T *values = active ? corner + (int64_t)step * shape.D + group * size : corner;
+        A first = to_float(values[0]), sum = 0, squares = 0;
+#pragma unroll 4
+        for (int i = lane * VEC; i < size; i += lanes * VEC) {
+            Packed<T, VEC> value = packed<VEC>(values + i);
 #pragma unroll
-        for (int j = 0; j < TILE_BATCH; j++, walk.next()) {
-            bool active = walk.step < tile.steps;
-            values[j] = corner + (active ? (int64_t)walk.step * shape.D + walk.group * size : 0);
-            out[j] = active && lane == 0 ? &moments[walk.step][walk.group] : nullptr;
-            first[j] = to_float(values[j][0]);
-        }
-        for (int i = lane * VEC; i < size; i += shape.lanes * VEC) {
-            Packed<T, VEC> value[TILE_BATCH];
-#pragma unroll
-            for (int j = 0; j < TILE_BATCH; j++) value[j] = packed<VEC>(values[j] + i);
-#pragma unroll
-            for (int j = 0; j < TILE_BATCH; j++) {
-#pragma unroll
-                for (int k = 0; k < VEC; k++) {
-                    A difference = to_float(value[j].v[k]) - first[j];
-                    sum[j] += difference, squares[j] += difference * difference;
-                }
+            for (int k = 0; k < VEC; k++) {
+                A difference = to_float(value.v[k]) - first;
+                sum += difference, squares += difference * difference;
             }
         }
-#pragma unroll
-        for (int j = 0; j < TILE_BATCH; j++) {
-            A s = lanes_sum(sum[j], shape.lanes), q = lanes_sum(squares[j], shape.lanes);
-            Moments<A> m = whole_of(first[j], s, q, size, 1);
-            if (out[j]) *out[j] = Pair<A>{m.mean, m.var};
-        }
+        if (lanes > 1) sum = lanes_sum(sum, lanes), squares = lanes_sum(squares, lanes);
+        if (active && lane == 0) moments[step][group] = moments_of(first, sum, squares, inverse_size);
     }
     __syncthreads(); // the steps' own moments are all there for the scans
 
-    int step = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
-    Moments<A> local[GROUPS_PER_WARP];
-#pragma unroll
-    for (int i = 0; i < GROUPS_PER_WARP; i++) {
-        int group = warp + i * TILE_WARPS;
-        if (group >= tile.groups) break; // a whole warp leaves
-        Pair<A> own = step < tile.steps ? moments[step][group] : Pair<A>{0, 0};
-        local[i] = scan_steps(own, step);
-        if (step == tile.steps - 1 && tile.index < shape.num_tiles - 1)
-            tell(slots.tiles + ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.G + tile.first_group +
-                     group,
-                 local[i].mean, local[i].var);
-    }
-#pragma unroll
-    for (int i = 0; i < GROUPS_PER_WARP; i++) {
-        int group = warp + i * TILE_WARPS, g = tile.first_group + group, bg = tile.b * shape.G + g;
-        if (group >= tile.groups) break; // a whole warp leaves
-        Moments<double> state = {0, 0, 0};
-        if (mean_in) state = Moments<double>{(double)count[tile.b], mean_in[bg], var_in[bg]};
-        Moments<double> before = look_back(shape, tile, slots, state, g, step);
-        bool last = tile.index == shape.num_tiles - 1, ends_span = tile.order % SPAN_TILES == SPAN_TILES - 1;
-        if (step == tile.steps - 1 && (last || ends_span)) {
-            Moments<double> after = merge(
-                before, Moments<double>{(double)tile.steps, (double)local[i].mean, (double)local[i].var});
-            if (last && mean_out) mean_out[bg] = after.mean, var_out[bg] = after.var;
-            if (!last)
-                tell(slots.spans +
-                         ((int64_t)tile.b * shape.num_spans + tile.order / SPAN_TILES + 1) * shape.G + g,
-                     after.mean, after.var);
+    {
+        int step = (int)threadIdx.x % WARP_SIZE;
+        A inverse = (A)1 / (A)(step + 1);
+        for (int group = (int)threadIdx.x / WARP_SIZE; group < tile.groups; group += TILE_WARPS) {
+            Pair<A> local =
+                scan_steps(step < tile.steps ? moments[step][group] : Pair<A>{0, 0}, step, inverse);
+            if (step < tile.steps) moments[step][group] = local;
+            if (step == tile.steps - 1 && tile.index < shape.num_tiles - 1)
+                tell(slots.tile(shape, tile.b, tile.index, tile.first_group + group), local.x, local.y);
         }
-        Moments<A> here = merge(Moments<A>{(A)before.count, (A)before.mean, (A)before.var}, local[i]);
-        moments[step][group] = Pair<A>{here.mean, here.var};
+    }
+    __syncthreads(); // the first step's mean, which is the reference below, is still there after the scans
+
+    int span = tile.order / SPAN_TILES, earlier = tile.order % SPAN_TILES;
+    double seen = mean_in ? (double)count[tile.b] : 0;
+    if (earlier) {
+        int group = (int)threadIdx.x % GROUPS;
+        double reference = group < tile.groups ? (double)moments[0][group].x : 0;
+        Slot sum = {0, 0};
+        for (int i = (int)threadIdx.x / GROUPS; group < tile.groups && i < earlier; i += TILE_THREADS / GROUPS) {
+            Slot part = await(slots.tile(shape, tile.b, span * SPAN_TILES + i, tile.first_group + group));
+            double difference = part.x - reference;
+            sum.x += difference, sum.y += part.y + difference * difference;
+        }
+        add_learned(learned, sum);
+    }
+    if ((int)threadIdx.x < tile.groups) {
+        int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
+        Moments<double> all = {seen, mean_in ? mean_in[bg] : 0, mean_in ? var_in[bg] : 0};
+        if (span) {
+            Slot prefix = await(slots.span(shape, tile.b, span, g));
+            all = Moments<double>{seen + (double)span * (SPAN_TILES * TILE_STEPS), prefix.x, prefix.y};
+        }
+        if (earlier) {
+            Slot sum = all_learned(learned, group);
+            Slot part = moments_of((double)moments[0][group].x, sum.x, sum.y, 1 / (double)earlier);
+            all = merge(all, Moments<double>{(double)(earlier * TILE_STEPS), part.x, part.y});
+        }
+        before[group] = Pair<A>{(A)all.mean, (A)all.var};
+        bool last = tile.index == shape.num_tiles - 1;
+        if (last ? mean_out != nullptr : earlier == SPAN_TILES - 1) {
+            Pair<A> own = moments[tile.steps - 1][group];
+            all = merge(all, Moments<double>{(double)tile.steps, (double)own.x, (double)own.y});
+            if (last)
+                mean_out[bg] = all.mean, var_out[bg] = all.var;
+            else
+                tell(slots.span(shape, tile.b, span + 1, g), all.mean, all.var);
+        }
+    }
+    __syncthreads(); // every group knows what came before
+
+    seen += (double)tile.first_step;
+    for (int unit = (int)threadIdx.x; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS) {
+        int step = unit / GROUPS, group = unit % GROUPS;
+        if (step >= tile.steps || group >= tile.groups) continue;
+        Pair<A> own = moments[step][group];
+        Moments<A> here = merge(Moments<A>{(A)seen, before[group].x, before[group].y},
+                                Moments<A>{(A)(step + 1), own.x, own.y});
+        int64_t at = (first_row + step) * shape.G + tile.first_group + group;
+        mean[at] = (float)here.mean, var[at] = (float)here.var;
+        moments[step][group].x = here.mean;
         rstds[step][group] = (float)((A)1 / sqrt(here.var + (A)shape.eps));
     }
     __syncthreads(); // the moments of every step and group are there
 
-    for (int i = (int)threadIdx.x; i < tile.steps * tile.groups; i += TILE_THREADS) {
-        int t = i / tile.groups, group = i % tile.groups;
-        int64_t at = (first_row + t) * shape.G + tile.first_group + group;
-        mean[at] = (float)moments[t][group].x;
-        var[at] = (float)moments[t][group].y;
-    }
     int width = tile.groups * size;
     Sweep sweep(width, VEC);
     if (sweep.group >= sweep.groups) return;
@@ -306,12 +325,14 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
                                  const double *var_in, const T *weight, const T *bias, int64_t B,
                                  int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
-    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias), {
-        TimestepShape shape = timestep_shape<T>(B, steps, D, G, eps, VEC);
-        Slots slots = take_slots(context, shape);
-        LAUNCH((timestepnorm_forward_kernel<T, VEC>), tile_blocks(shape), TILE_THREADS, context, y, mean, var,
-               mean_out, var_out, slots, x, count, mean_in, var_in, weight, bias, shape);
-    });
+    int groups = forward_groups(D / G);
+    TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
+    Slots slots = take_slots(context, shape);
+    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias),
+               WITH_GROUPS(32, groups,
+                           LAUNCH((timestepnorm_forward_kernel<T, VEC, GROUPS>), tile_blocks(shape),
+                                  TILE_THREADS, context, y, mean, var, mean_out, var_out, slots, x, count,
+                                  mean_in, var_in, weight, bias, shape)));
 }
 
 /* computes: y = (x - mean) / sqrt(var + eps) (1 + w) + b from the saved moments
@@ -352,141 +373,125 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
  * Backward
  */
 
-/* P and U of everything after this tile, P seen from the mean `here`, for one group; the whole warp calls it.
- * means[t G] is mean[b, t, g]. */
-__device__ inline Slot look_ahead(const TimestepShape &shape, const Tile &tile, const Slots &slots,
-                                  const float *means, float here, int g, int lane) {
-    int span = tile.order / SPAN_TILES, later = tile.order % SPAN_TILES;
-    int other = shape.num_tiles - 1 - (span * SPAN_TILES + lane); // lane 0 has the last tile of this span
-    Slot sum = {0, 0};
-    if (lane < later) {
-        double seen_from = (double)means[(int64_t)other * TILE_STEPS * shape.G] - (double)here;
-        sum = await(slots.tiles + ((int64_t)tile.b * shape.num_tiles + other) * shape.G + g);
-        sum.x -= 2 * sum.y * seen_from;
-    }
-    if (later) sum = Slot{warp_sum(sum.x), warp_sum(sum.y)};
-    if (span) {
-        int next = tile.index + later + 1; // the first tile after this span
-        double seen_from = (double)means[(int64_t)next * TILE_STEPS * shape.G] - (double)here;
-        Slot rest = await(slots.spans + ((int64_t)tile.b * shape.num_spans + span) * shape.G + g);
-        sum.x += rest.x - 2 * rest.y * seen_from, sum.y += rest.y;
-    }
-    return sum;
-}
-
 /* y = (x - mean) rstd (1 + w) + b:  dm_t = -rstd sum g,  dv_t = -rstd^2/2 sum g xhat
  * computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and
  *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the steps
  *           before
- * launch:   grid (tiles ceil(G / 16) B), block 256: as the forward, the last tile first
+ * launch:   grid (tiles ceil(G / GROUPS) B), block 256: as the forward, the last tile first
  * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
  * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; dx may
  *           be dy, add1 or add2
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 3 : 2)
+template <typename T, int VEC, int GROUPS>
+__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w, float *partial_b,
                                  Slots slots, const T *dy, const double *dmean_out, const double *dvar_out,
                                  const T *add1, const T *add2, const float *mean, const float *var,
                                  const T *__restrict__ x, const int64_t *count, const double *mean_in,
                                  const T *weight, TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> shares[TILE_STEPS][TILE_GROUPS + 1];     // dm / k and dv / k, then P / size and 2 U / size
-    __shared__ Pair<float> moments[TILE_STEPS][TILE_GROUPS + 1]; // mean and rstd
+    __shared__ Pair<A> shares[TILE_STEPS][GROUPS + 1];      // dm / k and dv / k, their scan, P / size and 2 U / size
+    __shared__ Pair<float> moments[TILE_STEPS][GROUPS + 1]; // mean and rstd
+    __shared__ Learned<GROUPS> learned;
+    __shared__ Slot after[GROUPS];
     __shared__ SweepSums<VEC> column_sums;
-    Tile tile(shape, true);
-    int size = shape.size, lane = (int)threadIdx.x % shape.lanes, units = TILE_THREADS / shape.lanes;
+    Tile<GROUPS> tile(shape, true);
+    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
     int first_column = tile.first_group * size;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
-    A seen = mean_in ? (A)count[tile.b] : (A)0;
+    A seen = (A)tile.first_step + (mean_in ? (A)count[tile.b] : (A)0);
 
-    TileWalk walk((int)threadIdx.x / shape.lanes, units, tile.groups);
-    for (int round = 0; round * units < tile.groups * tile.steps; round += TILE_BATCH / 2) {
-        int64_t at[TILE_BATCH / 2];
-        int step[TILE_BATCH / 2], group[TILE_BATCH / 2];
-        float mean_here[TILE_BATCH / 2], var_here[TILE_BATCH / 2];
-        A sum[TILE_BATCH / 2] = {}, product[TILE_BATCH / 2] = {};
+    for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
+        int step = unit / GROUPS, group = unit % GROUPS;
+        bool active = step < tile.steps && group < tile.groups;
+        if (!active) step = group = 0; // the shuffles want every lane
+        int64_t row = first_row + step, statistic = row * shape.G + tile.first_group + group;
+        int64_t at = row * shape.D + first_column + group * size;
+        const T *w = weight + first_column + group * size;
+        float mean_here = mean[statistic], var_here = var[statistic];
+        A sum = 0, product = 0;
+#pragma unroll 2
+        for (int i = lane * VEC; i < size; i += lanes * VEC) {
+            Packed<T, VEC> value = packed<VEC>(x + at + i), grad = packed<VEC>(dy + at + i), gain = packed<VEC>(w + i);
 #pragma unroll
-        for (int j = 0; j < TILE_BATCH / 2; j++, walk.next()) {
-            step[j] = walk.step < tile.steps ? walk.step : -1, group[j] = step[j] < 0 ? 0 : walk.group;
-            int64_t row = first_row + max(step[j], 0), statistic = row * shape.G + tile.first_group + group[j];
-            at[j] = row * shape.D + first_column + group[j] * size;
-            mean_here[j] = mean[statistic], var_here[j] = var[statistic];
-        }
-        for (int i = lane * VEC; i < size; i += shape.lanes * VEC) {
-            Packed<T, VEC> value[TILE_BATCH / 2], grad[TILE_BATCH / 2], w[TILE_BATCH / 2];
-#pragma unroll
-            for (int j = 0; j < TILE_BATCH / 2; j++) {
-                value[j] = packed<VEC>(x + at[j] + i), grad[j] = packed<VEC>(dy + at[j] + i);
-                w[j] = packed<VEC>(weight + first_column + group[j] * size + i);
-            }
-#pragma unroll
-            for (int j = 0; j < TILE_BATCH / 2; j++) {
-#pragma unroll
-                for (int k = 0; k < VEC; k++) {
-                    A g = to_float(grad[j].v[k]) * (1.0f + to_float(w[j].v[k]));
-                    sum[j] += g;
-                    product[j] += g * (to_float(value[j].v[k]) - mean_here[j]);
-                }
+            for (int k = 0; k < VEC; k++) {
+                A g = to_float(grad.v[k]) * (1.0f + to_float(gain.v[k]));
+                sum += g;
+                product += g * (to_float(value.v[k]) - mean_here);
             }
         }
-#pragma unroll
-        for (int j = 0; j < TILE_BATCH / 2; j++) {
-            A total = lanes_sum(sum[j], shape.lanes), products = lanes_sum(product[j], shape.lanes);
-            if (step[j] < 0 || lane != 0) continue;
-            A rstd = (A)1 / sqrt((A)var_here[j] + (A)shape.eps);
-            A dm = -rstd * total, dv = (A)-0.5 * rstd * rstd * rstd * products;
-            int t = tile.first_step + step[j], bg = tile.b * shape.G + tile.first_group + group[j];
-            if (t == shape.steps - 1 && dmean_out) dm += (A)dmean_out[bg];
-            if (t == shape.steps - 1 && dvar_out) dv += (A)dvar_out[bg];
-            A share = (A)1 / (seen + (A)(t + 1));
-            shares[step[j]][group[j]] = Pair<A>{dm * share, dv * share};
-            moments[step[j]][group[j]] = Pair<float>{mean_here[j], (float)rstd};
+        if (lanes > 1) sum = lanes_sum(sum, lanes), product = lanes_sum(product, lanes);
+        if (!active || lane != 0) continue;
+        A rstd = (A)1 / sqrt((A)var_here + (A)shape.eps);
+        A dm = -rstd * sum, dv = (A)-0.5 * rstd * rstd * rstd * product;
+        if (tile.first_step + step == shape.steps - 1) { // the last step's moments are the state that goes out
+            int bg = tile.b * shape.G + tile.first_group + group;
+            if (dmean_out) dm += (A)dmean_out[bg];
+            if (dvar_out) dv += (A)dvar_out[bg];
         }
+        A share = (A)1 / (seen + (A)(step + 1));
+        shares[step][group] = Pair<A>{dm * share, dv * share};
+        moments[step][group] = Pair<float>{mean_here, (float)rstd};
     }
     __syncthreads(); // every step's own share is there for the scans
 
-    int step = (int)threadIdx.x % WARP_SIZE, warp = (int)threadIdx.x / WARP_SIZE;
-    Pair<A> local[GROUPS_PER_WARP]; // P seen from the tile's first mean, and U
-    float difference[GROUPS_PER_WARP], first_mean[GROUPS_PER_WARP];
-#pragma unroll
-    for (int i = 0; i < GROUPS_PER_WARP; i++) {
-        int group = warp + i * TILE_WARPS;
-        if (group >= tile.groups) break; // a whole warp leaves
+    for (int group = (int)threadIdx.x / WARP_SIZE; group < tile.groups; group += TILE_WARPS) {
+        int step = (int)threadIdx.x % WARP_SIZE;
         bool active = step < tile.steps;
         Pair<A> own = active ? shares[step][group] : Pair<A>{0, 0};
-        float mean_here = active ? moments[step][group].x : 0.0f;
-        first_mean[i] = __shfl_sync(FULL_MASK, mean_here, 0);
-        difference[i] = active ? mean_here - first_mean[i] : 0.0f;
-        own.x -= 2 * own.y * (A)difference[i];
+        if (active) own.x -= 2 * own.y * (A)(moments[step][group].x - moments[0][group].x);
 #pragma unroll
         for (int distance = 1; distance < WARP_SIZE; distance *= 2) {
             A p = __shfl_down_sync(FULL_MASK, own.x, distance), u = __shfl_down_sync(FULL_MASK, own.y, distance);
             if (step + distance < WARP_SIZE) own.x += p, own.y += u;
         }
-        local[i] = own;
+        if (active) shares[step][group] = own; // P seen from the tile's first mean, and U, of this tile alone
         if (step == 0 && tile.index > 0)
-            tell(slots.tiles + ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.G + tile.first_group +
-                     group,
-                 own.x, own.y);
+            tell(slots.tile(shape, tile.b, tile.index, tile.first_group + group), own.x, own.y);
     }
-#pragma unroll
-    for (int i = 0; i < GROUPS_PER_WARP; i++) {
-        int group = warp + i * TILE_WARPS, g = tile.first_group + group, bg = tile.b * shape.G + g;
-        if (group >= tile.groups) break; // a whole warp leaves
-        const float *means = mean + (int64_t)tile.b * shape.steps * shape.G + g;
-        Slot all = look_ahead(shape, tile, slots, means, first_mean[i], g, step);
-        all.x += local[i].x, all.y += local[i].y;
-        if (step == 0 && tile.index > 0 && tile.order % SPAN_TILES == SPAN_TILES - 1)
-            tell(slots.spans + ((int64_t)tile.b * shape.num_spans + tile.order / SPAN_TILES + 1) * shape.G + g,
-                 all.x, all.y);
-        if (step == 0 && tile.index == 0 && dmean_in) {
-            double n = mean_in ? (double)count[tile.b] : 0, before = mean_in ? mean_in[bg] : 0;
-            dmean_in[bg] = n * (all.x - 2 * all.y * ((double)first_mean[i] - before));
+    __syncthreads(); // the scans are done
+
+    int span = tile.order / SPAN_TILES, later = tile.order % SPAN_TILES;
+    const float *means = mean + (int64_t)tile.b * shape.steps * shape.G + tile.first_group;
+    if (later) {
+        int group = (int)threadIdx.x % GROUPS;
+        Slot sum = {0, 0};
+        for (int i = (int)threadIdx.x / GROUPS; group < tile.groups && i < later; i += TILE_THREADS / GROUPS) {
+            int other = tile.index + 1 + i;
+            double seen_from = (double)means[(int64_t)other * TILE_STEPS * shape.G + group] -
+                               (double)moments[0][group].x;
+            Slot part = await(slots.tile(shape, tile.b, other, tile.first_group + group));
+            sum.x += part.x - 2 * part.y * seen_from, sum.y += part.y;
+        }
+        add_learned(learned, sum);
+    }
+    if ((int)threadIdx.x < tile.groups) {
+        int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
+        double first_mean = (double)moments[0][group].x;
+        Slot all = later ? all_learned(learned, group) : Slot{0, 0};
+        if (span) {
+            int next = tile.index + later + 1; // the first tile after this span
+            double seen_from = (double)means[(int64_t)next * TILE_STEPS * shape.G + group] - first_mean;
+            Slot rest = await(slots.span(shape, tile.b, span, g));
+            all.x += rest.x - 2 * rest.y * seen_from, all.y += rest.y;
+        }
+        after[group] = all;
+        all.x += shares[0][group].x, all.y += shares[0][group].y;
+        if (tile.index > 0 && later == SPAN_TILES - 1) tell(slots.span(shape, tile.b, span + 1, g), all.x, all.y);
+        if (tile.index == 0 && dmean_in) {
+            double n = mean_in ? (double)count[tile.b] : 0;
+            dmean_in[bg] = n * (all.x - 2 * all.y * (first_mean - (mean_in ? mean_in[bg] : 0)));
             dvar_in[bg] = n * all.y;
         }
-        all.x += 2 * all.y * (double)difference[i];
-        shares[step][group] = Pair<A>{(A)(all.x / size), (A)(2 * all.y / size)};
+    }
+    __syncthreads(); // every group knows what comes after, and the first step's share has been read
+
+    for (int unit = (int)threadIdx.x; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS) {
+        int step = unit / GROUPS, group = unit % GROUPS;
+        if (step >= tile.steps || group >= tile.groups) continue;
+        double u = after[group].y + (double)shares[step][group].y, p = after[group].x + (double)shares[step][group].x;
+        p += 2 * u * (double)(moments[step][group].x - moments[0][group].x);
+        shares[step][group] = Pair<A>{(A)p / (A)size, 2 * (A)u / (A)size};
     }
     __syncthreads(); // P and U of every step and group are there
 
@@ -546,16 +551,18 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
                                   const T *x, const int64_t *count, const double *mean_in, const T *weight,
                                   int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
-    WITH_WIDTH(T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight), {
-        TimestepShape shape = timestep_shape<T>(B, steps, D, G, eps, VEC);
-        Slots slots = take_slots(context, shape);
-        int64_t partials = B * shape.num_tiles;
-        float *partial_w = take_sum(context, dweight, partials, D);
-        float *partial_b = take_sum(context, dbias, partials, D);
-        LAUNCH((timestepnorm_backward_kernel<T, VEC>), tile_blocks(shape), TILE_THREADS, context, dx, dmean_in,
-               dvar_in, partial_w, partial_b, slots, dy, dmean_out, dvar_out, add1, add2, mean, var, x, count,
-               mean_in, weight, shape);
-    });
+    int groups = backward_groups(D / G);
+    TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
+    Slots slots = take_slots(context, shape);
+    int64_t partials = B * shape.num_tiles;
+    float *partial_w = take_sum(context, dweight, partials, D),
+          *partial_b = take_sum(context, dbias, partials, D);
+    WITH_WIDTH(T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight),
+               WITH_GROUPS(16, groups,
+                           LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape),
+                                  TILE_THREADS, context, dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy,
+                                  dmean_out, dvar_out, add1, add2, mean, var, x, count, mean_in, weight,
+                                  shape)));
 }
 
 #endif

@@ -27,15 +27,17 @@
 #define LADDER_OPTIONS(X)                                                                                   \
     X(INT, repeats, "50", 1, 100000, "COUNT", "Measuring", "timed runs of which the median is told")        \
     X(TEXT, only, NULL, 0, 0, "NAME", "Measuring", "run only the version with this name")
-struct LadderOptions { LADDER_OPTIONS(OPTION_MEMBER) };
+struct LadderOptions {
+    LADDER_OPTIONS(OPTION_MEMBER)
+};
 
 struct Ladder {
     LadderOptions options;
-    Context context;     /* launchers of cuda/ want one: a stream, the number of SMs, scratch memory */
-    double peak;         /* bytes of device memory a second, as rated */
-    size_t cache;        /* bytes of the second-level cache */
-    double first_ms;     /* of the first version; 0 before it ran */
-    bool wrong, any;     /* was a version wrong; did one run */
+    Context context; /* launchers of cuda/ want one: a stream, the number of SMs, scratch memory */
+    double peak;     /* bytes of device memory a second, as rated */
+    size_t cache;    /* bytes of the second-level cache */
+    double first_ms; /* of the first version; 0 before it ran */
+    bool wrong, any; /* was a version wrong; did one run */
 };
 
 /* Reads the command line: `table`, a program's own options whose values lie in `values`, and LADDER_OPTIONS.
@@ -71,11 +73,10 @@ static inline void ladder_open(Ladder *ladder, size_t scratch_bytes) {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device)); // kHz
+    CHECK_CUDA(cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device));      // kHz
     CHECK_CUDA(cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, device)); // bits
     CHECK_CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device));
-    CHECK_CUDA(
-        cudaDeviceGetAttribute(&ladder->context.num_sms, cudaDevAttrMultiProcessorCount, device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&ladder->context.num_sms, cudaDevAttrMultiProcessorCount, device));
     CHECK_CUDA(cudaStreamCreateWithFlags(&ladder->context.stream, cudaStreamNonBlocking));
     ladder->context.scratch = ladder_allocate<char>((int64_t)scratch_bytes);
     ladder->context.scratch_bytes = scratch_bytes;
@@ -83,7 +84,8 @@ static inline void ladder_open(Ladder *ladder, size_t scratch_bytes) {
     ladder->cache = (size_t)cache;
     printf("%s, %d SMs, %.0f GB/s rated, cache %.0f MiB; median of %d runs\n", properties.name,
            ladder->context.num_sms, ladder->peak / 1e9, cache / 1048576.0, ladder->options.repeats);
-    printf("%-22s %9s %8s %6s %8s %9s  %s\n", "version", "ms", "GB/s", "peak", "faster", "error", "its idea");
+    printf("%-22s %9s %8s %6s %8s %9s  %s\n", "version", "ms", "GB/s", "peak", "faster", "error",
+           "its idea");
 }
 
 /* How many sets of arguments of `bytes` each are three times the cache. */
@@ -190,14 +192,16 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
     bool wrong = false;
     auto judge = [&](const char *output, double error, double tolerance) {
         wrong = wrong || !(error <= tolerance);
-        if (!*worst || !(error / tolerance <= ratio)) worst = output, largest = error, ratio = error / tolerance;
+        if (!*worst || !(error / tolerance <= ratio))
+            worst = output, largest = error, ratio = error / tolerance;
     };
     (judge(outputs.name, ladder_error(ladder, outputs), outputs.tolerance), ...);
     double ms = ladder_time(ladder, sets, run);
     if (ladder->first_ms == 0) ladder->first_ms = ms;
     printf("%-22s %9.4f %8.0f %5.1f%% %7.1fx %9.1e  %s\n", name, ms, bytes / ms / 1e6,
            100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, idea);
-    if (wrong) printf("%-22s WRONG: %s is off by %.2e, %.1f times what it may\n", name, worst, largest, ratio);
+    if (wrong)
+        printf("%-22s WRONG: %s is off by %.2e, %.1f times what it may\n", name, worst, largest, ratio);
     ladder->wrong = ladder->wrong || wrong;
     fflush(stdout);
 }

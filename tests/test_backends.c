@@ -249,6 +249,20 @@ static void check_pass(const Pair *pair, int B, int T, int before, bool dropout,
                    &worst->state_gradients);
 }
 
+/* Sizes that a GPU's own tiles divide: few shapes, since they are large. */
+static void check_wide(const Candidate *candidate, const char *what, MegalodonConfig config, bool swiglu) {
+    config.model_dim = 64, config.value_dim = 512, config.ffn_hidden_dim = 256, config.swiglu = swiglu;
+    Pair pair = pair_create(candidate, what, &config, true, false);
+    Worst worst;
+    memset(&worst, 0, sizeof worst);
+    check_pass(&pair, MAX_B, 3 * config.chunk_size + 2, 0, false, &worst);
+    check_pass(&pair, 1, config.chunk_size, 5, false, &worst);
+    printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name, what,
+           worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
+           worst.gradients.worst, worst.state_gradients.worst_error);
+    pair_destroy(&pair);
+}
+
 /* All shapes of one configuration: T of one, primes, around the chunk size, several chunks and a rest. */
 static void check_shapes(const Candidate *candidate, const char *what, const MegalodonConfig *config, bool dropout,
                          bool keep) {
@@ -464,7 +478,9 @@ static void check_training(const Candidate *candidate, const char *what, const M
 
 /* Logits of the last position of each row on both sides agree. Returns their distance. */
 static double check_last_logits(const Pair *pair, MegalodonModel *const model[2], const char *when) {
-    int count = MAX_B * pair->config.vocab_size;
+    int B, n;
+    pair->backend[OURS]->state_shape(model[OURS], &B, &n);
+    int count = B * pair->config.vocab_size;
     double *values[2];
     for (int side = 0; side < 2; side++) {
         float *logits = must_allocate((size_t)count * sizeof *logits);
@@ -536,7 +552,79 @@ static void check_state(const Candidate *candidate, const char *what, const Mega
     pair_destroy(&pair);
 }
 
+/* ---- generation: one token at a time, which backends make in ways of their own ---- */
+
+/* Two chunks and a little, token by token after a prompt; then the state, and the same again, which must give the same
+ * bits. */
+static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B) {
+    Pair pair = pair_create(candidate, what, config, false, true);
+    int steps = 2 * config->chunk_size + 3, V = config->vocab_size;
+    float *logits[2];
+    double worst = 0;
+    for (int run = 0; run < 2; run++) logits[run] = must_allocate((size_t)(B * V) * sizeof **logits);
+    for (int run = 0; run < 2; run++) {
+        for (int i = 0; i <= steps; i++) {
+            MegalodonBatch batch = random_batch(config, B, i == 0 ? 3 : 1, 50 + (uint64_t)i);
+            batch.targets = NULL;
+            batch.carry = i > 0;
+            for (int side = run ? OURS : REFERENCE; side < 2; side++)
+                must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
+            if (run == 0) worst = fmax(worst, check_last_logits(&pair, pair.model, "token by token"));
+        }
+        must(pair.backend[OURS]->last_logits(pair.model[OURS], logits[run]));
+        MegalodonBatch last = random_batch(config, B, 1, 50);
+        last.carry = true;
+        if (run == 0)
+            check_kind(&pair, MEGALODON_STATE, &last, (3 + steps) % config->chunk_size, "state", NULL);
+    }
+    check(memcmp(logits[0], logits[1], (size_t)(B * V) * sizeof **logits) == 0,
+          "%s, %s, B=%d: the same tokens again gave other logits", candidate->name, what, B);
+    printf("%-10s %-26s %d tokens one by one, %d rows: last logits differ by at most %.1e\n", candidate->name, what,
+           steps, B, worst);
+    for (int run = 0; run < 2; run++) free(logits[run]);
+    pair_destroy(&pair);
+}
+
+/* ---- reading: calls of one length, which a backend may record and repeat ---- */
+
+/* Calls of a chunk, of less than a chunk and of a chunk again from another place, with a loss now and then. */
+static void check_reading(const Candidate *candidate, const char *what, const MegalodonConfig *config) {
+    Pair pair = pair_create(candidate, what, config, false, true);
+    int C = config->chunk_size, lengths[] = {C, C, C, C, 3, 3, C, C, C, 1, 1, C, C, C}, B = 2;
+    double worst = 0;
+    for (int i = 0; i < (int)(sizeof lengths / sizeof *lengths); i++) {
+        MegalodonBatch batch = random_batch(config, B, lengths[i], 70 + (uint64_t)i);
+        MegalodonLoss loss[2];
+        if (i % 4 != 3 && i < 11) batch.targets = NULL;
+        batch.carry = i > 0;
+        for (int side = 0; side < 2; side++)
+            must(pair.backend[side]->forward(pair.model[side], &batch, &loss[side]));
+        worst = fmax(worst, check_last_logits(&pair, pair.model, "call by call"));
+        double want = loss[REFERENCE].nll_sum;
+        check(fabs(loss[OURS].nll_sum - want) <= candidate->forward * want,
+              "%s, %s, call %d of %d tokens: the loss is %.9g, expected %.9g", candidate->name, what, i, lengths[i],
+              loss[OURS].nll_sum, want);
+        int rows, n;
+        pair.backend[REFERENCE]->state_shape(pair.model[REFERENCE], &rows, &n);
+        check_kind(&pair, MEGALODON_STATE, &batch, n, "state", NULL);
+    }
+    printf("%-10s %-26s call by call: last logits differ by at most %.1e\n", candidate->name, what, worst);
+    pair_destroy(&pair);
+}
+
 /* ---- the program ---- */
+
+/* Sizes that large models have: whole tiles of the matrix units. */
+static MegalodonConfig tiled_config(void) {
+    MegalodonConfig config = small_config();
+    config.model_dim = 64;
+    config.z_dim = 32;
+    config.value_dim = 96;
+    config.ffn_hidden_dim = 160;
+    config.cema_ndim = 16;
+    config.vocab_size = 51;
+    return config;
+}
 
 /* Sizes that no block of a kernel divides. */
 static MegalodonConfig odd_config(void) {
@@ -568,6 +656,8 @@ static void check_candidate(const Candidate *candidate) {
     check_shapes(candidate, "odd sizes", &odd, false, true);
     check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
     check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
+    check_wide(candidate, "wide", plain, false);
+    check_wide(candidate, "wide, swiglu", plain, true);
     check_masks(candidate, &dropout);
     check_accumulation(candidate, &full);
     check_repeatable(candidate, &dropout);
@@ -577,6 +667,17 @@ static void check_candidate(const Candidate *candidate) {
     check_state(candidate, "swiglu, rescale, tied", &full, 5);
     check_state(candidate, "odd sizes", &odd, 2 * odd.chunk_size);
     check_state(candidate, "no affine, one head", &bare, bare.chunk_size - 1);
+    MegalodonConfig tiled = tiled_config(), tiled_full = tiled;
+    tiled.swiglu = tiled.norm_affine = false;
+    tiled_full.rescale_nffn = tiled_full.share_emb = tiled_full.scale_emb = true;
+    check_state(candidate, "tiles", &tiled, 5);
+    check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
+    check_reading(candidate, "odd sizes", &odd);
+    for (int B = 1; B <= MAX_B; B += 2) {
+        check_generation(candidate, "tiles", &tiled, B);
+        check_generation(candidate, "tiles, swiglu, tied", &tiled_full, B);
+        check_generation(candidate, "odd sizes", &odd, B);
+    }
 }
 
 int main(int argc, char **argv) {

@@ -148,6 +148,9 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     wide.model_dim = 1284, wide.value_dim = 1281, wide.ffn_hidden_dim = 1030;
     wide.num_heads = 1, wide.z_dim = 1030, wide.cema_ndim = 2, wide.norm_num_groups = 3;
     check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 9, 3, 3, MEGALODON_FP32}, true, true);
+    if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // and more rows than all blocks take in one turn
+        check_component(candidate, reference, id, "wide, many", &(MegalodonShape){wide, 2, 800, 3, 3, MEGALODON_FP32},
+                        true, true);
     narrow.model_dim = narrow.z_dim = narrow.value_dim = 6, narrow.cema_ndim = 2, narrow.norm_num_groups = 3;
     check_component(candidate, reference, id, "long", &(MegalodonShape){narrow, 2, 2100, 4, 3, MEGALODON_FP32}, true,
                     true);

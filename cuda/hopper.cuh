@@ -1,0 +1,216 @@
+/* hopper.cuh - the instructions of compute capability 9.0 that C++ has no names for: matrix products of four
+ * warps out of shared memory, tiles copied into it by hardware, and the barriers that count their bytes.
+ *
+ * They exist in code for the target sm_90a only. Everything that uses them asks hopper_code() first and has
+ * another way.
+ */
+#ifndef CUDA_HOPPER_CUH
+#define CUDA_HOPPER_CUH
+
+#include <cuda.h>
+
+#include "common.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER_CODE 1
+#else
+#define HOPPER_CODE 0
+#endif
+
+enum { WARPGROUP = 128, SWIZZLE_BYTES = 128 };
+
+/* Dynamic shared memory, from a multiple of 1024 bytes on, as the swizzle wants it. */
+__device__ inline char *dynamic_shared() {
+    extern __shared__ __align__(1024) char memory[];
+    return memory;
+}
+__device__ inline uint32_t shared_address(const void *pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+#define LAUNCH_WITH_SHARED(kernel, grid, block, bytes, context, ...)                                        \
+    do {                                                                                                    \
+        CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes))); \
+        kernel<<<(grid), (block), (bytes), (context)->stream>>>(__VA_ARGS__);                               \
+        CHECK_CUDA(cudaGetLastError());                                                                     \
+    } while (0)
+
+/* ---- barriers in shared memory ---- */
+
+/* A phase ends when `arrivals` have arrived and all announced bytes have come. */
+__device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
+#if HOPPER_CODE
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+#endif
+}
+/* Makes initialised barriers known to the copying hardware. */
+__device__ inline void barriers_ready() {
+#if HOPPER_CODE
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ inline void barrier_arrive(uint64_t *barrier) {
+#if HOPPER_CODE
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+/* Arrives and announces bytes. */
+__device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
+#if HOPPER_CODE
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+/* Waits for the end of the phase of this parity. */
+__device__ inline void barrier_wait(uint64_t *barrier, int parity) {
+#if HOPPER_CODE
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra ready;\n"
+                 "bra again;\n"
+                 "ready:\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+/* ---- tiles ---- */
+
+/* Asks for a tile of 64 columns (128 bytes) of a map's matrix from (row, column) on. Rows outside the matrix
+ * come as zeros. The tile's 16-byte pieces lie swizzled: piece i of row r at i ^ (r mod 8). */
+__device__ inline void load_tile(void *to, const CUtensorMap *map, int row, int column, uint64_t *barrier) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+#endif
+}
+
+/* Brings bytes, a multiple of 16, into the second cache. */
+__device__ inline void prefetch_bytes(const void *from, int bytes) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                 const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                                 CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                 CUtensorMapFloatOOBfill);
+
+/* The map of a (rows, columns) matrix in tiles of tile_rows x 64. The function is the driver's: it is asked
+ * for by name, so that no program has to link with the driver. */
+static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t columns, int tile_rows) {
+    static EncodeTiled encode = nullptr;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        void *function = nullptr;
+        CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                    cudaEnableDefault, &found));
+        REQUIRE(found == cudaDriverEntryPointSuccess);
+        encode = (EncodeTiled)function;
+    }
+    CUtensorMap map;
+    cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
+               strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
+    cuuint32_t box[2] = {SWIZZLE_BYTES / sizeof(bf16), (cuuint32_t)tile_rows}, steps[2] = {1, 1};
+    REQUIRE(encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
+    return map;
+}
+
+/* ---- products of four warps ---- */
+
+/* How a product finds an operand in shared memory: from an address on, groups of 8 rows of 128 bytes are
+ * group_bytes apart. Where the rows run along K, one address holds 64 rows of K's other side, and the next
+ * such 64 lie block_bytes further; else block_bytes says nothing. */
+__device__ inline uint64_t operand(const void *from, int block_bytes, int group_bytes) {
+    constexpr uint64_t swizzle_128 = 1;
+    return (uint64_t)((shared_address(from) & 0x3ffff) >> 4) | (uint64_t)(block_bytes >> 4) << 16 |
+           (uint64_t)(group_bytes >> 4) << 32 | swizzle_128 << 62;
+}
+
+/* Before the first product on accumulators that other instructions touched. */
+__device__ inline void products_begin() {
+#if HOPPER_CODE
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+/* What was asked for since the last call is one group. */
+__device__ inline void products_commit() {
+#if HOPPER_CODE
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+/* Waits until at most so many groups are under way. */
+template <int GROUPS> __device__ inline void products_wait() {
+#if HOPPER_CODE
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+/* After the last wait: from here on the accumulators may be read. */
+__device__ inline void products_done(float (&d)[128]) {
+#if HOPPER_CODE
+#pragma unroll
+    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+/* Registers a thread from here on, for all threads of a warpgroup. */
+template <int REGISTERS> __device__ inline void fewer_registers() {
+#if HOPPER_CODE
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+template <int REGISTERS> __device__ inline void more_registers() {
+#if HOPPER_CODE
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+/* d (+)= A B of 64 x 256 numbers, 16 deep: A 64 rows along K, B 256 rows along K, or 16 rows of K. A thread's
+ * d[4 i + 2 h + j] is row 16 warp + lane / 4 + 8 h, column 8 i + 2 (lane mod 4) + j. */
+#define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC16(i) ACC4(i), ACC4(i + 4), ACC4(i + 8), ACC4(i + 12)
+template <bool ROWS_OF_K>
+__device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, bool add) {
+#if HOPPER_CODE
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+                 "%128, %129, add, 1, 1, 0, %131;\n"
+                 "}"
+                 : ACC16(0), ACC16(16), ACC16(32), ACC16(48), ACC16(64), ACC16(80), ACC16(96), ACC16(112)
+                 : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
+#endif
+}
+
+/* ---- is there such code, and a device for it? ---- */
+
+__global__ static void hopper_code_kernel(int *answer) { *answer = HOPPER_CODE; }
+
+/* Asks the device itself: the program may have been built for other targets, or made for this device from
+ * code without these instructions. `answer`: memory on the device. */
+static inline bool hopper_code(Context *context, int *answer) {
+    int there = 0;
+    LAUNCH(hopper_code_kernel, 1, 1, context, answer);
+    CHECK_CUDA(cudaMemcpyAsync(&there, answer, sizeof there, cudaMemcpyDeviceToHost, context->stream));
+    CHECK_CUDA(cudaStreamSynchronize(context->stream));
+    return there == 1;
+}
+
+#endif
