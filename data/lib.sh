@@ -292,9 +292,13 @@ tokens() {
     if [ -n "$vocab_size" ] && [ ! -f "$own" ]; then
         train_text=$out/train.txt
         [ -f "$train_text" ] || train_text=$(find "$out/train" -type f -name '*.txt' | sort)
-        # shellcheck disable=SC2086
-        python3 "$top/dev/train_tokenizer.py" --vocab-size "$vocab_size" --out "$own.tmp" --data $train_text >&2 ||
-            die "$own: could not be trained; see the line above"
+        (
+            IFS='
+'
+            set -f
+            # shellcheck disable=SC2086
+            python3 "$top/dev/train_tokenizer.py" --vocab-size "$vocab_size" --out "$own.tmp" --data $train_text >&2
+        ) || die "$own: could not be trained; see the line above"
         mv "$own.tmp" "$own"
         made=$((made + 1))
     elif [ -n "$tokenizer" ] && [ -f "$own" ]; then
