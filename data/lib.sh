@@ -316,6 +316,14 @@ tokens() {
     done
 }
 
+# word TEXT: the text as a shell reads it back as one word
+word() {
+    case $1 in
+    *[!A-Za-z0-9_./-]*) printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf %s "$1" ;;
+    esac
+}
+
 # finish SPLIT...: what is there now, and how to go on
 finish() {
     [ $made -gt 0 ] || say "$out: is complete, there was nothing to do"
@@ -328,9 +336,9 @@ finish() {
         [ ! -d "$out/$split" ] || printf '%12d files  %s\n' "$(find "$out/$split" -name '*.txt' | wc -l)" "$out/$split"
     done
     [ -f "$out/train.jsonl" ] && [ $ending = txt ] && ending=jsonl
-    data=$out/train.$ending val=$out/val.$ending
+    data=$out/train.$ending val=$out/val.$ending words=
     [ -f "$data" ] || data=$out/train val=$out/val
-    [ $ending = npy ] && data="$data --tokenizer $out/tokenizer.json"
+    [ $ending = npy ] && words=" --tokenizer $(word "$out/tokenizer.json")"
     echo
-    echo "./train --data $data --val $val --checkpoint-dir runs/${out##*/}"
+    echo "./train --data $(word "$data")$words --val $(word "$val") --checkpoint-dir $(word "runs/${out##*/}")"
 }

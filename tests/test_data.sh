@@ -298,6 +298,12 @@ rm "$dir/o1/DONE"
 printf 'half' > "$dir/o1/train.txt"
 good "own after a kill" data/own.sh --source "$dir/own" --out "$dir/o1"
 same "own after a kill" "$dir/want.txt" "$dir/o1/train.txt"
+# The command that is printed can be typed, whatever the folder is called.
+good "a strange name" data/own.sh --source "$dir/own" --out "$dir/it's mine" --tokenizer $tokenizer
+eval "printf '%s\\n' $(tail -n 1 "$dir/out")" > "$dir/words"
+printf '%s\n' ./train --data "$dir/it's mine/train.npy" --tokenizer "$dir/it's mine/tokenizer.json" \
+    --val "$dir/it's mine/val.npy" --checkpoint-dir "runs/it's mine" > "$dir/want"
+same "a strange name" "$dir/want" "$dir/words"
 # A single file: the end of it is held out.
 head -c 5000 data/tinystories_valid.txt > "$dir/one.txt"
 good "own, one file" data/own.sh --source "$dir/one.txt" --out "$dir/o2"
