@@ -1859,11 +1859,11 @@ struct MegalodonModel {
 };
 
 /* An arena is laid out twice by the same code: once without memory to learn its size, once for real. */
-typedef struct { char *base; size_t used; } Arena;
+typedef struct { char *base; uint64_t used; } Arena;
 
 static void *arena_take(Arena *arena, int64_t count, size_t size) {
-    size_t at = arena->used;
-    arena->used += ((size_t)count * size + 63) / 64 * 64;
+    uint64_t at = arena->used;
+    arena->used += ((uint64_t)count * size + 63) / 64 * 64;
     return arena->base ? arena->base + at : NULL;
 }
 
@@ -1984,8 +1984,8 @@ static void layout_tables(MegalodonModel *m, Arena *arena) {
 
 typedef void Layout(MegalodonModel *, Arena *);
 
-/* Bytes of an arena. */
-static size_t measure(MegalodonModel *m, Layout *layout) {
+/* Bytes of an arena: 64 bits, also where memory has fewer addresses. */
+static uint64_t measure(MegalodonModel *m, Layout *layout) {
     Arena arena = {0};
     layout(m, &arena);
     return arena.used;
@@ -1995,9 +1995,9 @@ static size_t measure(MegalodonModel *m, Layout *layout) {
 static const char *build_arena(MegalodonModel *m, Layout *layout, int64_t *bytes) {
     Arena arena = {.used = measure(m, layout)};
     if (arena.used == 0) return NULL;
-    arena.base = aligned_alloc(64, arena.used);
+    if (arena.used <= SIZE_MAX) arena.base = aligned_alloc(64, (size_t)arena.used);
     if (!arena.base) return errorf("out of memory: asked for %.2f GiB", (double)arena.used / (1 << 30));
-    memset(arena.base, 0, arena.used);
+    memset(arena.base, 0, (size_t)arena.used);
     *bytes += (int64_t)arena.used;
     m->arenas[m->num_arenas++] = arena.base;
     arena.used = 0;
@@ -2049,9 +2049,9 @@ static void plan_arenas(MegalodonModel *m, ArenaPlan plan[NUM_ARENAS]) {
     memcpy(plan, all, sizeof all);
 }
 
-static size_t bytes_needed(MegalodonModel *m) {
+static uint64_t bytes_needed(MegalodonModel *m) {
     ArenaPlan plan[NUM_ARENAS];
-    size_t needed = (size_t)max_threads() * scratch_size(m) * sizeof(real);
+    uint64_t needed = (uint64_t)max_threads() * scratch_size(m) * sizeof(real);
     plan_arenas(m, plan);
     for (int i = 0; i < NUM_ARENAS; i++)
         if (plan[i].layout) needed += measure(m, plan[i].layout);
@@ -2069,16 +2069,16 @@ static const char *check_bytes(MegalodonModel *m) {
     if (tensor > 0x1p42)
         return errorf("batch %d x length %d: this model would need %.0f bytes for a single tensor; make it smaller, or "
                       "the batch, or the sequence", o->max_batch, o->max_length, tensor);
-    size_t needed = bytes_needed(m), limit = o->max_bytes > 0 ? (size_t)o->max_bytes : SIZE_MAX;
+    uint64_t needed = bytes_needed(m), limit = o->max_bytes > 0 ? (uint64_t)o->max_bytes : SIZE_MAX;
     if (needed <= limit) return NULL;
     int batch = o->max_batch, fitting = batch / 2;
     while (o->max_batch = fitting, fitting > 0 && bytes_needed(m) > limit) fitting /= 2;
     o->max_batch = batch;
     char hint[96] = "not even one row would fit: make the model or the sequence smaller";
     if (fitting > 0) snprintf(hint, sizeof hint, "a batch of %d row%s would fit", fitting, fitting == 1 ? "" : "s");
-    return errorf("this model needs %.2f GiB of memory (%zu bytes) for a batch of %d x %d tokens, and %.2f GiB (%zu bytes) "
-                  "are free; %s", (double)needed / (1 << 30), needed, batch, o->max_length, (double)limit / (1 << 30),
-                  limit, hint);
+    return errorf("this model needs %.2f GiB of memory (%llu bytes) for a batch of %d x %d tokens, and %.2f GiB (%llu "
+                  "bytes) are free; %s", (double)needed / (1 << 30), (unsigned long long)needed, batch, o->max_length,
+                  (double)limit / (1 << 30), (unsigned long long)limit, hint);
 }
 
 static const char *build(MegalodonModel *m) {

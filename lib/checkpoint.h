@@ -351,6 +351,24 @@ static inline bool checkpoint_parse_step_name(const char *name, const char *suff
     return strcmp(name, expected) == 0;
 }
 
+/* The name of the newest step that a run's directory holds, for a message where `latest` is of no use. */
+static inline bool checkpoint_newest_step(const char *run, char out[CHECKPOINT_MAX_NAME]) {
+    DIR *directory = opendir(run);
+    int64_t step, best = -1;
+    int revision, best_revision = 0;
+    for (struct dirent *entry; directory && (entry = readdir(directory));) {
+        char path[SAFETENSORS_MAX_PATH];
+        if (!checkpoint_parse_step_name(entry->d_name, "", &step, &revision)) continue;
+        if (checkpoint_join(path, run, entry->d_name) || !checkpoint_exists(path, "model.safetensors")) continue;
+        if (step < best || (step == best && revision < best_revision)) continue;
+        best = step;
+        best_revision = revision;
+        checkpoint_step_name(out, step, revision);
+    }
+    if (directory) closedir(directory);
+    return best >= 0;
+}
+
 /* The directory that holds the files of `path`: follows `latest`. Error: there is no checkpoint. */
 static inline const char *checkpoint_directory(const char *path, char out[SAFETENSORS_MAX_PATH]) {
     struct stat status;
@@ -366,7 +384,7 @@ static inline const char *checkpoint_directory(const char *path, char out[SAFETE
     }
     if (!checkpoint_exists(path, "latest"))
         return errorf("%s: holds no checkpoint: expected model.safetensors or the file latest in it", path);
-    char latest[SAFETENSORS_MAX_PATH], *name = NULL;
+    char latest[SAFETENSORS_MAX_PATH], newest[CHECKPOINT_MAX_NAME], *name = NULL;
     size_t length = 0;
     int64_t step;
     int revision;
@@ -378,6 +396,8 @@ static inline const char *checkpoint_directory(const char *path, char out[SAFETE
         error = errorf("%s: expected the name of a step such as step-00001000, found \"%.40s\"", latest, name);
     else if (!(error = checkpoint_join(out, path, name)) && !checkpoint_exists(out, "model.safetensors"))
         error = errorf("%s: names %s, but there is no %s/model.safetensors", latest, name, out);
+    if (error && checkpoint_newest_step(path, newest))
+        error = errorf("%s; the newest step that is there is %s/%s", error, path, newest);
     free(name);
     return error;
 }

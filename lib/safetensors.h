@@ -231,19 +231,20 @@ static inline const char *safetensors_read_entry(const char *path, const JsonNod
         return errorf("%s: tensor %s: expected \"data_offsets\" to be two integers from 0 on", path,
                       tensor->name);
     char shape[SAFETENSORS_SHAPE_TEXT];
-    tensor->bytes = (size_t)tensor->size * safetensors_dtype_bytes(tensor->dtype);
-    if (end->integer < first->integer || (uint64_t)(end->integer - first->integer) != tensor->bytes)
-        return errorf("%s: tensor %s: %s %s needs %zu bytes, but data_offsets go from %" PRId64
+    uint64_t bytes = (uint64_t)tensor->size * safetensors_dtype_bytes(tensor->dtype);
+    if (end->integer < first->integer || (uint64_t)(end->integer - first->integer) != bytes)
+        return errorf("%s: tensor %s: %s %s needs %" PRIu64 " bytes, but data_offsets go from %" PRId64
                       " to %" PRId64,
                       path, tensor->name, safetensors_dtype_name(tensor->dtype),
-                      safetensors_shape_text(tensor->ndim, tensor->dims, shape), tensor->bytes,
-                      first->integer, end->integer);
+                      safetensors_shape_text(tensor->ndim, tensor->dims, shape), bytes, first->integer,
+                      end->integer);
     if ((uint64_t)end->integer > available)
         return errorf("%s: tensor %s: ends at byte %" PRId64
                       " of the data, but the file has only %zu; it may be "
                       "truncated",
                       path, tensor->name, end->integer, available);
     tensor->data = data + first->integer;
+    tensor->bytes = (size_t)bytes;                           /* which the file has, so it fits */
     return NULL;
 }
 
@@ -333,6 +334,8 @@ static inline const char *safetensors_open(Safetensors *file, const char *path) 
         error = errorf("%s: cannot read: %s", path, strerror(errno));
     } else if (!S_ISREG(status.st_mode)) {
         error = errorf("%s: expected a file, found a directory or a device", path);
+    } else if ((uint64_t)status.st_size > SIZE_MAX) {
+        error = errorf("%s: has %lld bytes, more than this machine can address", path, (long long)status.st_size);
     } else if (status.st_size < 8) {
         error = errorf("%s: expected a safetensors file, found only %lld bytes; it may be truncated", path,
                        (long long)status.st_size);

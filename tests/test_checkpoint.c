@@ -275,6 +275,9 @@ static void test_resume(void) {
     latest = fopen(in_folder("a/b/run/latest"), "wb");
     if (latest) fprintf(latest, "step-00000777"), fclose(latest);
     expect_error(checkpoint_resume(run, backend, straight, &config, &trainer), "but there is no");
+    expect_error(checkpoint_resume(run, backend, straight, &config, &trainer),
+                 "the newest step that is there is ");
+    expect_error(checkpoint_resume(run, backend, straight, &config, &trainer), "/step-00000003-2");
     expect_error(checkpoint_resume(in_folder("a"), backend, straight, &config, &trainer), "holds no checkpoint");
     expect_error(checkpoint_write("/dev/null/x", 1, 1, backend, straight, &config, facts, false), "cannot create");
     snprintf(command, sizeof command, "rm -r %s", in_folder("a"));

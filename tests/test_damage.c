@@ -22,7 +22,7 @@ static MegalodonConfig config;
 static MegalodonModel *model;            /* what files are loaded into            */
 static float *expected, *found;          /* the numbers that a file holds         */
 static size_t numbers;                   /* how many                              */
-static float logits[31];
+static float logits[2 * 31];             /* of a state's two rows                 */
 static char hash[CHECKPOINT_HASH] = "0123456789abcdef";
 
 /* MEGALODON_TEST_SHORT is set under sanitizers, which make everything several times slower: fewer bits then. */
@@ -81,7 +81,7 @@ static const char *load_state(void) {
     backend->state_shape(model, &B, &n);
     float *end = fetch_all(MEGALODON_STATE, B, n, found);
     memcpy(end, logits, sizeof logits);
-    numbers = (size_t)(end - found) + 31;
+    numbers = (size_t)(end - found) + 2 * 31;
     return NULL;
 }
 
@@ -196,7 +196,7 @@ static void check_files(void) {
     check_damage("a model", load_model, header_bytes(), 37);
     must(checkpoint_trainer_save(path, backend, model, &config, facts));
     check_damage("a run's moments", load_trainer, header_bytes(), 97);
-    for (int i = 0; i < 31; i++) logits[i] = (float)i;
+    for (int i = 0; i < 2 * 31; i++) logits[i] = (float)i;
     must(checkpoint_state_write(path, backend, model, &config, hash, logits));
     check_damage("a state", load_state, header_bytes(), 7);
     backend->destroy(model);

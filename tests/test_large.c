@@ -435,11 +435,15 @@ int main(int argc, char **argv) {
     large = argc > 1 && strcmp(argv[1], "--large") == 0;
     test_begin("large");
     if (!mkdtemp(folder)) must("cannot create a folder in /tmp");
-    check_reader();
-    check_data();
+    if (sizeof(void *) >= 8) {
+        check_reader();
+        check_data();
+        check_embedding();
+    } else {
+        test_skip("more than 4 GiB: this machine has no addresses for them");
+    }
     check_writer();
     check_components();
-    check_embedding();
     check_long_sequence();
     rmdir(folder);
     return test_end();
