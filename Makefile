@@ -112,10 +112,8 @@ bench: $(BUILD)/bench ## measure training, generation and every component next t
 golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="FILE..."
 	@$(BUILD)/test_golden $(GOLDEN)
 
-test-python: $(BIN)/tokenize ## compare the tokenizer with the Python package, in a virtual environment of its own
-	@python3 -m venv $(BUILD)/venv
-	@$(BUILD)/venv/bin/pip install -q -r tests/python/requirements.txt
-	@$(BUILD)/venv/bin/python tests/python/test_tokenizer.py --bin $(abspath $(BIN))
+test-python: $(PROGRAMS) ## compare with PyTorch, JAX and tokenizers, in a virtual environment of its own
+	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/python/run.sh
 
 clean: ## remove everything that make built
 	rm -rf $(BUILD) $(PROGRAMS)

@@ -21,7 +21,7 @@ count() {
 
 for command in "$@"; do
     set -f
-    name=$(printf '%s\n' "$command" | sed 's/^sh //; s/ .*//; s/.*\///; s/\.sh$//')
+    name=$(printf '%s\n' "$command" | sed 's/^[^ ]*python //; s/^sh //; s/ .*//; s/.*\///; s/\.sh$//; s/\.py$//')
     set +f
     log=$logs/$name.log
     start=$(date +%s)

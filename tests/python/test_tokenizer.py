@@ -191,7 +191,7 @@ def main():
                 source.write_bytes(text.encode())
                 checker.compare(f"{name}, {title}", tokenizer, library, text, source)
             print(f"{name}: {checker.bytes - before:,} bytes compared", flush=True)
-    print(f"python_tokenizer: {2 * checker.texts - checker.failed} passed, {checker.failed} failed; "
+    print(f"test_tokenizer: {2 * checker.texts - checker.failed} passed, {checker.failed} failed; "
           f"{checker.bytes:,} bytes in {checker.texts} texts compared")
     sys.exit(1 if checker.failed else 0)
 
