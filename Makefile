@@ -4,13 +4,17 @@
 #   CC=clang        another C compiler
 #   ARCH=           portable code instead of this machine's instructions (default -march=native)
 #   OPENMP=0        one thread, even where the compiler knows OpenMP
+#   LIBOMP=...      libomp for a clang that has none of its own, as Apple's (default: where Homebrew puts it)
 #   CUDA=0          no CUDA, even where nvcc and megalodon.cu are there
 #   CUDA_HOME=...   the CUDA toolkit (default: where nvcc lies)
+#   PREFIX=...      where `make install` puts everything (default /usr/local)
+#   DESTDIR=...     a folder that stands for / while it does so, for those who make packages
 # One line without this file builds each program as well: see README.md.
 
 BUILD ?= build
 BIN   ?= .
-ARCH  ?= -march=native
+# Apple's compiler for its own processors spells it in another way.
+ARCH  ?= $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),-mcpu=native,-march=native)
 OPT   ?= -O3
 
 # -std=c11 alone would make gcc round between a product and a sum; contraction into one fused multiply-add is what the
@@ -22,17 +26,33 @@ LDLIBS := -lm
 # ---------------------------------------------------------------------------------------------------------------------
 # What is there? One line each.
 
-quiet_goals := clean help
+comma := ,
+
+quiet_goals := clean help uninstall
 announce := $(if $(filter $(quiet_goals),$(MAKECMDGOALS)),,yes)
 
-ifeq ($(OPENMP),)
-OPENMP := $(shell d=$$(mktemp -d) \
+# Does a program with OpenMP build with these flags?
+try_openmp = $(shell d=$$(mktemp -d) \
             && printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' > $$d/t.c \
-            && $(CC) -fopenmp $$d/t.c -o $$d/t > /dev/null 2>&1 && echo 1 || echo 0; rm -rf "$$d")
+            && $(CC) $(1) $$d/t.c -o $$d/t $(2) > /dev/null 2>&1 && echo 1 || echo 0; rm -rf "$$d")
+OPENMP_CFLAGS := -fopenmp
+ifeq ($(OPENMP)$(LIBOMP),)
+OPENMP := $(call try_openmp,$(OPENMP_CFLAGS))
+ifeq ($(OPENMP),0)
+LIBOMP := $(shell brew --prefix libomp 2> /dev/null)
+endif
+endif
+ifneq ($(LIBOMP),)
+OPENMP_CFLAGS := -Xpreprocessor -fopenmp -I$(LIBOMP)/include
+OPENMP_LDLIBS := -L$(LIBOMP)/lib -lomp
+ifneq ($(OPENMP),1)
+OPENMP := $(call try_openmp,$(OPENMP_CFLAGS),$(OPENMP_LDLIBS))
+endif
 endif
 ifeq ($(OPENMP),1)
-ALL_CFLAGS += -fopenmp
-OPENMP_SAYS := yes
+ALL_CFLAGS += $(OPENMP_CFLAGS)
+LDLIBS := $(OPENMP_LDLIBS) $(LDLIBS)
+OPENMP_SAYS := yes$(if $(LIBOMP),$(comma) with libomp in $(LIBOMP))
 else
 # The simd pragmas need no library; the parallel ones are left out without a warning.
 ALL_CFLAGS += -fopenmp-simd -Wno-unknown-pragmas
@@ -75,7 +95,8 @@ TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
-.PHONY: all test test-cross test-programs build-tests test-python demo asan bench golden clean help
+.PHONY: all test test-cross test-programs build-tests test-python test-install demo asan bench golden \
+        lib install uninstall clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -115,11 +136,82 @@ golden: $(BUILD)/test_golden ## check the fixtures of tests/golden, or GOLDEN="F
 test-python: $(PROGRAMS) ## compare with PyTorch, JAX and tokenizers, in a virtual environment of its own
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/python/run.sh
 
+test-install: ## install into a temporary folder, compile a program against the library, uninstall
+	@MAKE="$(MAKE)" CC="$(CC)" MEGALODON_BUILD=$(BUILD) sh tests/install.sh
+
 clean: ## remove everything that make built
 	rm -rf $(BUILD) $(PROGRAMS)
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Installing. Programs with names as general as "train" get a prefix there, and so do their manual pages.
+
+PREFIX         ?= /usr/local
+PROGRAM_PREFIX ?= megalodon-
+BINDIR         ?= $(PREFIX)/bin
+LIBDIR         ?= $(PREFIX)/lib
+INCLUDEDIR     ?= $(PREFIX)/include
+MANDIR         ?= $(PREFIX)/share/man
+MODELDIR       ?= $(PREFIX)/share/megalodon/tinystories
+
+ifneq ($(filter install uninstall,$(MAKECMDGOALS)),)
+ifeq ($(filter 1/%,$(words $(DESTDIR)$(PREFIX))$(PREFIX)),)
+$(error PREFIX "$(PREFIX)", DESTDIR "$(DESTDIR)": expected a PREFIX that begins with /, and no spaces)
+endif
+endif
+
+# The library is the CPU code. Its interface may still change: then the number in the name does, too.
+ifeq ($(shell uname -s),Darwin)
+SHARED := libmegalodon.0.dylib
+SHARED_LINK := libmegalodon.dylib
+SHARED_FLAGS := -dynamiclib -install_name $(LIBDIR)/$(SHARED)
+else
+SHARED := libmegalodon.so.0
+SHARED_LINK := libmegalodon.so
+SHARED_FLAGS := -shared -Wl,-soname,$(SHARED)
+endif
+
+INSTALLED := $(notdir $(PROGRAMS))
+INSTALL_PROGRAMS := $(addprefix $(BUILD)/install/,$(INSTALLED))
+INSTALL_FILES = $(foreach p,$(INSTALLED),$(BINDIR)/$(PROGRAM_PREFIX)$(p) $(MANDIR)/man1/$(PROGRAM_PREFIX)$(p).1) \
+    $(INCLUDEDIR)/megalodon.h $(LIBDIR)/libmegalodon.a $(LIBDIR)/$(SHARED) $(LIBDIR)/$(SHARED_LINK) \
+    $(LIBDIR)/pkgconfig/megalodon.pc $(MODELDIR)/model.safetensors $(MODELDIR)/README.md
+
+lib: $(BUILD)/libmegalodon.a $(BUILD)/$(SHARED) ## build the CPU code as a static and a shared library
+
+define PKGCONFIG
+prefix=$(PREFIX)
+libdir=$(LIBDIR)
+includedir=$(INCLUDEDIR)
+
+Name: megalodon
+Description: the Megalodon language model on the CPU
+Version: 0
+Cflags: -I$${includedir}
+Libs: -L$${libdir} -lmegalodon
+Libs.private: $(if $(filter 1,$(OPENMP)),$(if $(LIBOMP),$(OPENMP_LDLIBS),-fopenmp)) -lm
+endef
+export PKGCONFIG
+
+install: $(INSTALL_PROGRAMS) lib ## install programs, header, library, manual pages and the TinyStories model
+	@mkdir -p $(addprefix $(DESTDIR),$(sort $(dir $(INSTALL_FILES))))
+	@for p in $(INSTALLED); do \
+	    install -m 755 $(BUILD)/install/$$p $(DESTDIR)$(BINDIR)/$(PROGRAM_PREFIX)$$p || exit 1; \
+	    $(BUILD)/install/$$p --man=$(PROGRAM_PREFIX)$$p > $(DESTDIR)$(MANDIR)/man1/$(PROGRAM_PREFIX)$$p.1 || exit 1; \
+	done
+	@install -m 644 megalodon.h $(DESTDIR)$(INCLUDEDIR)
+	@install -m 644 $(BUILD)/libmegalodon.a $(DESTDIR)$(LIBDIR)
+	@install -m 755 $(BUILD)/$(SHARED) $(DESTDIR)$(LIBDIR)
+	@ln -sf $(SHARED) $(DESTDIR)$(LIBDIR)/$(SHARED_LINK)
+	@printf '%s\n' "$$PKGCONFIG" > $(DESTDIR)$(LIBDIR)/pkgconfig/megalodon.pc
+	@install -m 644 models/tinystories/model.safetensors models/tinystories/README.md $(DESTDIR)$(MODELDIR)
+	@for f in $(INSTALL_FILES); do echo "$(DESTDIR)$$f"; done
+
+uninstall: ## remove what `make install` with the same PREFIX put there
+	rm -f $(addprefix $(DESTDIR),$(INSTALL_FILES))
+	@rmdir $(DESTDIR)$(MODELDIR) $(patsubst %/,%,$(dir $(DESTDIR)$(MODELDIR))) 2> /dev/null || true
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Objects depend on the headers that the compiler saw (-MMD) and on the flags, so that a changed flag rebuilds.
@@ -167,6 +259,28 @@ $(BIN)/numdiff: $(BUILD)/numdiff.o $(TEST_OBJECTS)
 $(BUILD)/test_gradcheck: $(BUILD)/test_gradcheck.o
 	$(CC) $(ALL_CFLAGS) $< $(LDLIBS) -o $@
 
+# The library: the same source, such that it can lie anywhere in memory.
+$(BUILD)/megalodon_pic.o: megalodon.c $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -fPIC -MMD -MP -c $< -o $@
+$(BUILD)/libmegalodon.a: $(BUILD)/megalodon_pic.o
+	rm -f $@
+	$(AR) rcs $@ $<
+$(BUILD)/$(SHARED): $(BUILD)/megalodon_pic.o
+	$(CC) $(ALL_CFLAGS) $(SHARED_FLAGS) $< $(LDLIBS) -o $@
+
+# Installed programs are those of `make all`, but for the place of their model.
+$(BUILD)/install/place: FORCE
+	@mkdir -p $(BUILD)/install
+	@printf '%s\n' '$(MODELDIR)' | cmp -s - $@ || printf '%s\n' '$(MODELDIR)' > $@
+$(BUILD)/install/%.o: %.c $(BUILD)/install/place $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -DCHECKPOINT_DEFAULT='"$(MODELDIR)/model.safetensors"' -I. -MMD -MP -c $< -o $@
+$(addprefix $(BUILD)/install/,train generate evaluate): %: %.o $(MODEL_OBJECTS)
+	$(LINK)
+$(BUILD)/install/tokenize: $(BUILD)/install/tokenize.o
+	$(CC) $(ALL_CFLAGS) $< $(LDLIBS) -o $@
+$(BUILD)/install/numdiff: $(BUILD)/install/numdiff.o $(TEST_OBJECTS)
+	$(LINK)
+
 $(filter-out %/test_gradcheck,$(TESTS)): $(BUILD)/%: $(BUILD)/%.o $(TEST_OBJECTS)
 	$(LINK)
 $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
@@ -179,4 +293,4 @@ $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/be
 $(BUILD)/ladder_%: dev/ladder_%.cu $(BUILD)/flags
 	$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $@.d $< -o $@
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/install/*.d)

@@ -48,7 +48,7 @@ enum { SECONDS_A_LINE = 30 };        /* between lines of progress where stderr i
  */
 #define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
 #define EVALUATE_OPTIONS(X) \
-    X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
+    X(TEXT,   checkpoint,  CHECKPOINT_DEFAULT, 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
     X(TEXT,   data,        NULL,               0, 0, "PATH", "Data", \

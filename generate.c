@@ -44,7 +44,7 @@ enum { READ_SIZE_CPU = 512, READ_SIZE_GPU = 4096 };
  */
 #define LARGE 9007199254740992.                          /* 2^53: every whole number up to it is a double */
 #define GENERATE_OPTIONS(X) \
-    X(TEXT,   checkpoint,  "models/tinystories/model.safetensors", 0, 0, "PATH", "Model", \
+    X(TEXT,   checkpoint,  CHECKPOINT_DEFAULT, 0, 0, "PATH", "Model", \
       "a checkpoint that ./train wrote: a file, the folder of a step, or a run's folder, which stands for its " \
       "newest step; the default is the TinyStories model that comes with the project") \
     X(TEXT,   prompt,      NULL,               0, 0, "TEXT", "Text", \

@@ -33,6 +33,11 @@
 #define CHECKPOINT_TRAINER_FORMAT "megalodon-trainer-1"
 #define CHECKPOINT_STATE_FORMAT   "megalodon-state-1"
 
+/* The model that programs take if they are told no other. Installed programs are told where theirs lies. */
+#ifndef CHECKPOINT_DEFAULT
+#define CHECKPOINT_DEFAULT "models/tinystories/model.safetensors"
+#endif
+
 enum { CHECKPOINT_MAX_NAME = 64,     /* bytes of "step-00001000" and of its kin */
        CHECKPOINT_HASH = 17 };       /* bytes of a hash as text: 16 digits       */
 #define CHECKPOINT_MAX_COUNT ((int64_t)1 << 53)      /* tokens that a row of a state can have seen */

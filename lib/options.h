@@ -15,6 +15,9 @@
  *
  * A field num_layers is spelled --num-layers. Options are long and take their value as `--name value` or
  * `--name=value`; a FLAG takes none. Nothing is clamped or guessed: a value that is not exactly right is an error.
+ *
+ * Besides --help each program knows --man, which --help does not list: it writes the same page as a manual page, and
+ * --man=NAME does so for a program that is installed as NAME. `make install` uses it.
  */
 #ifndef LIB_OPTIONS_H
 #define LIB_OPTIONS_H
@@ -58,6 +61,8 @@ typedef struct Option {
     {#field, OPTION_##type, offsetof(Values, field), fallback, low, high, unit, group, help},
 #define OPTION_COUNT(table) ((int)(sizeof(table) / sizeof((table)[0])))
 
+#define OPTIONS_SYNTAX "Options take a value as --name value or --name=value. [defaults] stand in brackets."
+
 enum { OPTIONS_MAX = 96, OPTION_NAME_MAX = 32, OPTION_HELP_COLUMN = 30, OPTION_WIDTH = 100 };
 
 typedef struct OptionSet {
@@ -67,6 +72,7 @@ typedef struct OptionSet {
     char names[OPTIONS_MAX][OPTION_NAME_MAX];    /* as typed, without the dashes          */
     void *values[OPTIONS_MAX];                   /* where each value is stored            */
     const char *texts[OPTIONS_MAX];              /* each value as text; NULL: none        */
+    const char *man;                             /* name of the manual page that is asked for; NULL: none  */
     bool given[OPTIONS_MAX];                     /* was it on the command line?           */
 } OptionSet;
 
@@ -266,13 +272,18 @@ static inline const char *options_closest(const OptionSet *set, const char *name
     return best;
 }
 
-/* Reads the command line into the values. *help: --help or -h was there, and nothing after it was looked at. Error:
- * the first thing that is wrong. The texts of argv must stay. */
+/* Reads the command line into the values. *help: --help, -h or --man was there, and nothing after it was looked at.
+ * Error: the first thing that is wrong. The texts of argv must stay. */
 static inline const char *options_parse(OptionSet *set, int argc, char **argv, bool *help) {
     *help = false;
     for (int a = 1; a < argc; a++) {
         char name[OPTION_NAME_MAX] = "";
         if (strcmp(argv[a], "--help") == 0 || strcmp(argv[a], "-h") == 0) {
+            *help = true;
+            return NULL;
+        }
+        if (strcmp(argv[a], "--man") == 0 || (strncmp(argv[a], "--man=", 6) == 0 && argv[a][6])) {
+            set->man = argv[a][5] ? argv[a] + 6 : set->program;
             *help = true;
             return NULL;
         }
@@ -339,29 +350,103 @@ static inline void option_describe(const Option *option, char *out, size_t size)
         snprintf(out + n, size - n, " [%s]", option->fallback);
 }
 
-/* The help page: usage, summary, every option under its group with range and default. */
-static inline void options_print_help(FILE *file, const OptionSet *set) {
-    fprintf(file, "usage: %s %s\n\n", set->program, set->usage);
-    option_print_wrapped(file, set->summary, 0, 0);
-    fprintf(file, "\nOptions take a value as --name value or --name=value. [defaults] stand in brackets.\n");
-    for (int i = 0; i < set->count; i++) {
-        const Option *option = &set->rows[i];
-        char text[1024];
-        if (i == 0 || strcmp(option->group, set->rows[i - 1].group) != 0) fprintf(file, "\n%s\n", option->group);
-        /* Long lists of words would push everything else to the right: they go into the text. */
-        bool words = option->type == OPTION_CHOICE && strlen(option->unit) + strlen(set->names[i]) > 24;
-        int column = fprintf(file, "  --%s", set->names[i]);
-        if (option->type != OPTION_FLAG) column += fprintf(file, " %s", words ? "NAME" : option->unit);
+/* Prints a text of one line as troff, the language of manual pages, which would take "-" for a hyphen, "'" for a
+ * quotation mark, and a line that begins with a period for a command. */
+static inline void option_print_troff(FILE *file, const char *text) {
+    static const char special[] = "\\-'`^~";
+    static const char *const spelled[] = {"\\e", "\\-", "\\(aq", "\\(ga", "\\(ha", "\\(ti"};
+    if (*text == '.') fputs("\\&", file);
+    for (; *text; text++) {
+        const char *found = strchr(special, *text);
+        if (found) fputs(spelled[found - special], file);
+        else fputc(*text, file);
+    }
+}
+
+/* What stands before the options of a manual page. Its title is the summary's first sentence without the period. */
+static inline void options_print_man_head(FILE *file, const OptionSet *set) {
+    const char *end = strstr(set->summary, ". ");
+    char title[256];
+    snprintf(title, sizeof title, "%.*s", end ? (int)(end - set->summary) : (int)strlen(set->summary) - 1, set->summary);
+    fprintf(file, ".TH \"");
+    for (const char *c = set->man; *c; c++) fputc(toupper((unsigned char)*c), file);
+    fprintf(file, "\" 1 \"\" \"megalodon.c\"\n.ad l\n.SH NAME\n");
+    option_print_troff(file, set->man);
+    fprintf(file, " \\- ");
+    option_print_troff(file, title);
+    fprintf(file, "\n.SH SYNOPSIS\n\\fB");
+    option_print_troff(file, set->man);
+    fprintf(file, "\\fR ");
+    option_print_troff(file, set->usage);
+    fprintf(file, "\n.SH DESCRIPTION\n");
+    option_print_troff(file, set->summary);
+    fprintf(file, "\n.PP\nThe exit status is 0 if all went well, and 1 after an error, which standard error tells in one "
+                  "sentence.\n.SH OPTIONS\n");
+    option_print_troff(file, OPTIONS_SYNTAX);
+    fputc('\n', file);
+}
+
+/* A heading of the help page or, if that is asked for, of the manual page. */
+static inline void options_print_heading(FILE *file, const OptionSet *set, const char *heading) {
+    if (set->man) {
+        fprintf(file, ".SS ");
+        option_print_troff(file, heading);
+        fputc('\n', file);
+    } else {
+        fprintf(file, "\n%s\n", heading);
+    }
+}
+
+/* A row under it: a term such as "--batch", its value such as "ROWS" or "", and what there is to say. */
+static inline void options_print_row(FILE *file, const OptionSet *set, const char *term, const char *unit,
+                                     const char *text) {
+    if (set->man) {
+        fprintf(file, ".TP\n\\fB");
+        option_print_troff(file, term);
+        fprintf(file, "\\fR");
+        if (*unit) {
+            fprintf(file, " \\fI");
+            option_print_troff(file, unit);
+            fprintf(file, "\\fR");
+        }
+        fputc('\n', file);
+        option_print_troff(file, text);
+        fputc('\n', file);
+    } else {
+        int column = fprintf(file, "  %s%s%s", term, *unit ? " " : "", unit);
         if (column + 2 > OPTION_HELP_COLUMN) column = fprintf(file, "\n") - 1;
         fprintf(file, "%*s", OPTION_HELP_COLUMN - column, "");
+        option_print_wrapped(file, text, OPTION_HELP_COLUMN, OPTION_HELP_COLUMN);
+    }
+}
+
+/* The help page, or the manual page: usage, summary, every option under its group with range and default. */
+static inline void options_print_help(FILE *file, const OptionSet *set) {
+    if (set->man) {
+        options_print_man_head(file, set);
+    } else {
+        fprintf(file, "usage: %s %s\n\n", set->program, set->usage);
+        option_print_wrapped(file, set->summary, 0, 0);
+        fprintf(file, "\n%s\n", OPTIONS_SYNTAX);
+    }
+    for (int i = 0; i < set->count; i++) {
+        const Option *option = &set->rows[i];
+        char term[OPTION_NAME_MAX + 2], text[1024];
+        if (i == 0 || strcmp(option->group, set->rows[i - 1].group) != 0)
+            options_print_heading(file, set, option->group);
+        /* Long lists of words would push everything else to the right: they go into the text. */
+        bool words = option->type == OPTION_CHOICE && strlen(option->unit) + strlen(set->names[i]) > 24;
+        snprintf(term, sizeof term, "--%s", set->names[i]);
         option_describe(option, text, sizeof text);
         if (words) {
             size_t n = strlen(text);
             snprintf(text + n, sizeof text - n, ": %s", option->unit);
         }
-        option_print_wrapped(file, text, OPTION_HELP_COLUMN, OPTION_HELP_COLUMN);
+        options_print_row(file, set, term, option->type == OPTION_FLAG ? "" : words ? "NAME" : option->unit, text);
     }
-    fprintf(file, "\n  %-*sthis page\n", OPTION_HELP_COLUMN - 2, "--help, -h");
+    if (set->man) options_print_heading(file, set, "Help");
+    else fputc('\n', file);
+    options_print_row(file, set, "--help, -h", "", "this page");
 }
 
 /* Prints a value so that a shell reads it back as one word. */

@@ -556,9 +556,9 @@ static inline void print_start(Run *run) {
 /* The help page, with the sizes that --preset knows. */
 static inline void print_train_help(const Run *run) {
     options_print_help(stdout, &run->options);
-    printf("\nPresets (the first is the default)\n");
+    options_print_heading(stdout, &run->options, "Presets (the first is the default)");
     for (const MegalodonPreset *preset = megalodon_presets; preset->name; preset++)
-        printf("  %-26s  %s\n", preset->name, preset->meaning);
+        options_print_row(stdout, &run->options, preset->name, "", preset->meaning);
 }
 
 /* Everything before the first step. Returns false if only the help page was asked for. */
