@@ -354,7 +354,8 @@ done
 { cat "$dir/state"; printf x; } > "$dir/cut.state"
 bad "cut.state" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
 sed 's/last_logits/lost_logits/' "$dir/state" > "$dir/cut.state"
-bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+bad "its header: expected the checksum" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1
+bad "last_logits" "$generate" --checkpoint "$dir/a" --load-state "$dir/cut.state" --max-tokens 1 --no-verify
 rm "$dir/e/step-00000010/state.safetensors"
 bad "state.safetensors is missing" "$train" --resume "$dir/e/step-00000010" --checkpoint-dir none
 

@@ -223,7 +223,7 @@ static void check_without(void) {
     must(checkpoint_save(path, backend, model, &config));
     size_t header = header_bytes();
     int descriptor = open(path, O_RDWR);
-    unsigned char byte;
+    unsigned char byte = 0;
     if (descriptor < 0 || pread(descriptor, &byte, 1, (off_t)header + 100) != 1) must("the file cannot be read");
     byte ^= 1;
     if (pwrite(descriptor, &byte, 1, (off_t)header + 100) != 1) must("the file cannot be written");
