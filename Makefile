@@ -96,7 +96,7 @@ MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 .PHONY: all test test-cross test-programs build-tests test-python test-install test-kill test-large soak demo asan bench \
-        golden lib install uninstall clean help
+        golden lib install uninstall fuzz lint lint-tidy lint-cppcheck lint-gcc coverage test-musl integer clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -126,6 +126,74 @@ test-cross: ## run the C tests as another machine would, in an emulator: CROSS=a
 
 test-programs: $(TESTS)
 	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
+
+test-musl: ## run the C tests with another C library, linked statically: musl-gcc
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/musl BIN=$(BUILD)/musl \
+	    CC=musl-gcc ARCH= OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static"
+
+# Unsigned arithmetic that wraps and shifts that lose bits are what hashes and random numbers are made of, and the kind of
+# a number changes on purpose where bytes are packed: these checks of the group "integer" are left out. What remains:
+# overflow of signed numbers, division by zero, and shifts by too much.
+integer: ## run the tests of the readers under clang's -fsanitize=undefined,integer
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/integer BIN=$(BUILD)/integer \
+	    CC=clang ARCH= OPT="-O1 -g" OPENMP=0 CUDA=0 TESTS="$(addprefix $(BUILD)/integer/test_,$(INTEGER_TESTS))" \
+	    CFLAGS="$(CFLAGS) -fsanitize=undefined,integer -fno-sanitize-recover=all \
+	        -fno-sanitize=unsigned-integer-overflow,unsigned-shift-base,implicit-conversion"
+INTEGER_TESTS := json safetensors checkpoint config dataset tokenizer stream state sampler damage
+
+# The numbers of lines are those of the programs that run: a function that nobody calls is not there to be counted.
+coverage: ## which lines of megalodon.c and lib/ `make test` runs (gcov); fails below 95%
+	@mkdir -p $(BUILD)/coverage && rm -f $(BUILD)/coverage/*.gcda
+	@-GCOV_ERROR_FILE=/dev/null MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/coverage \
+	    BIN=$(BUILD)/coverage CC=gcc OPENMP=0 CUDA=0 OPT="-O1 -g" CFLAGS="$(CFLAGS) --coverage -fprofile-update=atomic"
+	@sh tests/coverage.sh $(BUILD)/coverage 95
+
+# ---- fuzzing: every reader against bytes from a machine that looks for new paths through it ----
+
+SECONDS ?= 30
+FUZZ_CC ?= clang
+FUZZ_FLAGS := -std=c11 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=address,undefined \
+    -fno-sanitize-recover=all -fno-omit-frame-pointer -I.
+FUZZERS := $(sort $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c)))
+
+fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang)
+	@sh tests/fuzz/run.sh $(SECONDS) $(BUILD)/fuzz $(FUZZERS)
+
+$(BUILD)/fuzz/megalodon.o: megalodon.c megalodon.h
+	@mkdir -p $(@D)
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
+$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(BUILD)/fuzz/megalodon.o -lm -o $@
+
+# ---- analysis: three programs that read the source; what they look for, and what not, is in .clang-tidy ----
+
+# cppcheck's returnDanglingLifetime takes the sentence that a call returns for a pointer to the call's arguments.
+#
+# The readers are headers, so programs that use all of them are read as a whole. Elsewhere, as in the kernels of
+# megalodon.c, it is a contract of the arguments which pointers may be NULL together and which numbers are above 0; an
+# analyser of paths does not know it, and the rest of clang-tidy's checks reads those files.
+LINT_PATHS := generate.c tokenize.c
+LINT_REST := evaluate.c numdiff.c dev/recall.c megalodon.c
+LINT := $(LINT_PATHS) $(LINT_REST)
+LINT_FLAGS := -std=c11 -I. -Wno-unknown-pragmas
+
+lint: lint-tidy lint-cppcheck lint-gcc ## clang-tidy, cppcheck and gcc -fanalyzer, as far as they are installed
+	@echo "lint: nothing found"
+lint-tidy:
+	@if command -v clang-tidy > /dev/null; then \
+	    printf '%s\n' $(LINT_PATHS) | xargs -P 2 -I@ clang-tidy -quiet @ -- $(LINT_FLAGS) 2> /dev/null && \
+	    printf '%s\n' $(LINT_REST) | \
+	        xargs -P 2 -I@ clang-tidy -quiet -checks='-clang-analyzer-*' @ -- $(LINT_FLAGS) 2> /dev/null; \
+	else echo "skipped: clang-tidy is not installed"; fi
+lint-cppcheck:
+	@if command -v cppcheck > /dev/null; then \
+	    cppcheck -j 2 --quiet --std=c11 --enable=warning,performance,portability --error-exitcode=1 -I. \
+	        --suppress=missingIncludeSystem --suppress=returnDanglingLifetime $(LINT_PATHS) evaluate.c; \
+	else echo "skipped: cppcheck is not installed"; fi
+lint-gcc:
+	@if gcc --version > /dev/null 2>&1; then \
+	    printf '%s\n' $(LINT_PATHS) | xargs -P 2 -I@ gcc $(LINT_FLAGS) -O0 -Wall -Wextra -Werror -fanalyzer -c @ -o /dev/null; \
+	else echo "skipped: gcc is not installed"; fi
 
 KILLS ?= 200
 test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes checkpoints; none may be lost

@@ -45,6 +45,9 @@ typedef MEGALODON_REAL real;
 enum { MAX_CEMA_NDIM = 64 };     /* the CEMA loops keep a channel's states in arrays of this size */
 
 /* Formats an error sentence. It lives until this thread's next error. */
+#ifdef __GNUC__
+__attribute__((__format__(__printf__, 1, 2)))
+#endif
 static const char *errorf(const char *format, ...) {
     static _Thread_local char sentence[512];
     va_list arguments;

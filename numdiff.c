@@ -677,7 +677,7 @@ static void check_same_run(const Recording *a, const Inputs *x, const Recording 
 #undef X
     size_t bytes = (size_t)x->B * (size_t)x->T * sizeof *x->tokens;
     if (!what && (x->B != y->B || x->T != y->T)) what = "numbers of rows or tokens";
-    if (!what && (memcmp(x->tokens, y->tokens, bytes) || memcmp(x->targets, y->targets, bytes)))
+    if (!what && (memcmp(x->tokens, y->tokens, bytes) != 0 || memcmp(x->targets, y->targets, bytes) != 0))
         what = "tokens";
     if (!what && x->hash != y->hash) what = "parameters";
     if (!what && (x->dropout != y->dropout || (x->dropout && x->seed != y->seed))) what = "dropout masks";

@@ -190,7 +190,7 @@ static void show_progress(Encoder *e) {
 
 static void encode_text(Encoder *e, const uint8_t *text, size_t n) {
     size_t need = tokenizer_capacity(n), count;
-    if (need > e->ids_room) {
+    if (!e->ids || need > e->ids_room) {
         free(e->ids);
         e->ids_room = need;
         e->ids = malloc(need * sizeof *e->ids);
@@ -234,7 +234,7 @@ static size_t encode_buffer(Encoder *e, bool whole) {
     size_t at = 0;
     while (at < e->used) {
         uint8_t *text = e->buffer + at;
-        size_t left = e->used - at, n = left;
+        size_t left = e->used - at;
         if (!e->exact) {
             if (e->at_start) {
                 /* A carriage return and a line feed are one line break; wait until both are here. */
@@ -244,7 +244,7 @@ static size_t encode_buffer(Encoder *e, bool whole) {
                 at += skip;
                 if (skip) continue;
             }
-            n = find_end(e, text, left);
+            size_t n = find_end(e, text, left);
             if (n < left) {
                 encode_text(e, text, without_break(text, n));
                 end_document(e);

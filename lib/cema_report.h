@@ -103,7 +103,7 @@ static inline const char *cema_describe(const char *path, MegalodonConfig *confi
         error = errorf("no memory for the %zu states of a layer's CEMA", states);
     for (int l = 0; l < L && !error; l++) {
         double *m = memory + (size_t)l * states, *p = period + (size_t)l * states;
-        if (!error) error = cema_read(&file, config, l, "alpha", alpha);
+        error = cema_read(&file, config, l, "alpha", alpha);
         if (!error) error = cema_read(&file, config, l, "delta", delta);
         if (!error) error = cema_read(&file, config, l, "theta", theta);
         for (size_t i = 0; i < states && !error; i++) {

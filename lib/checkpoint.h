@@ -341,13 +341,13 @@ static inline void checkpoint_step_name(char name[CHECKPOINT_MAX_NAME], int64_t 
 
 /* The reverse; false if `name` is not exactly such a name, followed by `suffix`. */
 static inline bool checkpoint_parse_step_name(const char *name, const char *suffix, int64_t *step, int *revision) {
-    char expected[CHECKPOINT_MAX_NAME + 8], *end;
+    char plain[CHECKPOINT_MAX_NAME], expected[CHECKPOINT_MAX_NAME + 8], *end;
     if (strncmp(name, "step-", 5) != 0) return false;
     *step = strtoll(name + 5, &end, 10);
     long number = *end == '-' ? strtol(end + 1, NULL, 10) : 1;
     *revision = number > 0 && number < 1000000 ? (int)number : 1;
-    checkpoint_step_name(expected, *step, *revision);
-    strcat(expected, suffix);
+    checkpoint_step_name(plain, *step, *revision);
+    snprintf(expected, sizeof expected, "%s%s", plain, suffix);
     return strcmp(name, expected) == 0;
 }
 

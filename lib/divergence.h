@@ -125,6 +125,7 @@ static inline bool divergence_in_forward(const MegalodonBackend *backend, Megalo
     MegalodonModel *fresh = NULL;
     bool found = false;
     const char *error = list && all ? NULL : "no memory";
+    MegalodonBatch part = *batch;
     if (list) megalodon_tensors(config, MEGALODON_PARAM, 1, 1, 0, list, count);
     for (int i = 0; i < count && !error; at += list[i++].size)
         error = backend->get(*model, MEGALODON_PARAM, list[i].name, at, MEGALODON_F32);
@@ -135,9 +136,8 @@ static inline bool divergence_in_forward(const MegalodonBackend *backend, Megalo
     for (int i = 0; i < count && !error && fresh; at += list[i++].size)
         error = backend->set(fresh, MEGALODON_PARAM, list[i].name, at, MEGALODON_F32);
     for (int row = 0; row < batch->B && !error && fresh && !found; row += options.max_batch) {
-        MegalodonBatch part = *batch;
-        part.tokens += (int64_t)row * batch->T;
-        part.targets += (int64_t)row * batch->T;
+        part.tokens = batch->tokens + (int64_t)row * batch->T;
+        part.targets = batch->targets + (int64_t)row * batch->T;
         part.B = batch->B - row < options.max_batch ? batch->B - row : options.max_batch;
         part.carry = false;
         error = backend->forward(fresh, &part, NULL);

@@ -112,8 +112,8 @@ static inline bool options_given(const OptionSet *set, const char *name) {
 static inline const char *option_quoted(const char *text) {
     static _Thread_local char out[64];
     size_t n = 0;
-    for (; text[n] && n < sizeof out - 4; n++) out[n] = iscntrl((unsigned char)text[n]) ? '?' : text[n];
-    strcpy(out + n, text[n] ? "..." : "");
+    for (; n < sizeof out - 4 && text[n]; n++) out[n] = iscntrl((unsigned char)text[n]) ? '?' : text[n];
+    snprintf(out + n, sizeof out - n, "%s", text[n] ? "..." : "");
     return out;
 }
 

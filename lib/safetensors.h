@@ -206,13 +206,11 @@ static inline const char *safetensors_read_shape(const char *path, const JsonNod
 /* One entry of the header. `data` has `available` bytes. */
 static inline const char *safetensors_read_entry(const char *path, const JsonNode *entry, const char *data,
                                                  size_t available, SafetensorsTensor *tensor) {
-    if (strlen(entry->key) != entry->key_length)
-        return errorf("%s: tensor %s: its name has a 0 byte inside", path, entry->key);
     *tensor = (SafetensorsTensor){.name = entry->key};
     for (const JsonNode *member = json_first(entry); member && entry->type == JSON_OBJECT;
          member = json_next(entry, member))
-        if (strcmp(member->key, "dtype") && strcmp(member->key, "shape") &&
-            strcmp(member->key, "data_offsets"))
+        if (strcmp(member->key, "dtype") != 0 && strcmp(member->key, "shape") != 0 &&
+            strcmp(member->key, "data_offsets") != 0)
             return errorf("%s: tensor %s: unknown member \"%.80s\"; expected dtype, shape and data_offsets",
                           path, tensor->name, member->key);
     const JsonNode *dtype = json_get(entry, "dtype"), *offsets = json_get(entry, "data_offsets");
@@ -291,15 +289,20 @@ static inline const char *safetensors_read_header(Safetensors *file) {
     file->tensors = malloc((root->count + (size_t)1) * sizeof *file->tensors);
     if (!file->tensors) return errorf("%s: out of memory for %" PRIu32 " tensors", path, root->count);
     for (const JsonNode *entry = json_first(root); entry; entry = json_next(root, entry)) {
+        if (strlen(entry->key) != entry->key_length)
+            return errorf("%s: tensor %s: its name has a 0 byte inside", path, entry->key);
         if (strcmp(entry->key, "__metadata__") == 0) {
             file->metadata = entry;
             if (entry->type != JSON_OBJECT)
                 return errorf("%s: expected __metadata__ to be an object, found %s", path,
                               json_type_name(entry));
-            for (const JsonNode *value = json_first(entry); value; value = json_next(entry, value))
+            for (const JsonNode *value = json_first(entry); value; value = json_next(entry, value)) {
                 if (value->type != JSON_STRING)
                     return errorf("%s: __metadata__: expected \"%.80s\" to be a string, found %s", path,
                                   value->key, json_type_name(value));
+                if (strlen(value->key) != value->key_length || strlen(value->string) != value->length)
+                    return errorf("%s: __metadata__: \"%.80s\" has a 0 byte inside", path, value->key);
+            }
             continue;
         }
         error = safetensors_read_entry(path, entry, data, available, &file->tensors[file->count]);
@@ -443,7 +446,7 @@ static inline double safetensors_element(const SafetensorsTensor *tensor, int64_
         uint32_t u32;
         uint16_t u16;
         uint8_t u8;
-    } x = {0};
+    } x = {0}, wide;
     size_t bytes = safetensors_dtype_bytes(tensor->dtype);
     memcpy(&x, (const char *)tensor->data + (size_t)i * bytes, bytes);
     switch (tensor->dtype) {
@@ -452,7 +455,7 @@ static inline double safetensors_element(const SafetensorsTensor *tensor, int64_
     case SAFETENSORS_F32: return x.f32;
     case SAFETENSORS_I32: return x.i32;
     case SAFETENSORS_F16: return safetensors_half(x.u16);
-    case SAFETENSORS_BF16: x.u32 = (uint32_t)x.u16 << 16; return x.f32;    /* the upper half of a float */
+    case SAFETENSORS_BF16: wide.u32 = (uint32_t)x.u16 << 16; return wide.f32;  /* the upper half of a float */
     default: return x.u8;
     }
 }
@@ -655,23 +658,23 @@ static inline const char *safetensors_put_data(FILE *out, const SafetensorsTenso
 typedef struct SafetensorsScratch {
     char *buffer, *words;            /* the largest tensor that `fill` makes; the checksum as text */
     SafetensorsSum *sums;            /* one a tensor                                               */
-    JsonWriter header;
+    JsonWriter *header;
 } SafetensorsScratch;
 
 /* The whole file: the header with a checksum of zeros, the data, and once these are known the true checksum. */
 static inline const char *safetensors_put_file(FILE *out, const SafetensorsTensor *tensors, size_t count,
                                                const SafetensorsPair *metadata, SafetensorsFill *fill,
                                                void *context, SafetensorsScratch *scratch) {
-    size_t length = scratch->header.length;
-    if (!safetensors_write_header(out, &scratch->header)) return errorf("cannot write: %s", strerror(errno));
+    size_t length = scratch->header->length;
+    if (!safetensors_write_header(out, scratch->header)) return errorf("cannot write: %s", strerror(errno));
     const char *error = safetensors_put_data(out, tensors, count, fill, context, scratch->buffer, scratch->sums);
     if (error) return error;
     safetensors_put_words(scratch->words, tensors, count, metadata, scratch->sums);
-    scratch->header.length = 0;
-    scratch->header.comma = false;
-    safetensors_put_header(&scratch->header, tensors, count, metadata, scratch->words);
-    if (scratch->header.error || scratch->header.length != length) return "its header has changed its length";
-    if (fseek(out, 0, SEEK_SET) != 0 || !safetensors_write_header(out, &scratch->header))
+    scratch->header->length = 0;
+    scratch->header->comma = false;
+    safetensors_put_header(scratch->header, tensors, count, metadata, scratch->words);
+    if (scratch->header->error || scratch->header->length != length) return "its header has changed its length";
+    if (fseek(out, 0, SEEK_SET) != 0 || !safetensors_write_header(out, scratch->header))
         return errorf("cannot write: %s", strerror(errno));
     return NULL;
 }
@@ -690,17 +693,20 @@ static inline const char *safetensors_write(const char *path, const SafetensorsT
         if (!tensors[i].data && bytes > largest) largest = bytes;
     }
     SafetensorsOutput output;
-    SafetensorsScratch scratch = {.buffer = malloc(largest), .words = malloc(SAFETENSORS_WORD * (count + 1)),
-                                  .sums = calloc(count + 1, sizeof *scratch.sums)};
+    JsonWriter header = {0};
+    SafetensorsScratch scratch = {.header = &header};
     const char *error = NULL;
+    scratch.buffer = malloc(largest);
+    scratch.words = malloc(SAFETENSORS_WORD * (count + 1));
+    scratch.sums = calloc(count + 1, sizeof *scratch.sums);
     if (!scratch.buffer || !scratch.words || !scratch.sums)
         error = errorf("%s: out of memory for a tensor of %zu bytes", path, largest);
     if (!error) {
         for (size_t i = 0; i < count; i++) scratch.sums[i].name = tensors[i].name;
         safetensors_put_words(scratch.words, tensors, count, metadata, scratch.sums);
-        safetensors_put_header(&scratch.header, tensors, count, metadata, scratch.words);
-        if (scratch.header.error) error = errorf("%s: header: %s", path, scratch.header.error);
-        else if (scratch.header.length > SAFETENSORS_MAX_HEADER)
+        safetensors_put_header(&header, tensors, count, metadata, scratch.words);
+        if (header.error) error = errorf("%s: header: %s", path, header.error);
+        else if (header.length > SAFETENSORS_MAX_HEADER)
             error = errorf("%s: too many tensors for one file", path);
     }
     if (!error && !(error = safetensors_begin(&output, path))) {
@@ -712,7 +718,7 @@ static inline const char *safetensors_write(const char *path, const SafetensorsT
             error = safetensors_commit(&output);
         }
     }
-    free(scratch.header.text);
+    free(header.text);
     free(scratch.buffer);
     free(scratch.words);
     free(scratch.sums);

@@ -237,7 +237,7 @@ static const char *read_adamw(const Run *run, MegalodonAdamW *adamw) {
 
 /* AdamW steps on train.tokens from param.*: losses, gradient norms, final parameters. */
 static const char *train(Run *run, const SafetensorsTensor *tokens, const int32_t *all, double *losses, double *norms) {
-    MegalodonAdamW adamw;
+    MegalodonAdamW adamw = {0};
     int B = (int)tokens->dims[1], T = (int)tokens->dims[2] - 1;
     int32_t *inputs = malloc((size_t)B * (size_t)T * sizeof *inputs + 1);
     int32_t *targets = malloc((size_t)B * (size_t)T * sizeof *targets + 1);
