@@ -41,10 +41,15 @@
 
 #include "common.cuh"
 
+#ifndef CEMA_WIDTH
+#define CEMA_WIDTH 16
+#endif
 enum {
     CEMA_GROUP = 16,    /* steps of a group */
     CEMA_STRIPS = 16,   /* of a warp */
-    CEMA_CHANNELS = 16, /* of a block, a warp each */
+    CEMA_CHANNELS = CEMA_WIDTH, /* of a block, a warp each: 8 or 16 */
+    CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
+    CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
     CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
@@ -221,7 +226,7 @@ struct CemaStrip {
  * and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
 static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
-    int64_t blocks = (int64_t)context->num_sms / ceil_div(D, CEMA_CHANNELS);
+    int64_t blocks = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM / ceil_div(D, CEMA_CHANNELS);
     int64_t rows = (blocks > 1 ? blocks : 1) * CEMA_STRIPS, wanted = rows / B > 1 ? rows / B : 1;
     int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
     return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
@@ -245,7 +250,7 @@ __device__ inline int cema_even_steps(const CemaStrips &strips, int all_steps, i
  * neighbouring pairs of rows change places, because a mover's two halves write both kinds at a time. */
 template <typename T> using CemaUnit = Packed<T, 2>;
 __device__ inline int cema_unit(int slot, int channel, int row, int pair) {
-    row ^= channel < CEMA_CHANNELS / 2 ? 0 : 2;
+    row ^= channel < 8 ? 0 : 2;
     int half = (pair / 4 + row / 4) % 2;
     return (slot * CEMA_CHANNELS + channel) * CEMA_UNITS + row * (CEMA_GROUP / 2) + half * 4 + pair % 4;
 }
@@ -264,8 +269,8 @@ struct CemaMover {
     /* flip: the steps of a group stand in shared memory from the last to the first. */
     __device__ CemaMover(const CemaStrips &strips, int all_steps, int D) {
         int thread = (int)threadIdx.x;
-        half = thread % 2, pair = thread / 2 % 8, row = thread / 16 % CEMA_STRIPS;
-        slot = thread / (16 * CEMA_STRIPS);
+        half = thread % CEMA_HALVES, pair = thread / CEMA_HALVES % 8;
+        row = thread / (8 * CEMA_HALVES) % CEMA_STRIPS, slot = thread / (8 * CEMA_HALVES * CEMA_STRIPS);
         d = (int)blockIdx.x * CEMA_CHANNELS + half * 8;
         step = 2 * pair, turn = 1;
         CemaStrip strip(strips, (int)blockIdx.y * CEMA_STRIPS + row, all_steps);
@@ -618,7 +623,7 @@ __device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const fl
  *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
 template <typename T, int J, bool SLOPES>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
                      int first_state, int steps, int D, int N, bool wide) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
@@ -798,7 +803,7 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
  *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
 template <typename T, int J>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
                      CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
                      int steps, int D, int N, bool wide) {
@@ -1118,7 +1123,7 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
  * needs:    4 J states at first_state; strips in reverse; ends and slopes of dy from cema_ends_kernel
  * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
 template <typename T, int J>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
                      const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
                      int steps, int D, int N, bool wide) {
