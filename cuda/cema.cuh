@@ -265,7 +265,8 @@ struct CemaMover {
     int slot, row, pair, half, d; /* d: the first of its channels */
     int step, turn;               /* of the tile: its first, and +1 or -1 to the second */
     int skip, steps;
-    int64_t first, stride; /* elements: where step 0 and d are, and from a step to the next */
+    int stride;    /* elements from a step to the next */
+    int64_t first; /* element where step 0 and d are */
     /* flip: the steps of a group stand in shared memory from the last to the first. */
     __device__ CemaMover(const CemaStrips &strips, int all_steps, int D) {
         int thread = (int)threadIdx.x;
@@ -274,10 +275,12 @@ struct CemaMover {
         d = (int)blockIdx.x * CEMA_CHANNELS + half * 8;
         step = 2 * pair, turn = 1;
         CemaStrip strip(strips, (int)blockIdx.y * CEMA_STRIPS + row, all_steps);
-        skip = strip.skip, steps = strip.steps;
+        skip = strip.skip, steps = d < D ? strip.steps : 0;
         first = strip.first * D + d, stride = strips.reverse ? -D : D;
     }
     __device__ void flip() { step = CEMA_GROUP - 1 - 2 * pair, turn = -1; }
+    __device__ bool has(int s) const { return s >= skip && s < steps; }
+    __device__ int64_t at(int s) const { return first + (int64_t)s * stride; }
 };
 static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNELS / 8),
               "the threads cover two slots");
@@ -289,11 +292,10 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
-        const T *from = x + mover.first + s * mover.stride;
-        bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+        const T *from = x + mover.at(s);
 #pragma unroll
         for (int i = 0; i < CemaShare<T>::WORDS; i++) held.word[k][i] = 0;
-        if (!here) continue;
+        if (!mover.has(s)) continue;
         if (wide) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
@@ -337,8 +339,8 @@ __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             int s = tile_first + mover.step + k * mover.turn;
-            bool here = s >= mover.skip && s < mover.steps && mover.d < D;
-            copy_early(stage.word[k][threadIdx.x], here ? x + mover.first + s * mover.stride : x, here);
+            bool here = mover.has(s);
+            copy_early(stage.word[k][threadIdx.x], here ? x + mover.at(s) : x, here);
         }
     }
 }
@@ -425,8 +427,8 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
-        T *to = y + mover.first + s * mover.stride;
-        if (s < mover.skip || s >= mover.steps || mover.d >= D) continue;
+        T *to = y + mover.at(s);
+        if (!mover.has(s)) continue;
         if (wide) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
