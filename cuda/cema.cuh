@@ -54,6 +54,7 @@ enum {
     CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
+    CEMA_OWN = CEMA_STATES / 4,                /* of a thread */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -285,10 +286,10 @@ struct CemaMover {
 static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNELS / 8),
               "the threads cover two slots");
 
-/* A tile's steps from tile_first on; zero outside the strip. wide: rows may be read in units of 16 bytes. */
-template <typename T>
+/* A tile's steps from tile_first on; zero outside the strip. WIDE: rows may be read in units of 16 bytes. */
+template <bool WIDE, typename T>
 __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int tile_first,
-                                  int D, bool wide) {
+                                  int D) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
@@ -296,7 +297,7 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
 #pragma unroll
         for (int i = 0; i < CemaShare<T>::WORDS; i++) held.word[k][i] = 0;
         if (!mover.has(s)) continue;
-        if (wide) {
+        if constexpr (WIDE) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
                 Packed<uint32_t, 4> part = packed<4>(reinterpret_cast<const uint32_t *>(from) + i);
@@ -331,11 +332,11 @@ __device__ inline void copy_early(void *to, const void *from, bool here) {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
-                                    int tile_first, int D, bool wide) {
+                                    int tile_first, int D) {
     if constexpr (sizeof(T) == 2) {
-        if (!wide) return;
+        if constexpr (!WIDE) return;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             int s = tile_first + mover.step + k * mover.turn;
@@ -344,11 +345,11 @@ __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T
         }
     }
 }
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::Stage &stage, const T *x,
-                                    const CemaMover &mover, int tile_first, int D, bool wide) {
+                                    const CemaMover &mover, int tile_first, int D) {
     if constexpr (sizeof(T) == 2) {
-        if (wide) {
+        if constexpr (WIDE) {
             wait_for_copies();
 #pragma unroll
             for (int k = 0; k < 2; k++) {
@@ -359,7 +360,7 @@ __device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::S
             return;
         }
     }
-    cema_fetch(held, x, mover, tile_first, D, wide);
+    cema_fetch<WIDE>(held, x, mover, tile_first, D);
 }
 
 /* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
@@ -367,11 +368,11 @@ __device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_per
 __device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 /* What was requested, into the tile. */
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_move(CemaUnit<T> *tile, typename CemaEarly<T>::Stage &stage, const T *x,
-                                 const CemaMover &mover, int tile_first, int D, bool wide) {
+                                 const CemaMover &mover, int tile_first, int D) {
     CemaShare<T> held;
-    cema_receive(held, stage, x, mover, tile_first, D, wide);
+    cema_receive<WIDE, T>(held, stage, x, mover, tile_first, D);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
@@ -421,15 +422,15 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         }
 }
 
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first,
-                                  int D, bool wide) {
+                                  int D) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
         T *to = y + mover.at(s);
         if (!mover.has(s)) continue;
-        if (wide) {
+        if constexpr (WIDE) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
                 Packed<uint32_t, 4> part;
@@ -451,7 +452,7 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
 }
 
 /* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two rows
- * are strips of their own; J states are its own, and it holds J columns of tables that lead to states, the (re,
+ * are strips of their own; CEMA_OWN states are its own, and it holds CEMA_OWN columns of tables that lead to states, the (re,
  * im)[group % 2] of one state each. */
 struct CemaPlace {
     int channel, d, group, pair;
@@ -544,15 +545,15 @@ struct CemaPowers {
 };
 __device__ inline float cema_part(CemaFloat z, int im) { return im ? z.im : z.re; }
 
-/* J complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
-template <int J> struct CemaPairs { float v[J][4]; };
+/* CEMA_OWN complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
+struct CemaPairs { float v[CEMA_OWN][4]; };
 
 /* q^16 of a thread's states */
-template <int J> struct CemaTurn {
-    float re[J], im[J];
+struct CemaTurn {
+    float re[CEMA_OWN], im[CEMA_OWN];
     __device__ CemaTurn(const CemaPowers &powers, const CemaPlace &place) {
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             CemaFloat power = powers.of(powers.group, 4 * j + place.pair);
             re[j] = power.re, im[j] = power.im;
         }
@@ -560,17 +561,15 @@ template <int J> struct CemaTurn {
 };
 
 /* h = q^16 h + add; i: which row */
-template <int J>
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j,
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn &turn, int j,
                                  const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
-template <int J>
 __device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
-                                       const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+                                       const CemaTurn &turn, int j, const float (&add)[4]) {
     float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
           im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
@@ -588,22 +587,21 @@ __device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const f
 
 /* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
  * (segments,B,D,N,2) */
-template <int J>
-__device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const float *ends,
-                                  const float *slopes, const CemaFloat (&factor)[J],
+__device__ inline void cema_start(CemaPairs &h, CemaPairs &slope, const float *ends,
+                                  const float *slopes, const CemaFloat (&factor)[CEMA_OWN],
                                   const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
                                   int steps, int D, int N) {
     CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
-    CemaFloat power[J];
+    CemaFloat power[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
+    for (int j = 0; j < CEMA_OWN; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
     if (place.d >= D) return;
     /* All states at once, since each segment's waits for memory. */
     for (int segment = 0; segment < max(strip[0].segment, strip[1].segment); segment++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < J; j++) {
+            for (int j = 0; j < CEMA_OWN; j++) {
                 int k = place.state(j);
                 if (segment >= strip[i].segment || strip[i].steps == 0 || k >= N) continue;
                 int64_t at = ((((int64_t)segment * strips.B + strip[i].b) * D + place.d) * N + k) * 2;
@@ -620,14 +618,14 @@ __device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const fl
  *           ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
- * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
+ * needs:    CEMA_STATES states from first_state on; strips as long as `length`, a multiple of 32, the first of a row perhaps
  *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
  *           16 bytes; any other D and x without
  * numerics: as at the head of this file; fixed order: deterministic */
-template <typename T, int J, bool SLOPES>
+template <typename T, bool WIDE, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
-                     int first_state, int steps, int D, int N, bool wide) {
+                     int first_state, int steps, int D, int N) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
     constexpr int STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
@@ -636,11 +634,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     CemaMover mover(strips, steps, D);
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, 0, D);
     CemaPowers powers(tiles, coef, place, 0, D, N);
-    CemaTable<STATE> plain[J], hat[SLOPES ? J : 1];
+    CemaTable<STATE> plain[CEMA_OWN], hat[SLOPES ? CEMA_OWN : 1];
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
                       cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
@@ -649,37 +647,37 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
             cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
                        (float)(m - 9) * v[3]);
     }
-    CemaTurn<J> turn(powers, place);
-    CemaPairs<J> e = {}, slope = {};
+    CemaTurn turn(powers, place);
+    CemaPairs e = {}, slope = {};
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
+    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
     for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_request<T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (more) cema_request<WIDE, T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
             cema_rows<T>(rows, tiles[now], place, slot);
-            float add[J][4] = {}, add_slope[SLOPES ? J : 1][4] = {};
+            float add[CEMA_OWN][4] = {}, add_slope[SLOPES ? CEMA_OWN : 1][4] = {};
             cema_multiply(add, rows, plain);
             if constexpr (SLOPES) cema_multiply(add_slope, rows, hat);
 #pragma unroll
-            for (int j = 0; j < J; j++)
+            for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if constexpr (SLOPES) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope[j]);
                     cema_turn(e.v[j], i, turn, j, add[j]);
                 }
         }
-        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (more) cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
@@ -690,9 +688,9 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
 }
 
 /* The matrices of a scan: inputs to outputs, states to outputs, inputs to states. */
-template <typename T, int J> struct CemaScan {
-    CemaTable<CemaParts<T>::OUTPUT> taps[2], out[J / 2][2];
-    CemaTable<CemaParts<T>::STATE> in[J];
+template <typename T> struct CemaScan {
+    CemaTable<CemaParts<T>::OUTPUT> taps[2], out[CEMA_OWN / 2][2];
+    CemaTable<CemaParts<T>::STATE> in[CEMA_OWN];
 };
 
 /* Forward, inputs enter the state by p q^(15-m) and the state the output by c q q^m; back in time, by c q
@@ -704,13 +702,13 @@ __device__ inline CemaFloat cema_way_out(const CemaState &s, bool reverse) {
     return reverse ? CemaFloat{s.p, 0} : s.c * s.q;
 }
 
-template <typename T, int J>
-__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &powers,
+template <typename T>
+__device__ inline void cema_scan_tables(CemaScan<T> &scan, const CemaPowers &powers,
                                         const CemaCoefficients &coef, float omega, const CemaPlace &place,
                                         bool reverse, int D, int N) {
     float k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         CemaFloat in = cema_way_in(CemaState(coef, place.d, place.column(j), D, N), reverse);
         cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
@@ -739,14 +737,14 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &
 }
 
 /* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h + in x. */
-template <typename T, int J>
-__device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoefficients &coef,
+template <typename T>
+__device__ inline void cema_tail(CemaPairs &h, const T *x, const CemaCoefficients &coef,
                                  const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
                                  int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         CemaState s(coef, place.d, place.state(j), D, N);
         CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
@@ -759,18 +757,18 @@ __device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoeffici
 
 /* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group left go
  * on; all rows have unless RAGGED. */
-template <bool RAGGED, typename T, int J>
-__device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
-                                       const CemaTurn<J> &turn, const CemaPlace &place, int slot,
+template <bool RAGGED, typename T>
+__device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const CemaScan<T> &scan,
+                                       const CemaTurn &turn, const CemaPlace &place, int slot,
                                        const int (&left)[2]) {
     constexpr int OUTPUT = CemaParts<T>::OUTPUT;
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
-    CemaRows<OUTPUT> states[J / 2];
-    float y[J / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
+    CemaRows<OUTPUT> states[CEMA_OWN / 2];
+    float y[CEMA_OWN / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
     cema_multiply(y[0], rows, scan.taps);
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             cema_split(states[j / 2].a, j % 2 * 2 + i, h.v[j][2 * i], h.v[j][2 * i + 1]);
@@ -779,19 +777,19 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
 #pragma unroll
         for (int part = 0; part <= both; part++)
 #pragma unroll
-            for (int n = 0; n < J; n++)
+            for (int n = 0; n < CEMA_OWN; n++)
                 tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
-    float add[J][4] = {};
+    float add[CEMA_OWN][4] = {};
     cema_multiply(add, rows, scan.in);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
 #pragma unroll
-        for (int n = 1; n < J / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        for (int n = 1; n < CEMA_OWN / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
         tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
@@ -801,14 +799,14 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
  *           the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
- * needs:    4 J states at first_state; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
+ * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
  *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
-template <typename T, int J>
+template <typename T, bool WIDE>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
                      CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
-                     int steps, int D, int N, bool wide) {
+                     int steps, int D, int N) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
@@ -817,13 +815,13 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, 0, D);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaScan<T, J> scan;
+    CemaScan<T> scan;
     cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
                      D, N);
-    CemaTurn<J> turn(powers, place);
-    CemaPairs<J> h = {};
+    CemaTurn turn(powers, place);
+    CemaPairs h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
     int row_steps[2];
 #pragma unroll
@@ -832,27 +830,27 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
         row_steps[i] = strip.steps;
         if (!h_in || strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             const float *in = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
             h.v[j][2 * i] = in[0], h.v[j][2 * i + 1] = sign * in[1];
         }
     }
-    CemaPairs<J> no_slope = {};
-    CemaFloat way_in[J];
+    CemaPairs no_slope = {};
+    CemaFloat way_in[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
         way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
     cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
+    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
         bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_request<T>(stage, x, mover, first + TILE, D, wide);
-        if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
+        if (more) cema_request<WIDE, T>(stage, x, mover, first + TILE, D);
+        if (done && accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             int begin = first + slot * CEMA_GROUP, left[2] = {row_steps[0] - begin, row_steps[1] - begin};
@@ -862,9 +860,9 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
             CemaShare<T> out;
             cema_take(out, tiles[now ^ 1], mover);
             if (accumulate) cema_add(out, before);
-            cema_write(y, out, mover, first - TILE, D, wide);
+            cema_write<WIDE>(y, out, mover, first - TILE, D);
         }
-        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + TILE, D, wide);
+        if (more) cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
@@ -874,8 +872,8 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     if (moves) {
         CemaShare<T> out;
         cema_take(out, tiles[now ^ 1], mover);
-        if (accumulate) cema_fetch(before, (const T *)y, mover, last, D, wide), cema_add(out, before);
-        cema_write(y, out, mover, last, D, wide);
+        if (accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, last, D), cema_add(out, before);
+        cema_write<WIDE>(y, out, mover, last, D);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -883,7 +881,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
         if (!h_out || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
         cema_tail(h, x, coef, place, strips, i, steps, D, N);
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             float *out = h_out + (((int64_t)strip.b * D + place.d) * N + k) * 2;
@@ -892,15 +890,14 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     }
 }
 
-/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with J a fourth of how many it
- * has to take. */
-#define WITH_CEMA_STATES(N, ...)                                                                            \
+/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with the constant WIDE. */
+#define WITH_CEMA_STATES(N, wide, ...)                                                                      \
     for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
-        if ((N) - first_state > CEMA_STATES / 2) {                                                            \
-            constexpr int J = CEMA_STATES / 4;                                                              \
+        if (wide) {                                                                                         \
+            constexpr bool WIDE = true;                                                                     \
             __VA_ARGS__;                                                                                    \
         } else {                                                                                            \
-            constexpr int J = CEMA_STATES / 8;                                                              \
+            constexpr bool WIDE = false;                                                                    \
             __VA_ARGS__;                                                                                    \
         }                                                                                                   \
     }
@@ -917,13 +914,13 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     bool wide = cema_wide<T>(D, x);
     if (strips.count == 0) return;
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, {
+    WITH_CEMA_STATES(N, wide, {
         if (slopes)
-            LAUNCH((cema_ends_kernel<T, J, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N, wide);
+            LAUNCH((cema_ends_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N);
         else
-            LAUNCH((cema_ends_kernel<T, J, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N, wide);
+            LAUNCH((cema_ends_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
+                   first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -933,11 +930,10 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
                       int64_t steps, int64_t D, int64_t N) {
     bool wide = cema_wide<T>(D, x, y);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, {
+    WITH_CEMA_STATES(N, wide, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
-               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N,
-               wide);
+        LAUNCH((cema_scan_kernel<T, WIDE>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
+               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -963,8 +959,8 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
  * (rows,D). */
 struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
-/* (re, im) of J states, summed over a thread's rows. */
-template <int J> struct CemaTotals { float re[J], im[J]; };
+/* (re, im) of CEMA_OWN states, summed over a thread's rows. */
+struct CemaTotals { float re[CEMA_OWN], im[CEMA_OWN]; };
 __device__ inline void cema_add_product(float &re, float &im, const float (&a)[4], const float (&b)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -975,24 +971,24 @@ __device__ inline void cema_add_product(float &re, float &im, const float (&a)[4
 
 /* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta, and
  * sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
-template <int J> struct CemaBackward {
-    CemaPairs<J> nu, zeta;
-    CemaTotals<J> a, k;
+struct CemaBackward {
+    CemaPairs nu, zeta;
+    CemaTotals a, k;
     float meet[2][4];
 };
 
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
-template <bool RAGGED, typename T, int J>
-__device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[J][2],
-                                       const CemaTurn<J> &turn, const CemaPlace &place,
+template <bool RAGGED, typename T>
+__device__ inline void cema_sums_group(CemaBackward &s, const CemaUnit<T> *tile,
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[CEMA_OWN][2],
+                                       const CemaTurn &turn, const CemaPlace &place,
                                        const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
     CemaRows<INPUT> u, dy;
     cema_rows<T>(u, tile, place, 0);
     cema_rows<T>(dy, tile, place, 1);
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         float v[2][4] = {}, add[2][4] = {}; /* and by ln q */
         cema_multiply(v, u, tables[j]);
         cema_multiply(add, dy, tables[j]);
@@ -1027,14 +1023,14 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
 }
 
 /* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
-template <typename T, int J>
-__device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
+template <typename T>
+__device__ inline void cema_sums_tail(CemaBackward &s, const T *dy, const CemaCoefficients &coef,
                                       const CemaPlace &place, const CemaStrips &strips, int i, int steps,
                                       int D, int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         CemaFloat q = CemaState(coef, place.d, place.state(j), D, N).q;
         CemaFloat nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
                   zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
@@ -1049,8 +1045,8 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
 
 /* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An incoming state
  * acts like an input: its products with q nu and with nu + zeta at the first step. */
-template <typename T, int J>
-__device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
+template <typename T>
+__device__ inline void cema_sums_finish(CemaBackward &s, const CemaSums &sums, float *own, const T *dy,
                                         const float *h_in, const CemaCoefficients &coef,
                                         const CemaPlace &place, const CemaStrips &strips, int steps, int D,
                                         int N) {
@@ -1070,14 +1066,14 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
         }
         __syncwarp(); // and read
     }
-    CemaTotals<J> h_nu = {}, h_zeta = {};
+    CemaTotals h_nu = {}, h_zeta = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (!h_in || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
         cema_sums_tail(s, dy, coef, place, strips, i, steps, D, N);
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             const float *h = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
@@ -1086,9 +1082,9 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
             h_zeta.re[j] += h[0] * zeta[0] - h[1] * zeta[1], h_zeta.im[j] += h[0] * zeta[1] + h[1] * zeta[0];
         }
     }
-    CemaTotals<J> *all[4] = {&s.a, &s.k, &h_nu, &h_zeta};
+    CemaTotals *all[4] = {&s.a, &s.k, &h_nu, &h_zeta};
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float sum = i % 2 ? all[i / 2]->im[j] : all[i / 2]->re[j];
@@ -1107,7 +1103,7 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
         a = a + here * power, slope = slope + (lag + 1) * next * power;
         power = power * q;
     }
-    if (lane >= 4 * J || k >= N || place.d >= D) return;
+    if (lane >= 4 * CEMA_OWN || k >= N || place.d >= D) return;
     const float *t = own + lane * 8;
     double p = state.p;
     a = a + q * CemaComplex{t[0], t[1]}, slope = slope + CemaComplex{t[0], t[1]} + CemaComplex{t[2], t[3]};
@@ -1122,13 +1118,13 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
 /* computes: the gradients of p, q, c and omega but for what dh_out adds, a row of them for 16 strips
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes
- * needs:    4 J states at first_state; strips in reverse; ends and slopes of dy from cema_ends_kernel
+ * needs:    CEMA_STATES states from first_state on; strips in reverse; ends and slopes of dy from cema_ends_kernel
  * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
-template <typename T, int J>
+template <typename T, bool WIDE>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
                      const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
-                     int steps, int D, int N, bool wide) {
+                     int steps, int D, int N) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
@@ -1137,11 +1133,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     CemaMover mover(strips, steps, D);
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
-    cema_request<T>(stage, from, mover, 0, D, wide);
+    cema_request<WIDE, T>(stage, from, mover, 0, D);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaTable<PARTS> tables[J][2]; /* of powers, and of their derivatives by ln q */
+    CemaTable<PARTS> tables[CEMA_OWN][2]; /* of powers, and of their derivatives by ln q */
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
                       cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
@@ -1149,27 +1145,27 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
         cema_table(tables[j][1], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
                    (float)(m + 9) * v[3]);
     }
-    CemaTurn<J> turn(powers, place);
-    CemaBackward<J> s = {};
+    CemaTurn turn(powers, place);
+    CemaBackward s = {};
     int row_steps[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) row_steps[i] = CemaStrip(strips, place.row[i], steps).steps;
-    CemaFloat plainly[J];
+    CemaFloat plainly[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
+    for (int j = 0; j < CEMA_OWN; j++) plainly[j] = CemaFloat{1, 0};
     cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    cema_move<T>(tiles[0], stage, from, mover, 0, D, wide);
+    cema_move<WIDE, T>(tiles[0], stage, from, mover, 0, D);
     int now = 0, first = 0, longest = min(strips.length, steps);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
         bool more = first + CEMA_GROUP < longest;
-        if (more) cema_request<T>(stage, from, mover, first + CEMA_GROUP, D, wide);
+        if (more) cema_request<WIDE, T>(stage, from, mover, first + CEMA_GROUP, D);
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
         cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_move<T>(tiles[now], stage, from, mover, first, D, wide);
+        if (more) cema_move<WIDE, T>(tiles[now], stage, from, mover, first, D);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
@@ -1288,8 +1284,8 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
                  D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
-                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, wide, LAUNCH((cema_sums_kernel<T, WIDE>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
