@@ -4,37 +4,38 @@
  * Sixteen steps at a time, on the tensor cores. With h the states before a group of steps, u_0 .. u_15 its
  * inputs, and k_l = Re(sum_k p c q^l) (+ omega at l = 0)
  *     y_m = sum_{i<=m} k_(m-i) u_i + Re(sum_k c q^(m+1) h)        h' = q^16 h + sum_m p q^(15-m) u_m
- * so that three small matrices of a channel - inputs to outputs, states to outputs, inputs to states - and one
- * complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment of a
- * row of the batch is a strip, and a warp owns sixteen strips of one channel:
+ * so that three small matrices of a channel - inputs to outputs, states to outputs, inputs to states - and
+ * one complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment
+ * of a row of the batch is a strip, and a warp owns sixteen strips of one channel:
  *
  *     rows of a product: 16 strips | columns: 16 steps, or 16 states as pairs (re, im) | matrices: registers
  *
  * An accumulator of mma.m16n8k16 holds for a thread the pair (re, im) of one state of two strips, which is
- * also how the next product wants its operand: states never leave their thread. A bf16 input is exact; floats
- * (states, matrices, float inputs) are split into bf16 parts whose sum they are: two parts hold 16 bits, three
- * 24. The products of two parts that are both small are left out. The sums are float, and the recurrence
- * itself, q^16 h + ..., is done outside of the tensor cores, which cut off what they should round.
+ * also how the next product wants its operand: states never leave their thread. A bf16 input is exact;
+ * floats (states, matrices, float inputs) are split into bf16 parts whose sum they are: two parts hold 16
+ * bits, three 24. The products of two parts that are both small are left out. The sums are float, and the
+ * recurrence itself, q^16 h + ..., is done outside of the tensor cores, which cut off what they should
+ * round.
  *
- * Tiles pass through shared memory, which turns them round: global memory is read and written along channels,
- * a product along time. The next tile's loads are under way while one is computed. A first kernel finds the
- * state that each segment would end with had it begun with zero, e; the others begin each segment with what
- * all segments before it left.
+ * Tiles pass through shared memory, which turns them round: global memory is read and written along
+ * channels, a product along time. The next tile's loads are under way while one is computed. A first kernel
+ * finds the state that each segment would end with had it begun with zero, e; the others begin each segment
+ * with what all segments before it left.
  *
- * Backward without any state of the forward, by the same kernels going back in time. The output's dependence
- * on the input is symmetric in time, so du comes out of dy as y does out of u; only where p and c stand
- * changes, and what goes in and comes out are the gradients of the last state and of the first, conjugate
- * (the gradient of Re(z w) by w, as a pair, is (Re z, -Im z)):
+ * Backward without any state of the forward, by the same kernels going back in time. The output's
+ * dependence on the input is symmetric in time, so du comes out of dy as y does out of u; only where p and
+ * c stand changes, and what goes in and comes out are the gradients of the last state and of the first,
+ * conjugate (the gradient of Re(z w) by w, as a pair, is (Re z, -Im z)):
  *     W' = q^16 W + sum_m c q^(16-m) dy_m         du_m = sum_{i<=m} k_(m-i) dy_i + Re(sum_k p q^m W)
  * For the parameters, let nu_t = dy_t + q nu_{t+1} and zeta = d nu / d ln q. The loss's linear form is
  * Re(c sum_t p u_t nu_t), and with A = sum u nu and K = dA / dq
- *     dc = p A     dq = c p K     dp = Re(c A)     (and an incoming state acts like an input p u_{-1} = h_in)
+ *     dc = p A     dq = c p K     dp = Re(c A)     (an incoming state acts like an input p u_{-1} = h_in)
  * A group of sixteen steps back in time adds, with nu and zeta those after it in time,
  *     A += q V nu + sum_l r_l q^l         V = sum_m u_m q^m,  V^ = dV / d ln q
  *     K += V nu + V^ nu + V zeta + sum_l l r_l q^(l-1)
- * where r_l = sum u_m dy_(m-l), steps counted back in time, is what meets inside groups: products of u and dy
- * on the tensor cores, added up for a whole channel and multiplied by the powers of q once, at the end. r_0 is
- * the gradient of omega.
+ * where r_l = sum u_m dy_(m-l), steps counted back in time, is what meets inside groups: products of u and
+ * dy on the tensor cores, added up for a whole channel and multiplied by the powers of q once, at the end.
+ * r_0 is the gradient of omega.
  */
 #ifndef CUDA_CEMA_CUH
 #define CUDA_CEMA_CUH
@@ -45,8 +46,8 @@
 #define CEMA_WIDTH 16
 #endif
 enum {
-    CEMA_GROUP = 16,    /* steps of a group */
-    CEMA_STRIPS = 16,   /* of a warp */
+    CEMA_GROUP = 16,            /* steps of a group */
+    CEMA_STRIPS = 16,           /* of a warp */
     CEMA_CHANNELS = CEMA_WIDTH, /* of a block, a warp each: 8 or 16 */
     CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
     CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
@@ -178,8 +179,8 @@ __device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum, so
- * that several sums take turns. */
+/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum,
+ * so that several sums take turns. */
 template <int A, int B, int COUNT>
 __device__ inline void cema_multiply(float (&sum)[COUNT][4], const CemaRows<A> &rows,
                                      const CemaTable<B> (&table)[COUNT]) {
@@ -223,8 +224,8 @@ struct CemaStrip {
     }
 };
 
-/* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this one
- * and any number of steps, so that a dry run of the largest batch takes enough scratch. */
+/* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this
+ * one and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
 static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
     int64_t blocks = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM / ceil_div(D, CEMA_CHANNELS);
@@ -245,10 +246,11 @@ __device__ inline int cema_even_steps(const CemaStrips &strips, int all_steps, i
     return min(strips.length, last) / tile * tile;
 }
 
-/* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a unit.
- * The order of units makes the threads of a warp that write one channel's strips or read one channel as a
- * fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight channels
- * neighbouring pairs of rows change places, because a mover's two halves write both kinds at a time. */
+/* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a
+ * unit. The order of units makes the threads of a warp that write one channel's strips or read one channel
+ * as a fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight
+ * channels neighbouring pairs of rows change places, because a mover's two halves write both kinds at a
+ * time. */
 template <typename T> using CemaUnit = Packed<T, 2>;
 __device__ inline int cema_unit(int slot, int channel, int row, int pair) {
     row ^= channel < 8 ? 0 : 2;
@@ -256,8 +258,8 @@ __device__ inline int cema_unit(int slot, int channel, int row, int pair) {
     return (slot * CEMA_CHANNELS + channel) * CEMA_UNITS + row * (CEMA_GROUP / 2) + half * 4 + pair % 4;
 }
 
-/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits until
- * they are put into shared memory. */
+/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits
+ * until they are put into shared memory. */
 template <typename T> struct CemaShare {
     static constexpr int WORDS = 2 * (int)sizeof(T);
     uint32_t word[2][WORDS];
@@ -286,7 +288,8 @@ struct CemaMover {
 static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNELS / 8),
               "the threads cover two slots");
 
-/* A tile's steps from tile_first on; zero outside the strip. WIDE: rows may be read in units of 16 bytes. */
+/* A tile's steps from tile_first on; zero outside the strip. WIDE: rows may be read in units of 16
+ * bytes. */
 template <bool WIDE, typename T>
 __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int tile_first,
                                   int D) {
@@ -318,8 +321,9 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
     }
 }
 
-/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no registers
- * wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is fetched when it is wanted. */
+/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no
+ * registers wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is
+ * fetched when it is wanted. */
 struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
 template <typename T> struct CemaEarly { using Stage = char; };
 template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
@@ -451,9 +455,9 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
     }
 }
 
-/* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two rows
- * are strips of their own; CEMA_OWN states are its own, and it holds CEMA_OWN columns of tables that lead to states, the (re,
- * im)[group % 2] of one state each. */
+/* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two
+ * rows are strips of their own; CEMA_OWN states are its own, and it holds CEMA_OWN columns of tables that
+ * lead to states, the (re, im)[group % 2] of one state each. */
 struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
@@ -476,8 +480,8 @@ struct CemaPlace {
     }
 };
 
-/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right third;
- * `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
+/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right
+ * third; `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
 template <bool TRANSPOSED> __device__ inline void tensor_load(uint32_t (&a)[4], const void *row) {
     uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
     if constexpr (TRANSPOSED)
@@ -521,9 +525,9 @@ __device__ inline void cema_rows_transposed(CemaRows<CemaParts<T>::INPUT> &out,
     }
 }
 
-/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in shared
- * memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin at another
- * bank than those of the state before it. */
+/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in
+ * shared memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin
+ * at another bank than those of the state before it. */
 struct CemaPowers {
     CemaFloat *own, group, length; /* the latter two of state lane / 2 */
     __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps,
@@ -545,7 +549,8 @@ struct CemaPowers {
 };
 __device__ inline float cema_part(CemaFloat z, int im) { return im ? z.im : z.re; }
 
-/* CEMA_OWN complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
+/* CEMA_OWN complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave
+ * them. */
 struct CemaPairs { float v[CEMA_OWN][4]; };
 
 /* q^16 of a thread's states */
@@ -561,23 +566,22 @@ struct CemaTurn {
 };
 
 /* h = q^16 h + add; i: which row */
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn &turn, int j,
-                                 const float (&add)[4]) {
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn &turn, int j, const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
-__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
-                                       const CemaTurn &turn, int j, const float (&add)[4]) {
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn &turn,
+                                       int j, const float (&add)[4]) {
     float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
           im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL); ends and
- * slopes at this segment's. power: q^length. */
+/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL);
+ * ends and slopes at this segment's. power: q^length. */
 __device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const float *end,
                                          const float *end_slope, CemaFloat factor, CemaFloat power,
                                          int length) {
@@ -585,12 +589,12 @@ __device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const f
     h = power * h + factor * CemaFloat{end[0], end[1]};
 }
 
-/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
- * (segments,B,D,N,2) */
-__device__ inline void cema_start(CemaPairs &h, CemaPairs &slope, const float *ends,
-                                  const float *slopes, const CemaFloat (&factor)[CEMA_OWN],
-                                  const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
-                                  int steps, int D, int N) {
+/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends,
+ * slopes: (segments,B,D,N,2) */
+__device__ inline void cema_start(CemaPairs &h, CemaPairs &slope, const float *ends, const float *slopes,
+                                  const CemaFloat (&factor)[CEMA_OWN], const CemaPowers &powers,
+                                  const CemaPlace &place, const CemaStrips &strips, int steps, int D,
+                                  int N) {
     CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
     CemaFloat power[CEMA_OWN];
 #pragma unroll
@@ -614,13 +618,13 @@ __device__ inline void cema_start(CemaPairs &h, CemaPairs &slope, const float *e
             }
 }
 
-/* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
- *           ln q
+/* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e /
+ *           d ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
- * needs:    CEMA_STATES states from first_state on; strips as long as `length`, a multiple of 32, the first of a row perhaps
- *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
- *           16 bytes; any other D and x without
+ * needs:    CEMA_STATES states from first_state on; strips as long as `length`, a multiple of 32, the first
+ *           of a row perhaps with steps before step 0, which are zero; slopes if SLOPES; WIDE: D a multiple
+ *           of 8, x of 16 bytes
  * numerics: as at the head of this file; fixed order: deterministic */
 template <typename T, bool WIDE, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
@@ -736,7 +740,8 @@ __device__ inline void cema_scan_tables(CemaScan<T> &scan, const CemaPowers &pow
     }
 }
 
-/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h + in x. */
+/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h
+ * + in x. */
 template <typename T>
 __device__ inline void cema_tail(CemaPairs &h, const T *x, const CemaCoefficients &coef,
                                  const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
@@ -755,8 +760,8 @@ __device__ inline void cema_tail(CemaPairs &h, const T *x, const CemaCoefficient
     }
 }
 
-/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group left go
- * on; all rows have unless RAGGED. */
+/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group
+ * left go on; all rows have unless RAGGED. */
 template <bool RAGGED, typename T>
 __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const CemaScan<T> &scan,
                                        const CemaTurn &turn, const CemaPlace &place, int slot,
@@ -778,14 +783,16 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const Ce
         for (int part = 0; part <= both; part++)
 #pragma unroll
             for (int n = 0; n < CEMA_OWN; n++)
-                tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
+                tensor_product(y[n / 2][n % 2], states[n / 2].a[part],
+                               scan.out[n / 2][n % 2].b[both - part]);
     float add[CEMA_OWN][4] = {};
     cema_multiply(add, rows, scan.in);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
 #pragma unroll
-        for (int n = 1; n < CEMA_OWN / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        for (int n = 1; n < CEMA_OWN / 2; n++)
+            first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
         tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
@@ -795,12 +802,13 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const Ce
             if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
 }
 
-/* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
- *           the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
+/* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out;
+ *           reverse, the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
- * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
- *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
+ * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may
+ *           be the same memory unless there are several segments; omega NULL is zero; ends from
+ *           cema_ends_kernel; y is not x; WIDE: D a multiple of 8, x and y of 16 bytes
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
 template <typename T, bool WIDE>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
@@ -916,11 +924,11 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, wide, {
         if (slopes)
-            LAUNCH((cema_ends_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N);
+            LAUNCH((cema_ends_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                   strips, first_state, (int)steps, (int)D, (int)N);
         else
-            LAUNCH((cema_ends_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N);
+            LAUNCH((cema_ends_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                   strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -955,8 +963,8 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
 }
 
-/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
- * (rows,D). */
+/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of
+ * omega, (rows,D). */
 struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
 /* (re, im) of CEMA_OWN states, summed over a thread's rows. */
@@ -969,8 +977,8 @@ __device__ inline void cema_add_product(float &re, float &im, const float (&a)[4
     }
 }
 
-/* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta, and
- * sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
+/* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta,
+ * and sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
 struct CemaBackward {
     CemaPairs nu, zeta;
     CemaTotals a, k;
@@ -981,8 +989,7 @@ struct CemaBackward {
 template <bool RAGGED, typename T>
 __device__ inline void cema_sums_group(CemaBackward &s, const CemaUnit<T> *tile,
                                        const CemaTable<CemaParts<T>::GRADIENT> (&tables)[CEMA_OWN][2],
-                                       const CemaTurn &turn, const CemaPlace &place,
-                                       const int (&left)[2]) {
+                                       const CemaTurn &turn, const CemaPlace &place, const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
     CemaRows<INPUT> u, dy;
     cema_rows<T>(u, tile, place, 0);
@@ -1022,7 +1029,8 @@ __device__ inline void cema_sums_group(CemaBackward &s, const CemaUnit<T> *tile,
         for (int i = 0; i < 4; i++) s.meet[o][i] += sum[o][i];
 }
 
-/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
+/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta
+ * + nu). */
 template <typename T>
 __device__ inline void cema_sums_tail(CemaBackward &s, const T *dy, const CemaCoefficients &coef,
                                       const CemaPlace &place, const CemaStrips &strips, int i, int steps,
@@ -1043,8 +1051,8 @@ __device__ inline void cema_sums_tail(CemaBackward &s, const T *dy, const CemaCo
     }
 }
 
-/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An incoming state
- * acts like an input: its products with q nu and with nu + zeta at the first step. */
+/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An
+ * incoming state acts like an input: its products with q nu and with nu + zeta at the first step. */
 template <typename T>
 __device__ inline void cema_sums_finish(CemaBackward &s, const CemaSums &sums, float *own, const T *dy,
                                         const float *h_in, const CemaCoefficients &coef,
@@ -1118,7 +1126,8 @@ __device__ inline void cema_sums_finish(CemaBackward &s, const CemaSums &sums, f
 /* computes: the gradients of p, q, c and omega but for what dh_out adds, a row of them for 16 strips
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes
- * needs:    CEMA_STATES states from first_state on; strips in reverse; ends and slopes of dy from cema_ends_kernel
+ * needs:    CEMA_STATES states from first_state on; strips in reverse; ends and slopes of dy from
+ *           cema_ends_kernel; WIDE: D a multiple of 8, dy and u of 16 bytes
  * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
 template <typename T, bool WIDE>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
@@ -1174,9 +1183,10 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_sums_finish(s, sums, own, dy, h_in, coef, place, strips, steps, D, N);
 }
 
-/* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of inputs,
- *           h_{T-1} = p H + q^T h_in, and H = u_{T-1} + q E where E and dE / d ln q come from the ends of the
- *           steps before:  dp = Re(G H), dq = G (p dH / dq + T q^(T-1) h_in), dc = 0; a row of sums for each b
+/* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of
+ *           inputs, h_{T-1} = p H + q^T h_in, and H = u_{T-1} + q E where E and dE / d ln q come from the
+ *           ends of the steps before:  dp = Re(G H), dq = G (p dH / dq + T q^(T-1) h_in), dc = 0; a row of
+ *           sums for each b
  * launch:   grid ceil(B D N / 256), block 256: a thread owns a state of a row of the batch
  * traffic:  (28 + 16 segments) B D N bytes
  * needs:    ends and slopes of u's first T-1 steps, whose segments end at their end
@@ -1211,7 +1221,7 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
  *     da = dp - s dr,  ds = -a dr,  dr = dq . (cos phi, sin phi),  dphi = dq . (-q_im, q_re)
  * computes: dalpha, ddelta, dtheta, dgamma, domega += from the sums, over rows (of all segments) and, for
  *           theta, over states
- * launch:   grid ceil(D / channels), block 256: a thread owns a state of a channel, N of them make a channel
+ * launch:   grid ceil(D / channels), block 256: a thread owns a state of a channel, N make a channel
  * traffic:  20 rows D N bytes read
  * needs:    N <= 256
  * numerics: double, fixed order: deterministic */
@@ -1284,8 +1294,9 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
                  D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, wide, LAUNCH((cema_sums_kernel<T, WIDE>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
-                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N));
+    WITH_CEMA_STATES(N, wide,
+                     LAUNCH((cema_sums_kernel<T, WIDE>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                            ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
