@@ -45,6 +45,9 @@
 #ifndef CEMA_WIDTH
 #define CEMA_WIDTH 16
 #endif
+#ifndef CEMA_STAGGER
+#define CEMA_STAGGER 1
+#endif
 enum {
     CEMA_GROUP = 16,            /* steps of a group */
     CEMA_STRIPS = 16,           /* of a warp */
@@ -56,6 +59,7 @@ enum {
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
     CEMA_OWN = CEMA_STATES / 4,                /* of a thread */
+    NUM_SCHEDULERS = 4, /* of an SM */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -455,6 +459,12 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
     }
 }
 
+/* Between two barriers a warp computes a tile and carries data, in either order: the warps of a scheduler do not
+ * all do the same at the same time. */
+__device__ inline bool cema_carries_first() {
+    return CEMA_STAGGER && (int)threadIdx.x / WARP_SIZE / NUM_SCHEDULERS % 2 == 1;
+}
+
 /* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two
  * rows are strips of their own; CEMA_OWN states are its own, and it holds CEMA_OWN columns of tables that
  * lead to states, the (re, im)[group % 2] of one state each. */
@@ -630,8 +640,7 @@ template <typename T, bool WIDE, bool SLOPES>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
                      int first_state, int steps, int D, int N) {
-    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
-    constexpr int STATE = CemaParts<T>::STATE;
+    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP, STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
     __shared__ typename CemaEarly<T>::Stage stage;
@@ -654,11 +663,17 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     CemaTurn turn(powers, place);
     CemaPairs e = {}, slope = {};
     __syncthreads(); // the powers are no longer needed
+    int first = 0, now = 0;
+    auto carry = [&]() {
+        if (!moves || first + TILE >= strips.length) return;
+        cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
+        cema_request<WIDE, T>(stage, x, mover, first + 2 * TILE, D);
+    };
     if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
-    for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
+    if (moves) cema_request<WIDE, T>(stage, x, mover, TILE, D);
+    for (; first < strips.length; first += TILE, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
-        bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_request<WIDE, T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D);
+        if (cema_carries_first()) carry();
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
@@ -674,7 +689,7 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
                     cema_turn(e.v[j], i, turn, j, add[j]);
                 }
         }
-        if (more) cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D);
+        if (!cema_carries_first()) carry();
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -820,7 +835,6 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     CemaPlace place(first_state);
     __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
     if (moves) cema_request<WIDE, T>(stage, x, mover, 0, D);
@@ -852,37 +866,37 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
         way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
     cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
     int now = 0, first = 0, longest = min(strips.length, steps);
+    /* The outputs before this tile go out, the inputs after it come in. */
+    auto carry = [&]() {
+        if (moves && first > 0) {
+            CemaShare<T> before, out;
+            if (accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
+            cema_take(out, tiles[now ^ 1], mover);
+            if (accumulate) cema_add(out, before);
+            cema_write<WIDE>(y, out, mover, first - TILE, D);
+        }
+        if (!moves || first + TILE >= longest) return;
+        cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
+        cema_request<WIDE, T>(stage, x, mover, first + 2 * TILE, D);
+    };
+    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, TILE, D);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
-        bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_request<WIDE, T>(stage, x, mover, first + TILE, D);
-        if (done && accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
+        if (cema_carries_first()) carry();
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             int begin = first + slot * CEMA_GROUP, left[2] = {row_steps[0] - begin, row_steps[1] - begin};
             cema_scan_group<ragged.value>(tiles[now], h, scan, turn, place, slot, left);
         }
-        if (done) {
-            CemaShare<T> out;
-            cema_take(out, tiles[now ^ 1], mover);
-            if (accumulate) cema_add(out, before);
-            cema_write<WIDE>(y, out, mover, first - TILE, D);
-        }
-        if (more) cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
+        if (!cema_carries_first()) carry();
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
     __syncthreads(); // the last outputs are whole
-    int last = (longest - 1) / TILE * TILE;
-    if (moves) {
-        CemaShare<T> out;
-        cema_take(out, tiles[now ^ 1], mover);
-        if (accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, last, D), cema_add(out, before);
-        cema_write<WIDE>(y, out, mover, last, D);
-    }
+    carry();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
@@ -1164,17 +1178,22 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     for (int j = 0; j < CEMA_OWN; j++) plainly[j] = CemaFloat{1, 0};
     cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    cema_move<WIDE, T>(tiles[0], stage, from, mover, 0, D);
     int now = 0, first = 0, longest = min(strips.length, steps);
+    auto carry = [&]() {
+        if (first + CEMA_GROUP >= longest) return;
+        cema_move<WIDE, T>(tiles[(now + 1) % BUFFERS], stage, from, mover, first + CEMA_GROUP, D);
+        cema_request<WIDE, T>(stage, from, mover, first + 2 * CEMA_GROUP, D);
+    };
+    cema_move<WIDE, T>(tiles[0], stage, from, mover, 0, D);
+    cema_request<WIDE, T>(stage, from, mover, CEMA_GROUP, D);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
-        bool more = first + CEMA_GROUP < longest;
-        if (more) cema_request<WIDE, T>(stage, from, mover, first + CEMA_GROUP, D);
+        if (BUFFERS == 2 && cema_carries_first()) carry();
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
         cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
+        if (BUFFERS == 1 || !cema_carries_first()) carry();
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_move<WIDE, T>(tiles[now], stage, from, mover, first, D);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
