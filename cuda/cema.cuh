@@ -42,16 +42,10 @@
 
 #include "common.cuh"
 
-#ifndef CEMA_WIDTH
-#define CEMA_WIDTH 16
-#endif
-#ifndef CEMA_STAGGER
-#define CEMA_STAGGER 1
-#endif
 enum {
-    CEMA_GROUP = 16,            /* steps of a group */
-    CEMA_STRIPS = 16,           /* of a warp */
-    CEMA_CHANNELS = CEMA_WIDTH, /* of a block, a warp each: 8 or 16 */
+    CEMA_GROUP = 16,    /* steps of a group */
+    CEMA_STRIPS = 16,   /* of a warp */
+    CEMA_CHANNELS = 16, /* of a block, a warp each; or 8, and two blocks an SM */
     CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
     CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
@@ -59,7 +53,7 @@ enum {
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
     CEMA_OWN = CEMA_STATES / 4,                /* of a thread */
-    NUM_SCHEDULERS = 4, /* of an SM */
+    NUM_SCHEDULERS = 4,                        /* of an SM */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -462,7 +456,7 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
 /* Between two barriers a warp computes a tile and carries data, in either order: the warps of a scheduler do not
  * all do the same at the same time. */
 __device__ inline bool cema_carries_first() {
-    return CEMA_STAGGER && (int)threadIdx.x / WARP_SIZE / NUM_SCHEDULERS % 2 == 1;
+    return (int)threadIdx.x / WARP_SIZE / NUM_SCHEDULERS % 2 == 1;
 }
 
 /* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two

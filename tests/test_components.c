@@ -127,7 +127,7 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
 
 /* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
 static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
-    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd;
+    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd, states = odd;
     int C = odd.chunk_size, lengths[] = {1, C - 1, C, C + 1, 53};
     bool stateful = has_role(id, MEGALODON_STATE_IN);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
@@ -150,6 +150,12 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 9, 3, 3, MEGALODON_FP32}, true, true);
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // and more rows than all blocks take in one turn
         check_component(candidate, reference, id, "wide, many", &(MegalodonShape){wide, 2, 800, 3, 3, MEGALODON_FP32},
+                        true, true);
+    /* More states than a launch takes, channels that are read eight at a time, and time in segments of which the last
+     * one is shorter and no whole number of groups. */
+    states.model_dim = 40, states.cema_ndim = 20;
+    if (id == MEGALODON_CEMA)
+        check_component(candidate, reference, id, "20 states", &(MegalodonShape){states, 2, 333, 3, 3, MEGALODON_FP32},
                         true, true);
     narrow.model_dim = narrow.z_dim = narrow.value_dim = 6, narrow.cema_ndim = 2, narrow.norm_num_groups = 3;
     check_component(candidate, reference, id, "long", &(MegalodonShape){narrow, 2, 2100, 4, 3, MEGALODON_FP32}, true,
