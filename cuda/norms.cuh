@@ -104,8 +104,8 @@ template <typename T> struct NormBackward {
 
 /* xhat = (x - mean) rstd, y = keep (xhat (1 + w) + b):  with g = keep dy (1 + w):
  * dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not CENTRED;  dw += keep dy xhat;  db += dy
- * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that read
- *           y needs it)
+ * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that
+ *           read y needs it)
  * launch:   grid at most 3 blocks a multiprocessor, block 256: a block takes batches of rows in turn with the
  *           others; in each, first a warp a row for the two means, then a thread walks down its columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
     int side = 0;
     for (int64_t begin = first; begin < n.rows; begin += stride, side ^= 1) {
         int count = (int)min((int64_t)n.batch, n.rows - begin);
-        if (VEC > 1 && threadIdx.x == 0 && begin + stride < n.rows) { // the next batch is on its way meanwhile
+        if (threadIdx.x == 0 && begin + stride < n.rows) { // the next batch is on its way meanwhile
             size_t bytes = (size_t)(min((int64_t)n.batch, n.rows - begin - stride) * columns) * sizeof(T);
             prefetch(n.x + (begin + stride) * columns, bytes);
             prefetch(n.dy + (begin + stride) * columns, bytes);
@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
             }
             if (CENTRED) g_sum = warp_sum(g_sum);
             gx_sum = warp_sum(gx_sum) * rstd;
-            if (lane == 0) row_g[side][r] = g_sum / (float)columns, row_gx[side][r] = gx_sum / (float)columns;
+            if (lane == 0)
+                row_g[side][r] = g_sum / (float)columns, row_gx[side][r] = gx_sum / (float)columns;
         }
         /* The batch's means are known, and nobody reads its dy for them any more: dx may overwrite it. The
          * other side is still being read, but not after the next barrier. */
@@ -202,7 +203,8 @@ static void norm_backward(Context *context, NormBackward<T> n, float *dweight, f
                           int64_t rows, int64_t columns) {
     WITH_VEC(T, vectorises<T>(columns, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
         int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
-        int64_t fit = min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
+        int64_t fit =
+            min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
         n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);
         n.rows = rows, n.columns = (int)columns;
         int64_t blocks = min(ceil_div(rows, n.batch), (int64_t)context->num_sms * NORM_BLOCKS);
@@ -224,8 +226,8 @@ static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, con
     norm_forward<T, false>(context, y, nullptr, rstd, x, weight, nullptr, rows, columns, eps, dropout);
 }
 
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to by the next
- * add_sums. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to by the
+ * next add_sums. */
 template <typename T>
 static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd,
                              const T *x, const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
@@ -246,8 +248,9 @@ static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, 
     norm_forward<T, true>(context, y, mean, rstd, x, weight, bias, rows, columns, eps, no_dropout());
 }
 
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none) are
- * added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added to x. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none)
+ * are added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added
+ * to x. */
 template <typename T>
 static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, float *dcolumns,
                                const T *dy, const float *mean, const float *rstd, const T *x,

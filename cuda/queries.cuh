@@ -79,15 +79,16 @@ struct QueryShape {
 };
 
 /* Position in its chunk of token `row` = b T + t. The count is read on the device, so that a recorded pass
- * can be replayed. Most calls have none, and a division of 64 bits costs more than the rest of a kernel here. */
+ * can be replayed. Most calls have none, and a division of 64 bits costs more than the rest of a kernel
+ * here. */
 __device__ inline int chunk_position(const QueryShape &shape, int row) {
     int t = row % shape.steps;
     if (!shape.count) return t % shape.C;
     return (int)((shape.count[row / shape.steps] + t) % shape.C);
 }
 
-/* The widest vector, of pairs at least, that heads of z elements can be read in; and how many lanes of a warp (a
- * power of two) share a head. */
+/* The widest vector, of pairs at least, that heads of z elements can be read in; and how many lanes of a
+ * warp (a power of two) share a head. */
 template <typename T, typename... P> static int head_vector(int64_t z, const P *...pointers) {
     int width = vector_width<T>(z, pointers...);
     return width < 2 ? 2 : width;
@@ -127,8 +128,8 @@ __device__ inline void turn(float (&value)[VEC], const float (&angle)[VEC], floa
 /* computes: zn = NORM ? zz / sqrt(mean over the head of zz^2 + eps) : zz;  q = rope(zn (1 + gamma[0]) /
  * sqrt(z) + beta[0])
  *           and k with gamma[1], beta[1]; zn, or q and k, may be NULL (not wanted), the table too (no turn)
- * launch:   grid ceil(B T H lanes / 256), block 256: `lanes` lanes own a head of a step, each a vector of pairs
- *           and, in a large head, every lanes-th after it
+ * launch:   grid ceil(B T H lanes / 256), block 256: `lanes` lanes own a head of a step, each a vector of
+ *           pairs and, in a large head, every lanes-th after it
  * traffic:  (1 + outputs) B T Z sizeof(T) bytes, the table from the caches
  * needs:    z even; VEC wants z and pointers in multiples of VEC elements
  * numerics: float, fixed order: deterministic */
@@ -177,8 +178,9 @@ static void queries_forward_any(Context *context, T *q, T *k, T *zn, const T *zz
                                 const T *beta, const float2 *table, QueryShape shape, float eps) {
     WITH_PAIRS(T, head_vector<T>(shape.z, q, k, zn, zz, gamma, beta), {
         int lanes = head_lanes(shape.z, VEC);
-        LAUNCH((queries_forward_kernel<T, VEC, NORM>), blocks_for((int64_t)shape.rows * shape.H * lanes, QUERY_THREADS),
-               QUERY_THREADS, context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
+        LAUNCH((queries_forward_kernel<T, VEC, NORM>),
+               blocks_for((int64_t)shape.rows * shape.H * lanes, QUERY_THREADS), QUERY_THREADS, context, q,
+               k, zn, zz, gamma, beta, table, shape, eps, lanes);
     });
 }
 template <typename T>
@@ -259,8 +261,8 @@ enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
  * dq turned back; dg0 += dq' zn / sqrt z;  db0 += dq';  and NORM: zn = zz rstd, dzz = rstd (dzn - zn
  * mean(dzn zn)), dbias += dzz
  * computes: dzz, partial sums of dgamma (2,Z), dbeta (2,Z) and, if wanted, of dzz (Z)
- * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its head
- *           and walks down 16 rows; a head too large for a warp is the whole block's
+ * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its
+ *           head and walks down 16 rows; a head too large for a warp is the whole block's
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
  * needs:    z even; VEC wants z and pointers in multiples of VEC elements; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
@@ -284,7 +286,8 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
     HeadVector<VEC> v;
     int first = (int)blockIdx.x * sweep.groups, stride = (int)gridDim.x * sweep.groups;
     for (int begin = first; begin < shape.rows; begin += stride) {
-        bool active = begin + sweep.group < shape.rows, again = begin > first;
+        bool active = begin + sweep.group < shape.rows;
+        bool again = begin > first; // then the sums in memory are some
         int row = active ? begin + sweep.group : begin;
         int64_t at = (int64_t)row * Z + column;
         const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
@@ -341,8 +344,9 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
         float *partial_gamma = take_sum(context, dgamma, blocks, 2 * Z),
               *partial_beta = take_sum(context, dbeta, blocks, 2 * Z),
               *partial_bias = take_sum(context, dbias, blocks, Z);
-        LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS, context,
-               dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps, lanes);
+        LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
+               context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
+               lanes);
     });
 }
 
