@@ -181,18 +181,6 @@ template <int VEC, typename T> __device__ inline void store(T *to, const float (
     *reinterpret_cast<Packed<T, VEC> *>(to) = packed;
 }
 
-/* Asks for the whole vectors of 16 bytes among `bytes` of device memory to be brought into the second-level
- * cache. */
-__device__ inline void prefetch(const void *from, size_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint64_t first = (uint64_t)__cvta_generic_to_global(from) / 16 * 16;
-    if (bytes >= 16)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first),
-                     "r"((unsigned)(bytes / 16 * 16))
-                     : "memory");
-#endif
-}
-
 /* May rows of `columns` elements be read 16 bytes at a time? Absent (null) pointers do not object. */
 template <typename T, typename... P> static bool vectorises(int64_t columns, const P *...pointers) {
     uintptr_t bits = ((uintptr_t)pointers | ... | 0);

@@ -13,17 +13,14 @@ enum { LOSS_THREADS = 1024 };
  * launch:   grid rows, block 32..1024: a block owns a row; two blocks a multiprocessor, so that the second
  *           reading of 32,000 logits in bf16 finds both rows in the first cache
  * traffic:  2 rows V sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; dlogits
- *           may be logits
+ * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; dlogits may
+ *           be logits
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(LOSS_THREADS, 2)
-    loss_kernel(T *dlogits, float *nll, const T *logits, const int32_t *targets, int V, unsigned ahead) {
+    loss_kernel(T *dlogits, float *nll, const T *logits, const int32_t *targets, int V) {
     __shared__ float shared[LOSS_THREADS / WARP_SIZE];
     const T *row = logits + (int64_t)blockIdx.x * V;
-    /* about the row of the block that takes this one's place */
-    if (threadIdx.x == 0 && blockIdx.x + ahead < gridDim.x)
-        prefetch(row + (int64_t)ahead * V, V * sizeof(T));
     T *drow = dlogits + (int64_t)blockIdx.x * V;
     int target = targets[blockIdx.x];
     bool ignored = target == MEGALODON_IGNORE; // the same for the whole block
@@ -47,9 +44,8 @@ static void loss_and_gradient(Context *context, T *dlogits, float *nll, const T 
     WITH_VEC(T, vectorises<T>(V, logits, dlogits), {
         int64_t warps = ceil_div(V, VEC * WARP_SIZE), most = LOSS_THREADS / WARP_SIZE;
         unsigned threads = (unsigned)(warps < most ? warps : most) * WARP_SIZE;
-        unsigned ahead = (unsigned)context->num_sms * (2 * LOSS_THREADS / threads);
         LAUNCH((loss_kernel<T, VEC>), (unsigned)rows, threads, context, dlogits, nll, logits, targets,
-               (int)V, ahead);
+               (int)V);
     });
 }
 

@@ -125,11 +125,6 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
     int side = 0;
     for (int64_t begin = first; begin < n.rows; begin += stride, side ^= 1) {
         int count = (int)min((int64_t)n.batch, n.rows - begin);
-        if (threadIdx.x == 0 && begin + stride < n.rows) { // the next batch is on its way meanwhile
-            size_t bytes = (size_t)(min((int64_t)n.batch, n.rows - begin - stride) * columns) * sizeof(T);
-            prefetch(n.x + (begin + stride) * columns, bytes);
-            prefetch(n.dy + (begin + stride) * columns, bytes);
-        }
         for (int r = (int)threadIdx.x / WARP_SIZE; r < count; r += SWEEP_THREADS / WARP_SIZE) {
             int64_t row = begin + r;
             float g_sum = 0, gx_sum = 0, rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f;

@@ -28,32 +28,32 @@
 
 #include "common.cuh"
 
+#ifndef TIMESTEPNORM_LANE_FEATURES
+#define TIMESTEPNORM_LANE_FEATURES 32
+#endif
 enum {
     TILE_STEPS = WARP_SIZE,
     SPAN_TILES = WARP_SIZE,
     TILE_THREADS = 256,
     TILE_WARPS = TILE_THREADS / WARP_SIZE,
-    TILE_BLOCKS = 4,    /* blocks of a multiprocessor, in bf16 */
-    LANE_FEATURES = 32, /* a group of at most so many features is one thread's, in a step */
+    LANE_FEATURES = TIMESTEPNORM_LANE_FEATURES, /* a group of at most so many features is one thread's, in a step */
 };
 
 /* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
- * (a power of two) a group of one step. While a block works, the tile of the block `ahead` of it, about the
- * one that takes its place, comes into the second-level cache. */
+ * (a power of two) a group of one step. */
 struct TimestepShape {
-    int B, steps, D, G, size, num_tiles, num_spans, parts, lanes, ahead;
+    int B, steps, D, G, size, num_tiles, num_spans, parts, lanes;
     float eps;
 };
 
-static inline TimestepShape timestep_shape(const Context *context, int64_t B, int64_t steps, int64_t D,
-                                           int64_t G, float eps, int tile_groups) {
+static inline TimestepShape timestep_shape(int64_t B, int64_t steps, int64_t D, int64_t G, float eps,
+                                           int tile_groups) {
     int64_t size = D / G, tiles = ceil_div(steps, TILE_STEPS), lanes = 1;
     while (lanes < WARP_SIZE && lanes * LANE_FEATURES < size) lanes *= 2;
     TimestepShape shape = {};
     shape.B = (int)B, shape.steps = (int)steps, shape.D = (int)D, shape.G = (int)G, shape.size = (int)size;
     shape.num_tiles = (int)tiles, shape.num_spans = (int)ceil_div(tiles, SPAN_TILES);
     shape.parts = (int)ceil_div(G, tile_groups), shape.lanes = (int)lanes;
-    shape.ahead = TILE_BLOCKS * context->num_sms;
     shape.eps = eps;
     return shape;
 }
@@ -76,23 +76,16 @@ static inline int backward_groups(int64_t size) { return size < 24 ? 16 : 8; }
         }                                                                                                   \
     } while (0)
 
-/* The tile of a block. Blocks start in the order of their index, so that whatever a block waits for is
+/* The tile of this block. Blocks start in the order of their index, so that whatever a block waits for is
  * under way or done: `order` counts tiles from where the scan begins. */
 template <int GROUPS> struct Tile {
     int b, order, index, first_group, groups, first_step, steps;
-    __device__ Tile(const TimestepShape &shape, unsigned block, bool backwards) {
-        int rest = (int)(block / (unsigned)shape.B), part = rest % shape.parts;
-        b = (int)(block % (unsigned)shape.B), order = rest / shape.parts;
+    __device__ Tile(const TimestepShape &shape, bool backwards) {
+        int rest = (int)(blockIdx.x / (unsigned)shape.B), part = rest % shape.parts;
+        b = (int)(blockIdx.x % (unsigned)shape.B), order = rest / shape.parts;
         index = backwards ? shape.num_tiles - 1 - order : order;
         first_group = part * GROUPS, groups = min(GROUPS, shape.G - first_group);
         first_step = index * TILE_STEPS, steps = min((int)TILE_STEPS, shape.steps - first_step);
-    }
-    /* Asks for this tile of x: one row of it a thread. */
-    template <typename T> __device__ void fetch(const TimestepShape &shape, const T *x, int step) const {
-        int64_t row = (int64_t)b * shape.steps + first_step + step;
-        if (step >= 0 && step < steps)
-            prefetch(x + row * shape.D + (int64_t)first_group * shape.size,
-                     (size_t)(groups * shape.size) * sizeof(T));
     }
 };
 
@@ -205,7 +198,7 @@ template <typename A> __device__ inline Pair<A> scan_steps(Pair<A> own, int lane
  *           in and out may be the same memory; mean_in NULL is an empty state
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
-__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? (int)TILE_BLOCKS : 2)
+__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out,
                                 Slots slots, const T *__restrict__ x, const int64_t *count,
                                 const double *mean_in, const double *var_in, const T *weight, const T *bias,
@@ -214,9 +207,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? (int)TILE_BLOCK
     __shared__ Pair<A> moments[TILE_STEPS][GROUPS + 1], before[GROUPS];
     __shared__ float rstds[TILE_STEPS][GROUPS + 1];
     __shared__ Learned<GROUPS> learned;
-    Tile<GROUPS> tile(shape, blockIdx.x, false);
-    if (threadIdx.x < TILE_STEPS && blockIdx.x + shape.ahead < gridDim.x)
-        Tile<GROUPS>(shape, blockIdx.x + shape.ahead, false).fetch(shape, x, (int)threadIdx.x);
+    Tile<GROUPS> tile(shape, false);
     int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
@@ -338,7 +329,7 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
                                  int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
     int groups = forward_groups(D / G);
-    TimestepShape shape = timestep_shape(context, B, steps, D, G, eps, groups);
+    TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
     Slots slots = take_slots(context, shape);
     WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias),
                WITH_GROUPS(32, groups,
@@ -395,7 +386,7 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
  *           may be dy, add1 or add2
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
-__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? (int)TILE_BLOCKS : 2)
+__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w,
                                  float *partial_b, Slots slots, const T *dy, const double *dmean_out,
                                  const double *dvar_out, const T *add1, const T *add2, const float *mean,
@@ -408,12 +399,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? (int)TILE_BLOCK
     __shared__ Learned<GROUPS> learned;
     __shared__ Slot after[GROUPS];
     __shared__ SweepSums<VEC> column_sums;
-    Tile<GROUPS> tile(shape, blockIdx.x, true);
-    if (threadIdx.x < 2 * TILE_STEPS && blockIdx.x + shape.ahead < gridDim.x)
-        Tile<GROUPS>(shape, blockIdx.x + shape.ahead, true)
-            .fetch(shape, threadIdx.x < TILE_STEPS ? x : dy, (int)threadIdx.x % TILE_STEPS);
-    if (add1) tile.fetch(shape, add1, (int)threadIdx.x - 2 * TILE_STEPS); // wanted at the end only
-    if (add2) tile.fetch(shape, add2, (int)threadIdx.x - 3 * TILE_STEPS);
+    Tile<GROUPS> tile(shape, true);
     int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
     int first_column = tile.first_group * size;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
@@ -576,7 +562,7 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
                                   int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
     ScratchScope scope(context);
     int groups = backward_groups(D / G);
-    TimestepShape shape = timestep_shape(context, B, steps, D, G, eps, groups);
+    TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
     Slots slots = take_slots(context, shape);
     int64_t partials = B * shape.num_tiles;
     float *partial_w = take_sum(context, dweight, partials, D),

@@ -445,7 +445,7 @@ static void climb_forward(Ladder *ladder, const std::vector<Arguments> &sets, co
             ScratchScope scope(context);
             const Arguments &set = sets[(size_t)i];
             int groups = forward_groups(s.size);
-            TimestepShape tiled = timestep_shape(context, s.B, s.steps, s.D, s.G, s.eps, groups);
+            TimestepShape tiled = timestep_shape(s.B, s.steps, s.D, s.G, s.eps, groups);
             Slots slots = take_slots(context, s);
             LAUNCH(tile_moments_kernel<bf16>, blocks_for((int64_t)s.B * s.num_tiles * s.G, WARPS),
                    WARPS * WARP_SIZE, context, slots, set.x, s);
@@ -522,7 +522,7 @@ static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, c
             const Arguments &set = sets[(size_t)i];
             clear_gradients(context, p, s);
             int groups = backward_groups(s.size);
-            TimestepShape tiled = timestep_shape(context, s.B, s.steps, s.D, s.G, s.eps, groups);
+            TimestepShape tiled = timestep_shape(s.B, s.steps, s.D, s.G, s.eps, groups);
             Slots slots = take_slots(context, s);
             int64_t partials = (int64_t)s.B * s.num_tiles;
             float *partial_w = take_sum(context, p.dweight, partials, s.D),
@@ -572,7 +572,7 @@ int main(int argc, char **argv) {
     /* The largest need: the sums of a version and its partial sums, a row of them for 32 rows of x. */
     ladder_open(&ladder, (size_t)(rows * G * 16 + (rows + 32 * B) * D / 2) + ((size_t)64 << 20));
     TimestepShape s =
-        timestep_shape(&ladder.context, B, steps, D, G, EPS, 1); // a model's has more groups to a block
+        timestep_shape(B, steps, D, G, EPS, 1); // a model's has more groups to a block
     Parameters p = {ladder_allocate<bf16>(D), ladder_allocate<bf16>(D), ladder_allocate<float>(D),
                     ladder_allocate<float>(D)};
     ladder_fill(&ladder, p.weight, D, 1, 0.0f, 0.2f);
