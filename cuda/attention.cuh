@@ -22,6 +22,7 @@ constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the 
 /* The warps of a softmax block own SOFTMAX_WARPS short rows or, all together, a long one; a thread holds
  * SCORES_HELD vectors of a row in registers. */
 enum { SMALLEST_QUERY_BLOCK = 128, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
+enum { SCORE_TILE_ROWS = 128, SCORE_TILE_COLUMNS = 256 }; /* of a product: one processor's work, about */
 
 /* Where the keys and values of a call come from: n tokens of the chunk in the state, `capacity` rows of
  * memory for each row of the batch, and this call's steps tokens. k (B,T,H,z), v (B,T,H,e), k_in
@@ -70,17 +71,19 @@ struct ScoreShape {
     int64_t queries, block, columns; /* columns are rounded up so that rows stay aligned */
     size_t float_block, block_bytes, whole_bytes;
 };
-template <typename T> static ScoreShape score_shape(int64_t queries, int64_t keys, int64_t C) {
+template <typename T> static ScoreShape score_shape_of(int64_t queries, int64_t keys, int64_t block) {
     ScoreShape s;
-    int64_t quarter = ceil_div(C, 4);
     s.queries = queries;
-    s.block = quarter > SMALLEST_QUERY_BLOCK ? quarter : SMALLEST_QUERY_BLOCK;
-    if (s.block > queries) s.block = queries;
+    s.block = block < queries ? block : queries;
     s.columns = weights_pitch(keys);
     s.float_block = (size_t)(s.block * s.columns) * sizeof(float);
     s.block_bytes = (size_t)(s.block * s.columns) * sizeof(T);
     s.whole_bytes = (size_t)(s.queries * s.columns) * sizeof(T);
     return s;
+}
+template <typename T> static ScoreShape score_shape(int64_t queries, int64_t keys, int64_t C) {
+    int64_t quarter = ceil_div(C, 4);
+    return score_shape_of<T>(queries, keys, quarter > SMALLEST_QUERY_BLOCK ? quarter : SMALLEST_QUERY_BLOCK);
 }
 
 /* Scratch of an item in the forward (scores and weights) and in the backward (gradients of the weights, then
@@ -93,9 +96,25 @@ static inline size_t backward_bytes(const ScoreShape &s) { return s.float_block 
 template <typename T, typename F> static size_t score_scratch(const AttentionKeys<T> &a, F item_bytes) {
     int64_t queries = a.steps < a.C ? a.steps : a.C, keys = a.n > 0 ? a.C : queries;
     size_t item = item_bytes(score_shape<T>(queries, keys, a.C)) + SCRATCH_ALIGN;
-    size_t all = (size_t)(a.B * (a.steps / a.C + 1)) * item;
-    size_t limit = item > SCORE_BYTES ? item : SCORE_BYTES;
+    size_t whole = item_bytes(score_shape_of<T>(queries, keys, queries)) + 4 * SCRATCH_ALIGN;
+    size_t all = (size_t)(a.B * (a.steps / a.C + 1)) * item, limit = item > SCORE_BYTES ? item : SCORE_BYTES;
+    if (all < whole) all = whole; // for few chunks: see forward_shape
     return all < limit ? all : limit;
+}
+/* The blocks of queries of a span's forward. Few chunks in quarters have too few tiles for all processors: they
+ * take longer blocks, although more of these scores lie above the diagonal, as far as there is memory. */
+template <typename T>
+static ScoreShape forward_shape(const Context *context, const AttentionKeys<T> &a, const Span &span,
+                                size_t bytes) {
+    int64_t keys = span.old + span.queries, enough = context->num_sms * 3 / 4;
+    ScoreShape shape = score_shape<T>(span.queries, keys, a.C);
+    while (shape.block < span.queries &&
+           span.items * ceil_div(shape.block, SCORE_TILE_ROWS) * ceil_div(a.e, SCORE_TILE_COLUMNS) < enough) {
+        ScoreShape longer = score_shape_of<T>(span.queries, keys, 2 * shape.block);
+        if ((size_t)span.items * (forward_bytes(longer) + SCRATCH_ALIGN) > bytes) break;
+        shape = longer;
+    }
+    return shape;
 }
 /* How many items of a span are taken at a time: groups of about the same size. */
 static inline int64_t score_group(int64_t items, size_t bytes, size_t item_bytes) {
@@ -327,7 +346,7 @@ static void span_forward(Context *context, T *out, float *lse, const AttentionWe
                          const T *query, const AttentionKeys<T> &a, const Span &span, char *memory,
                          size_t bytes, T *k_together, T *v_together, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
+    ScoreShape shape = forward_shape(context, a, span, bytes);
     int64_t group = score_group(span.items, bytes, forward_bytes(shape));
     float *scores = (float *)memory;
     T *weights = (T *)(memory + (size_t)group * shape.float_block);
