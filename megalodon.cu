@@ -511,7 +511,7 @@ template <typename T> static AttentionKeys<T> attention_keys(const Model<T> *m, 
 template <typename T> static QueryShape query_shape(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     const int64_t *count = m->carried ? m->state_in.count : nullptr;
-    return QueryShape{(int64_t)m->batch.B * m->batch.T, count,        m->batch.T, c->num_heads,
+    return QueryShape{m->batch.B * m->batch.T, count,        m->batch.T, c->num_heads,
                       c->z_dim / c->num_heads,          c->chunk_size};
 }
 

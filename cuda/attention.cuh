@@ -3,7 +3,8 @@
  *
  * Values are wide (e is 2048 where z is 256), so the two products with v are large matrix products, at home
  * in cuBLAS. A chunk's queries are taken a quarter at a time, each against the keys up to its own end: of
- * the scores above the diagonal only those inside a quarter are computed. Scores exist for many chunks at a
+ * the scores above the diagonal only those inside a quarter are computed. Few chunks, whose quarters would
+ * leave most of the device idle, are taken in halves or whole. Scores exist for many chunks at a
  * time, in scratch memory. Their softmax, the weights, is kept for the backward: as half floats where
  * activations are bf16, since what the backward makes of a weight's rounding would be seen in dq and dk.
  *
@@ -21,7 +22,7 @@
 constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the scores may take */
 /* The warps of a softmax block own SOFTMAX_WARPS short rows or, all together, a long one; a thread holds
  * SCORES_HELD vectors of a row in registers. */
-enum { SMALLEST_QUERY_BLOCK = 128, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
+enum { SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
 
 /* Where the keys and values of a call come from: n tokens of the chunk in the state, `capacity` rows of
  * memory for each row of the batch, and this call's steps tokens. k (B,T,H,z), v (B,T,H,e), k_in
@@ -64,17 +65,30 @@ static inline int64_t weights_pitch(int64_t keys) { return ceil_div(keys, 8) * 8
 __host__ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
+/* Into how many blocks of queries chunks are cut: as many as still give three quarters of the multiprocessors a
+ * tile of 256 x 128 in the products with v. */
+enum { MOST_QUERY_BLOCKS = 4 };
+template <typename T>
+static int64_t query_blocks(const Context *context, const AttentionKeys<T> &a, int64_t items) {
+    int64_t blocks = MOST_QUERY_BLOCKS;
+    while (blocks > 1 &&
+           items * ceil_div(ceil_div(a.C, blocks), 256) * ceil_div(a.e, 128) * 4 < context->num_sms * 3)
+        blocks /= 2;
+    return blocks;
+}
+
 /* Bytes of one item's scores: a float matrix for a block of queries, and a matrix of T for a block of queries
  * or for all of them. */
 struct ScoreShape {
     int64_t queries, block, columns; /* columns are rounded up so that rows stay aligned */
     size_t float_block, block_bytes, whole_bytes;
 };
-template <typename T> static ScoreShape score_shape(int64_t queries, int64_t keys, int64_t C) {
+template <typename T>
+static ScoreShape score_shape(int64_t queries, int64_t keys, int64_t C, int64_t blocks) {
     ScoreShape s;
-    int64_t quarter = ceil_div(C, 4);
+    int64_t part = ceil_div(C, blocks);
     s.queries = queries;
-    s.block = quarter > SMALLEST_QUERY_BLOCK ? quarter : SMALLEST_QUERY_BLOCK;
+    s.block = part > SMALLEST_QUERY_BLOCK ? part : SMALLEST_QUERY_BLOCK;
     if (s.block > queries) s.block = queries;
     s.columns = weights_pitch(keys);
     s.float_block = (size_t)(s.block * s.columns) * sizeof(float);
@@ -89,13 +103,20 @@ static inline size_t forward_bytes(const ScoreShape &s) { return s.float_block +
 static inline size_t backward_bytes(const ScoreShape &s) { return s.float_block + 2 * s.whole_bytes; }
 
 /* Scratch for the scores of any span of a call no larger than this one: grows with B, T and n > 0, nothing
- * else. item_bytes: one of the two functions above. */
-template <typename T, typename F> static size_t score_scratch(const AttentionKeys<T> &a, F item_bytes) {
+ * else. Fewer items may be cut into larger blocks, so that each number of items is asked. item_bytes: one of
+ * the two functions above. */
+template <typename T, typename F>
+static size_t score_scratch(const Context *context, const AttentionKeys<T> &a, F item_bytes) {
     int64_t queries = a.steps < a.C ? a.steps : a.C, keys = a.n > 0 ? a.C : queries;
-    size_t item = item_bytes(score_shape<T>(queries, keys, a.C)) + SCRATCH_ALIGN;
-    size_t all = (size_t)(a.B * (a.steps / a.C + 1)) * item;
-    size_t limit = item > SCORE_BYTES ? item : SCORE_BYTES;
-    return all < limit ? all : limit;
+    size_t whole = item_bytes(score_shape<T>(queries, keys, a.C, 1)) + SCRATCH_ALIGN, most = 0;
+    for (int64_t items = a.B * (a.steps / a.C + 1), blocks = 0; items > 0; items--) {
+        if (query_blocks(context, a, items) == blocks) continue; // more items with these blocks were asked
+        blocks = query_blocks(context, a, items);
+        size_t all = (size_t)items * (item_bytes(score_shape<T>(queries, keys, a.C, blocks)) + SCRATCH_ALIGN);
+        if (all > most) most = all;
+    }
+    size_t limit = whole > SCORE_BYTES ? whole : SCORE_BYTES;
+    return most < limit ? most : limit;
 }
 /* How many items of a span are taken at a time: groups of about the same size. */
 static inline int64_t score_group(int64_t items, size_t bytes, size_t item_bytes) {
@@ -327,7 +348,8 @@ static void span_forward(Context *context, T *out, float *lse, const AttentionWe
                          const T *query, const AttentionKeys<T> &a, const Span &span, char *memory,
                          size_t bytes, T *k_together, T *v_together, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
+    ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C,
+                                      query_blocks(context, a, span.items));
     int64_t group = score_group(span.items, bytes, forward_bytes(shape));
     float *scores = (float *)memory;
     T *weights = (T *)(memory + (size_t)group * shape.float_block);
@@ -361,7 +383,7 @@ template <typename T>
 static void attention_forward(Context *context, T *out, float *lse, const AttentionWeights<T> &kept,
                               const T *query, const AttentionKeys<T> &a, Dropout dropout) {
     ScratchScope scope(context);
-    size_t bytes = score_scratch(a, forward_bytes);
+    size_t bytes = score_scratch(context, a, forward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *k_together = a.n ? take<T>(context, a.B * a.C * a.H * a.z) : nullptr;
     T *v_together = a.n ? take<T>(context, a.B * a.C * a.H * a.e) : nullptr;
@@ -393,7 +415,8 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
                           Matrix<const T> v, const AttentionKeys<T> &a, const Span &span, char *memory,
                           size_t bytes, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C);
+    ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C,
+                                      query_blocks(context, a, span.items));
     int64_t group = score_group(span.items, bytes, backward_bytes(shape));
     int64_t whole = shape.queries * shape.columns;
     float *dweights = (float *)memory;
@@ -441,7 +464,7 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
                                Dropout dropout) {
     ScratchScope scope(context);
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    size_t bytes = score_scratch(a, backward_bytes);
+    size_t bytes = score_scratch(context, a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *together[4] = {}; // k, v and their gradients
     for (int i = 0; i < 4 && a.n; i++) together[i] = take<T>(context, a.B * a.C * (i % 2 ? E : Z));

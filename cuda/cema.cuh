@@ -4,37 +4,38 @@
  * Sixteen steps at a time, on the tensor cores. With h the states before a group of steps, u_0 .. u_15 its
  * inputs, and k_l = Re(sum_k p c q^l) (+ omega at l = 0)
  *     y_m = sum_{i<=m} k_(m-i) u_i + Re(sum_k c q^(m+1) h)        h' = q^16 h + sum_m p q^(15-m) u_m
- * so that three small matrices of a channel - inputs to outputs, states to outputs, inputs to states - and one
- * complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment of a
- * row of the batch is a strip, and a warp owns sixteen strips of one channel:
+ * so that three small matrices of a channel - inputs to outputs, states to outputs, inputs to states - and
+ * one complex product a state replace sixteen turns of the recurrence. Time is cut into segments; a segment
+ * of a row of the batch is a strip, and a warp owns sixteen strips of one channel:
  *
  *     rows of a product: 16 strips | columns: 16 steps, or 16 states as pairs (re, im) | matrices: registers
  *
  * An accumulator of mma.m16n8k16 holds for a thread the pair (re, im) of one state of two strips, which is
- * also how the next product wants its operand: states never leave their thread. A bf16 input is exact; floats
- * (states, matrices, float inputs) are split into bf16 parts whose sum they are: two parts hold 16 bits, three
- * 24. The products of two parts that are both small are left out. The sums are float, and the recurrence
- * itself, q^16 h + ..., is done outside of the tensor cores, which cut off what they should round.
+ * also how the next product wants its operand: states never leave their thread. A bf16 input is exact;
+ * floats (states, matrices, float inputs) are split into bf16 parts whose sum they are: two parts hold 16
+ * bits, three 24. The products of two parts that are both small are left out. The sums are float, and the
+ * recurrence itself, q^16 h + ..., is done outside of the tensor cores, which cut off what they should
+ * round.
  *
- * Tiles pass through shared memory, which turns them round: global memory is read and written along channels,
- * a product along time. The next tile's loads are under way while one is computed. A first kernel finds the
- * state that each segment would end with had it begun with zero, e; the others begin each segment with what
- * all segments before it left.
+ * Tiles pass through shared memory, which turns them round: global memory is read and written along
+ * channels, a product along time. The next tile's loads are under way while one is computed. A first kernel
+ * finds the state that each segment would end with had it begun with zero, e; the others begin each segment
+ * with what all segments before it left.
  *
- * Backward without any state of the forward, by the same kernels going back in time. The output's dependence
- * on the input is symmetric in time, so du comes out of dy as y does out of u; only where p and c stand
- * changes, and what goes in and comes out are the gradients of the last state and of the first, conjugate
- * (the gradient of Re(z w) by w, as a pair, is (Re z, -Im z)):
+ * Backward without any state of the forward, by the same kernels going back in time. The output's
+ * dependence on the input is symmetric in time, so du comes out of dy as y does out of u; only where p and
+ * c stand changes, and what goes in and comes out are the gradients of the last state and of the first,
+ * conjugate (the gradient of Re(z w) by w, as a pair, is (Re z, -Im z)):
  *     W' = q^16 W + sum_m c q^(16-m) dy_m         du_m = sum_{i<=m} k_(m-i) dy_i + Re(sum_k p q^m W)
  * For the parameters, let nu_t = dy_t + q nu_{t+1} and zeta = d nu / d ln q. The loss's linear form is
  * Re(c sum_t p u_t nu_t), and with A = sum u nu and K = dA / dq
- *     dc = p A     dq = c p K     dp = Re(c A)     (and an incoming state acts like an input p u_{-1} = h_in)
+ *     dc = p A     dq = c p K     dp = Re(c A)     (an incoming state acts like an input p u_{-1} = h_in)
  * A group of sixteen steps back in time adds, with nu and zeta those after it in time,
  *     A += q V nu + sum_l r_l q^l         V = sum_m u_m q^m,  V^ = dV / d ln q
  *     K += V nu + V^ nu + V zeta + sum_l l r_l q^(l-1)
- * where r_l = sum u_m dy_(m-l), steps counted back in time, is what meets inside groups: products of u and dy
- * on the tensor cores, added up for a whole channel and multiplied by the powers of q once, at the end. r_0 is
- * the gradient of omega.
+ * where r_l = sum u_m dy_(m-l), steps counted back in time, is what meets inside groups: products of u and
+ * dy on the tensor cores, added up for a whole channel and multiplied by the powers of q once, at the end.
+ * r_0 is the gradient of omega.
  */
 #ifndef CUDA_CEMA_CUH
 #define CUDA_CEMA_CUH
@@ -44,11 +45,15 @@
 enum {
     CEMA_GROUP = 16,    /* steps of a group */
     CEMA_STRIPS = 16,   /* of a warp */
-    CEMA_CHANNELS = 16, /* of a block, a warp each */
+    CEMA_CHANNELS = 16, /* of a block, a warp each; or 8, and two blocks an SM */
+    CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
+    CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
     CEMA_TILE = 2 * CEMA_GROUP,                /* the lengths of segments are multiples of it */
     CEMA_UNITS = CEMA_STRIPS * CEMA_GROUP / 2, /* pairs of steps of a channel's group in shared memory */
     CEMA_STATES = 16,                          /* of a launch; more take several */
+    CEMA_OWN = CEMA_STATES / 4,                /* of a thread */
+    NUM_SCHEDULERS = 4,                        /* of an SM */
     NUM_CEMA_COEFFICIENTS = 5,
     NUM_CEMA_SUMS = 5
 };
@@ -172,8 +177,8 @@ __device__ inline void tensor_product(float (&c)[4], const uint32_t (&a)[4], con
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum, so
- * that several sums take turns. */
+/* sum[n] += rows table[n], small terms first. A product waits long for the one before it in the same sum,
+ * so that several sums take turns. */
 template <int A, int B, int COUNT>
 __device__ inline void cema_multiply(float (&sum)[COUNT][4], const CemaRows<A> &rows,
                                      const CemaTable<B> (&table)[COUNT]) {
@@ -217,11 +222,11 @@ struct CemaStrip {
     }
 };
 
-/* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this one
- * and any number of steps, so that a dry run of the largest batch takes enough scratch. */
+/* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this
+ * one and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
 static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
-    int64_t blocks = (int64_t)context->num_sms / ceil_div(D, CEMA_CHANNELS);
+    int64_t blocks = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM / ceil_div(D, CEMA_CHANNELS);
     int64_t rows = (blocks > 1 ? blocks : 1) * CEMA_STRIPS, wanted = rows / B > 1 ? rows / B : 1;
     int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
     return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
@@ -239,19 +244,20 @@ __device__ inline int cema_even_steps(const CemaStrips &strips, int all_steps, i
     return min(strips.length, last) / tile * tile;
 }
 
-/* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a unit.
- * The order of units makes the threads of a warp that write one channel's strips or read one channel as a
- * fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight channels
- * neighbouring pairs of rows change places, because a mover's two halves write both kinds at a time. */
+/* Shared memory holds a plane for each of two slots and each channel: 16 strips by 16 steps, two steps a
+ * unit. The order of units makes the threads of a warp that write one channel's strips or read one channel
+ * as a fragment meet different banks: rows 4 to 7 of eight swap their halves, and in the upper eight
+ * channels neighbouring pairs of rows change places, because a mover's two halves write both kinds at a
+ * time. */
 template <typename T> using CemaUnit = Packed<T, 2>;
 __device__ inline int cema_unit(int slot, int channel, int row, int pair) {
-    row ^= channel < CEMA_CHANNELS / 2 ? 0 : 2;
+    row ^= channel < 8 ? 0 : 2;
     int half = (pair / 4 + row / 4) % 2;
     return (slot * CEMA_CHANNELS + channel) * CEMA_UNITS + row * (CEMA_GROUP / 2) + half * 4 + pair % 4;
 }
 
-/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits until
- * they are put into shared memory. */
+/* A thread moves two steps of eight channels: words as they stand in global memory, on which nothing waits
+ * until they are put into shared memory. */
 template <typename T> struct CemaShare {
     static constexpr int WORDS = 2 * (int)sizeof(T);
     uint32_t word[2][WORDS];
@@ -260,36 +266,39 @@ struct CemaMover {
     int slot, row, pair, half, d; /* d: the first of its channels */
     int step, turn;               /* of the tile: its first, and +1 or -1 to the second */
     int skip, steps;
-    int64_t first, stride; /* elements: where step 0 and d are, and from a step to the next */
+    int stride;    /* elements from a step to the next */
+    int64_t first; /* element where step 0 and d are */
     /* flip: the steps of a group stand in shared memory from the last to the first. */
     __device__ CemaMover(const CemaStrips &strips, int all_steps, int D) {
         int thread = (int)threadIdx.x;
-        half = thread % 2, pair = thread / 2 % 8, row = thread / 16 % CEMA_STRIPS;
-        slot = thread / (16 * CEMA_STRIPS);
+        half = thread % CEMA_HALVES, pair = thread / CEMA_HALVES % 8;
+        row = thread / (8 * CEMA_HALVES) % CEMA_STRIPS, slot = thread / (8 * CEMA_HALVES * CEMA_STRIPS);
         d = (int)blockIdx.x * CEMA_CHANNELS + half * 8;
         step = 2 * pair, turn = 1;
         CemaStrip strip(strips, (int)blockIdx.y * CEMA_STRIPS + row, all_steps);
-        skip = strip.skip, steps = strip.steps;
+        skip = strip.skip, steps = d < D ? strip.steps : 0;
         first = strip.first * D + d, stride = strips.reverse ? -D : D;
     }
     __device__ void flip() { step = CEMA_GROUP - 1 - 2 * pair, turn = -1; }
+    __device__ bool has(int s) const { return s >= skip && s < steps; }
+    __device__ int64_t at(int s) const { return first + (int64_t)s * stride; }
 };
 static_assert(CEMA_THREADS == 2 * CEMA_STRIPS * (CEMA_GROUP / 2) * (CEMA_CHANNELS / 8),
               "the threads cover two slots");
 
-/* A tile's steps from tile_first on; zero outside the strip. wide: rows may be read in units of 16 bytes. */
-template <typename T>
+/* A tile's steps from tile_first on; zero outside the strip. WIDE: rows may be read in units of 16
+ * bytes. */
+template <bool WIDE, typename T>
 __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMover &mover, int tile_first,
-                                  int D, bool wide) {
+                                  int D) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
-        const T *from = x + mover.first + s * mover.stride;
-        bool here = s >= mover.skip && s < mover.steps && mover.d < D;
+        const T *from = x + mover.at(s);
 #pragma unroll
         for (int i = 0; i < CemaShare<T>::WORDS; i++) held.word[k][i] = 0;
-        if (!here) continue;
-        if (wide) {
+        if (!mover.has(s)) continue;
+        if constexpr (WIDE) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
                 Packed<uint32_t, 4> part = packed<4>(reinterpret_cast<const uint32_t *>(from) + i);
@@ -310,8 +319,9 @@ __device__ inline void cema_fetch(CemaShare<T> &held, const T *x, const CemaMove
     }
 }
 
-/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no registers
- * wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is fetched when it is wanted. */
+/* Loads that are under way while a tile is computed go to shared memory, 32 bytes a thread, so that no
+ * registers wait for them. That is for bf16 that may be read 16 bytes at a time; anything else is
+ * fetched when it is wanted. */
 struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
 template <typename T> struct CemaEarly { using Stage = char; };
 template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
@@ -324,24 +334,24 @@ __device__ inline void copy_early(void *to, const void *from, bool here) {
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
-                                    int tile_first, int D, bool wide) {
+                                    int tile_first, int D) {
     if constexpr (sizeof(T) == 2) {
-        if (!wide) return;
+        if constexpr (!WIDE) return;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             int s = tile_first + mover.step + k * mover.turn;
-            bool here = s >= mover.skip && s < mover.steps && mover.d < D;
-            copy_early(stage.word[k][threadIdx.x], here ? x + mover.first + s * mover.stride : x, here);
+            bool here = mover.has(s);
+            copy_early(stage.word[k][threadIdx.x], here ? x + mover.at(s) : x, here);
         }
     }
 }
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::Stage &stage, const T *x,
-                                    const CemaMover &mover, int tile_first, int D, bool wide) {
+                                    const CemaMover &mover, int tile_first, int D) {
     if constexpr (sizeof(T) == 2) {
-        if (wide) {
+        if constexpr (WIDE) {
             wait_for_copies();
 #pragma unroll
             for (int k = 0; k < 2; k++) {
@@ -352,7 +362,7 @@ __device__ inline void cema_receive(CemaShare<T> &held, typename CemaEarly<T>::S
             return;
         }
     }
-    cema_fetch(held, x, mover, tile_first, D, wide);
+    cema_fetch<WIDE>(held, x, mover, tile_first, D);
 }
 
 /* Words of two rows of a matrix of bf16, two neighbours each, to words of its columns, and back. */
@@ -360,11 +370,11 @@ __device__ inline uint32_t cema_lows(uint32_t a, uint32_t b) { return __byte_per
 __device__ inline uint32_t cema_highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 /* What was requested, into the tile. */
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_move(CemaUnit<T> *tile, typename CemaEarly<T>::Stage &stage, const T *x,
-                                 const CemaMover &mover, int tile_first, int D, bool wide) {
+                                 const CemaMover &mover, int tile_first, int D) {
     CemaShare<T> held;
-    cema_receive(held, stage, x, mover, tile_first, D, wide);
+    cema_receive<WIDE, T>(held, stage, x, mover, tile_first, D);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         CemaUnit<T> *to = tile + cema_unit(mover.slot, mover.half * 8 + i, mover.row, mover.pair);
@@ -414,15 +424,15 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         }
 }
 
-template <typename T>
+template <bool WIDE, typename T>
 __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover &mover, int tile_first,
-                                  int D, bool wide) {
+                                  int D) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int s = tile_first + mover.step + k * mover.turn;
-        T *to = y + mover.first + s * mover.stride;
-        if (s < mover.skip || s >= mover.steps || mover.d >= D) continue;
-        if (wide) {
+        T *to = y + mover.at(s);
+        if (!mover.has(s)) continue;
+        if constexpr (WIDE) {
 #pragma unroll
             for (int i = 0; i < CemaShare<T>::WORDS; i += 4) {
                 Packed<uint32_t, 4> part;
@@ -443,9 +453,15 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
     }
 }
 
-/* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two rows
- * are strips of their own; J states are its own, and it holds J columns of tables that lead to states, the (re,
- * im)[group % 2] of one state each. */
+/* Between two barriers a warp computes a tile and carries data, in either order: the warps of a scheduler do not
+ * all do the same at the same time. */
+__device__ inline bool cema_carries_first() {
+    return (int)threadIdx.x / WARP_SIZE / NUM_SCHEDULERS % 2 == 1;
+}
+
+/* Where a thread stands in the products: its channel, and lane = 4 group + pair of the fragments. Its two
+ * rows are strips of their own; CEMA_OWN states are its own, and it holds CEMA_OWN columns of tables that
+ * lead to states, the (re, im)[group % 2] of one state each. */
 struct CemaPlace {
     int channel, d, group, pair;
     int row[2];     /* among the strips of the grid */
@@ -468,8 +484,8 @@ struct CemaPlace {
     }
 };
 
-/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right third;
- * `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
+/* Four 8 x 8 matrices of bf16 from shared memory, the lower left (rows 8 to 15) second and the upper right
+ * third; `row`: lane 8 m + i holds where row i of matrix m is. TRANSPOSED: each matrix for itself. */
 template <bool TRANSPOSED> __device__ inline void tensor_load(uint32_t (&a)[4], const void *row) {
     uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
     if constexpr (TRANSPOSED)
@@ -513,9 +529,9 @@ __device__ inline void cema_rows_transposed(CemaRows<CemaParts<T>::INPUT> &out,
     }
 }
 
-/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in shared
- * memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin at another
- * bank than those of the state before it. */
+/* q^0 .. q^15 of a launch's states, made by a warp in double, a state by two lanes, and kept as floats in
+ * shared memory of its own; and what only some lanes want, q^16 and q^length. The powers of a state begin
+ * at another bank than those of the state before it. */
 struct CemaPowers {
     CemaFloat *own, group, length; /* the latter two of state lane / 2 */
     __device__ CemaPowers(void *memory, const CemaCoefficients &coef, const CemaPlace &place, int steps,
@@ -537,15 +553,16 @@ struct CemaPowers {
 };
 __device__ inline float cema_part(CemaFloat z, int im) { return im ? z.im : z.re; }
 
-/* J complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave them. */
-template <int J> struct CemaPairs { float v[J][4]; };
+/* CEMA_OWN complex numbers of each of a thread's two rows, (re, im) each, as the sums of products leave
+ * them. */
+struct CemaPairs { float v[CEMA_OWN][4]; };
 
 /* q^16 of a thread's states */
-template <int J> struct CemaTurn {
-    float re[J], im[J];
+struct CemaTurn {
+    float re[CEMA_OWN], im[CEMA_OWN];
     __device__ CemaTurn(const CemaPowers &powers, const CemaPlace &place) {
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             CemaFloat power = powers.of(powers.group, 4 * j + place.pair);
             re[j] = power.re, im[j] = power.im;
         }
@@ -553,25 +570,22 @@ template <int J> struct CemaTurn {
 };
 
 /* h = q^16 h + add; i: which row */
-template <int J>
-__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn<J> &turn, int j,
-                                 const float (&add)[4]) {
+__device__ inline void cema_turn(float (&h)[4], int i, const CemaTurn &turn, int j, const float (&add)[4]) {
     float re = h[2 * i], im = h[2 * i + 1];
     h[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     h[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 /* slope = q^16 (slope + 16 h) + add: the derivative of that by ln q; before h takes its turn */
-template <int J>
-__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i,
-                                       const CemaTurn<J> &turn, int j, const float (&add)[4]) {
+__device__ inline void cema_turn_slope(float (&slope)[4], const float (&h)[4], int i, const CemaTurn &turn,
+                                       int j, const float (&add)[4]) {
     float re = fmaf(CEMA_GROUP, h[2 * i], slope[2 * i]),
           im = fmaf(CEMA_GROUP, h[2 * i + 1], slope[2 * i + 1]);
     slope[2 * i] = fmaf(-turn.im[j], im, fmaf(turn.re[j], re, add[2 * i]));
     slope[2 * i + 1] = fmaf(turn.im[j], re, fmaf(turn.re[j], im, add[2 * i + 1]));
 }
 
-/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL); ends and
- * slopes at this segment's. power: q^length. */
+/* One segment more: h = q^length h + factor end and the slope by ln q beside it (if slopes is not NULL);
+ * ends and slopes at this segment's. power: q^length. */
 __device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const float *end,
                                          const float *end_slope, CemaFloat factor, CemaFloat power,
                                          int length) {
@@ -579,24 +593,23 @@ __device__ inline void cema_pass_segment(CemaFloat &h, CemaFloat &slope, const f
     h = power * h + factor * CemaFloat{end[0], end[1]};
 }
 
-/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends, slopes:
- * (segments,B,D,N,2) */
-template <int J>
-__device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const float *ends,
-                                  const float *slopes, const CemaFloat (&factor)[J],
-                                  const CemaPowers &powers, const CemaPlace &place, const CemaStrips &strips,
-                                  int steps, int D, int N) {
+/* What all segments before a thread's strips left: h and slope as cema_pass_segment takes them on. ends,
+ * slopes: (segments,B,D,N,2) */
+__device__ inline void cema_start(CemaPairs &h, CemaPairs &slope, const float *ends, const float *slopes,
+                                  const CemaFloat (&factor)[CEMA_OWN], const CemaPowers &powers,
+                                  const CemaPlace &place, const CemaStrips &strips, int steps, int D,
+                                  int N) {
     CemaStrip strip[2] = {CemaStrip(strips, place.row[0], steps), CemaStrip(strips, place.row[1], steps)};
-    CemaFloat power[J];
+    CemaFloat power[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
+    for (int j = 0; j < CEMA_OWN; j++) power[j] = powers.of(powers.length, 4 * j + place.pair);
     if (place.d >= D) return;
     /* All states at once, since each segment's waits for memory. */
     for (int segment = 0; segment < max(strip[0].segment, strip[1].segment); segment++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < J; j++) {
+            for (int j = 0; j < CEMA_OWN; j++) {
                 int k = place.state(j);
                 if (segment >= strip[i].segment || strip[i].steps == 0 || k >= N) continue;
                 int64_t at = ((((int64_t)segment * strips.B + strip[i].b) * D + place.d) * N + k) * 2;
@@ -609,31 +622,30 @@ __device__ inline void cema_start(CemaPairs<J> &h, CemaPairs<J> &slope, const fl
             }
 }
 
-/* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e / d
- *           ln q
+/* computes: ends[segment,b,d,k] = e after the segment, from zero, e_s = q e_{s-1} + x_s, and slopes = d e /
+ *           d ln q
  * launch:   grid (ceil(D / 16), ceil(strips / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  B count length D sizeof(T) bytes
- * needs:    4 J states at first_state; strips as long as `length`, a multiple of 32, the first of a row perhaps
- *           with steps before step 0, which are zero; slopes if SLOPES; wide: D a multiple of 8, x of
- *           16 bytes; any other D and x without
+ * needs:    CEMA_STATES states from first_state on; strips as long as `length`, a multiple of 32, the first
+ *           of a row perhaps with steps before step 0, which are zero; slopes if SLOPES; WIDE: D a multiple
+ *           of 8, x of 16 bytes
  * numerics: as at the head of this file; fixed order: deterministic */
-template <typename T, int J, bool SLOPES>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+template <typename T, bool WIDE, bool SLOPES>
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_ends_kernel(float *ends, float *slopes, const T *x, CemaCoefficients coef, CemaStrips strips,
-                     int first_state, int steps, int D, int N, bool wide) {
-    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1;
-    constexpr int STATE = CemaParts<T>::STATE;
+                     int first_state, int steps, int D, int N) {
+    constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP, STATE = CemaParts<T>::STATE;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
     __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, 0, D);
     CemaPowers powers(tiles, coef, place, 0, D, N);
-    CemaTable<STATE> plain[J], hat[SLOPES ? J : 1];
+    CemaTable<STATE> plain[CEMA_OWN], hat[SLOPES ? CEMA_OWN : 1];
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m - 1), im),
                       cema_part(powers(k, m - 8), im), cema_part(powers(k, m - 9), im)};
@@ -642,37 +654,43 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
             cema_table(hat[j], (float)m * v[0], (float)(m - 1) * v[1], (float)(m - 8) * v[2],
                        (float)(m - 9) * v[3]);
     }
-    CemaTurn<J> turn(powers, place);
-    CemaPairs<J> e = {}, slope = {};
+    CemaTurn turn(powers, place);
+    CemaPairs e = {}, slope = {};
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
-    for (int first = 0, now = 0; first < strips.length; first += SLOTS * CEMA_GROUP, now ^= 1) {
+    int first = 0, now = 0;
+    auto carry = [&]() {
+        if (!moves || first + TILE >= strips.length) return;
+        cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
+        cema_request<WIDE, T>(stage, x, mover, first + 2 * TILE, D);
+    };
+    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, TILE, D);
+    for (; first < strips.length; first += TILE, now ^= 1) {
         __syncthreads(); // the tile is whole; the other one has been read by all
-        bool more = moves && first + SLOTS * CEMA_GROUP < strips.length;
-        if (more) cema_request<T>(stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (cema_carries_first()) carry();
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             CemaRows<CemaParts<T>::INPUT> rows;
             cema_rows<T>(rows, tiles[now], place, slot);
-            float add[J][4] = {}, add_slope[SLOPES ? J : 1][4] = {};
+            float add[CEMA_OWN][4] = {}, add_slope[SLOPES ? CEMA_OWN : 1][4] = {};
             cema_multiply(add, rows, plain);
             if constexpr (SLOPES) cema_multiply(add_slope, rows, hat);
 #pragma unroll
-            for (int j = 0; j < J; j++)
+            for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if constexpr (SLOPES) cema_turn_slope(slope.v[j], e.v[j], i, turn, j, add_slope[j]);
                     cema_turn(e.v[j], i, turn, j, add[j]);
                 }
         }
-        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + SLOTS * CEMA_GROUP, D, wide);
+        if (!cema_carries_first()) carry();
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             int64_t at = ((((int64_t)strip.segment * strips.B + strip.b) * D + place.d) * N + k) * 2;
@@ -683,9 +701,9 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
 }
 
 /* The matrices of a scan: inputs to outputs, states to outputs, inputs to states. */
-template <typename T, int J> struct CemaScan {
-    CemaTable<CemaParts<T>::OUTPUT> taps[2], out[J / 2][2];
-    CemaTable<CemaParts<T>::STATE> in[J];
+template <typename T> struct CemaScan {
+    CemaTable<CemaParts<T>::OUTPUT> taps[2], out[CEMA_OWN / 2][2];
+    CemaTable<CemaParts<T>::STATE> in[CEMA_OWN];
 };
 
 /* Forward, inputs enter the state by p q^(15-m) and the state the output by c q q^m; back in time, by c q
@@ -697,13 +715,13 @@ __device__ inline CemaFloat cema_way_out(const CemaState &s, bool reverse) {
     return reverse ? CemaFloat{s.p, 0} : s.c * s.q;
 }
 
-template <typename T, int J>
-__device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &powers,
+template <typename T>
+__device__ inline void cema_scan_tables(CemaScan<T> &scan, const CemaPowers &powers,
                                         const CemaCoefficients &coef, float omega, const CemaPlace &place,
                                         bool reverse, int D, int N) {
     float k_low = 0, k_high = 0; /* k_l of lags group and group + 8 */
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = CEMA_GROUP - 1 - 2 * place.pair;
         CemaFloat in = cema_way_in(CemaState(coef, place.d, place.column(j), D, N), reverse);
         cema_table(scan.in[j], cema_part(in * powers(k, m), im), cema_part(in * powers(k, m - 1), im),
@@ -731,15 +749,16 @@ __device__ inline void cema_scan_tables(CemaScan<T, J> &scan, const CemaPowers &
     }
 }
 
-/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h + in x. */
-template <typename T, int J>
-__device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoefficients &coef,
+/* The last steps of row i's strip that are no whole group, one by one and out of global memory: h = q h
+ * + in x. */
+template <typename T>
+__device__ inline void cema_tail(CemaPairs &h, const T *x, const CemaCoefficients &coef,
                                  const CemaPlace &place, const CemaStrips &strips, int i, int steps, int D,
                                  int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         CemaState s(coef, place.d, place.state(j), D, N);
         CemaFloat now = {h.v[j][2 * i], h.v[j][2 * i + 1]}, in = cema_way_in(s, strips.reverse);
         for (int m = strip.steps / CEMA_GROUP * CEMA_GROUP; m < strip.steps; m++) {
@@ -750,20 +769,20 @@ __device__ inline void cema_tail(CemaPairs<J> &h, const T *x, const CemaCoeffici
     }
 }
 
-/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group left go
- * on; all rows have unless RAGGED. */
-template <bool RAGGED, typename T, int J>
-__device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const CemaScan<T, J> &scan,
-                                       const CemaTurn<J> &turn, const CemaPlace &place, int slot,
+/* A group of one slot: outputs take the place of inputs, and the states of rows that have a whole group
+ * left go on; all rows have unless RAGGED. */
+template <bool RAGGED, typename T>
+__device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const CemaScan<T> &scan,
+                                       const CemaTurn &turn, const CemaPlace &place, int slot,
                                        const int (&left)[2]) {
     constexpr int OUTPUT = CemaParts<T>::OUTPUT;
     CemaRows<CemaParts<T>::INPUT> rows;
     cema_rows<T>(rows, tile, place, slot);
-    CemaRows<OUTPUT> states[J / 2];
-    float y[J / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
+    CemaRows<OUTPUT> states[CEMA_OWN / 2];
+    float y[CEMA_OWN / 2][2][4] = {}; /* of the two halves of a group; a sum each for every eight states */
     cema_multiply(y[0], rows, scan.taps);
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             cema_split(states[j / 2].a, j % 2 * 2 + i, h.v[j][2 * i], h.v[j][2 * i + 1]);
@@ -772,51 +791,53 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs<J> &h, const
 #pragma unroll
         for (int part = 0; part <= both; part++)
 #pragma unroll
-            for (int n = 0; n < J; n++)
-                tensor_product(y[n / 2][n % 2], states[n / 2].a[part], scan.out[n / 2][n % 2].b[both - part]);
-    float add[J][4] = {};
+            for (int n = 0; n < CEMA_OWN; n++)
+                tensor_product(y[n / 2][n % 2], states[n / 2].a[part],
+                               scan.out[n / 2][n % 2].b[both - part]);
+    float add[CEMA_OWN][4] = {};
     cema_multiply(add, rows, scan.in);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];
 #pragma unroll
-        for (int n = 1; n < J / 2; n++) first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
+        for (int n = 1; n < CEMA_OWN / 2; n++)
+            first += y[n][i / 2][i % 2 * 2], second += y[n][i / 2][i % 2 * 2 + 1];
         tile[place.unit(slot, i)] = CemaUnit<T>{{from_float<T>(first), from_float<T>(second)}};
     }
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             if (!RAGGED || left[i] >= CEMA_GROUP) cema_turn(h.v[j], i, turn, j, add[j]);
 }
 
-/* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out; reverse,
- *           the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
+/* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out;
+ *           reverse, the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
- * needs:    4 J states at first_state; h_in NULL is zero, h_out NULL is not wanted; they may be the same memory
- *           unless there are several segments; omega NULL is zero; ends from cema_ends_kernel; y is not x
+ * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may
+ *           be the same memory unless there are several segments; omega NULL is zero; ends from
+ *           cema_ends_kernel; y is not x; WIDE: D a multiple of 8, x and y of 16 bytes
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
-template <typename T, int J>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+template <typename T, bool WIDE>
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
                      CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
-                     int steps, int D, int N, bool wide) {
+                     int steps, int D, int N) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
     alignas(16) __shared__ CemaUnit<T> tiles[2][SLOTS * CEMA_CHANNELS * CEMA_UNITS];
     CemaPlace place(first_state);
     __shared__ typename CemaEarly<T>::Stage stage;
     CemaMover mover(strips, steps, D);
-    CemaShare<T> before;
     bool moves = mover.slot < SLOTS;
     mover.step += mover.slot * CEMA_GROUP;
-    if (moves) cema_request<T>(stage, x, mover, 0, D, wide);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, 0, D);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaScan<T, J> scan;
+    CemaScan<T> scan;
     cema_scan_tables(scan, powers, coef, omega && place.d < D ? omega[place.d] : 0.0f, place, strips.reverse,
                      D, N);
-    CemaTurn<J> turn(powers, place);
-    CemaPairs<J> h = {};
+    CemaTurn turn(powers, place);
+    CemaPairs h = {};
     float sign = strips.reverse ? -1.0f : 1.0f; /* gradients of states are conjugate */
     int row_steps[2];
 #pragma unroll
@@ -825,58 +846,58 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         row_steps[i] = strip.steps;
         if (!h_in || strip.steps == 0 || place.d >= D) continue;
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             const float *in = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
             h.v[j][2 * i] = in[0], h.v[j][2 * i + 1] = sign * in[1];
         }
     }
-    CemaPairs<J> no_slope = {};
-    CemaFloat way_in[J];
+    CemaPairs no_slope = {};
+    CemaFloat way_in[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
         way_in[j] = cema_way_in(CemaState(coef, place.d, place.state(j), D, N), strips.reverse);
     cema_start(h, no_slope, ends, nullptr, way_in, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    if (moves) cema_move<T>(tiles[0], stage, x, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
+    /* The outputs before this tile go out, the inputs after it come in. */
+    auto carry = [&]() {
+        if (moves && first > 0) {
+            CemaShare<T> before, out;
+            if (accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
+            cema_take(out, tiles[now ^ 1], mover);
+            if (accumulate) cema_add(out, before);
+            cema_write<WIDE>(y, out, mover, first - TILE, D);
+        }
+        if (!moves || first + TILE >= longest) return;
+        cema_move<WIDE, T>(tiles[now ^ 1], stage, x, mover, first + TILE, D);
+        cema_request<WIDE, T>(stage, x, mover, first + 2 * TILE, D);
+    };
+    if (moves) cema_move<WIDE, T>(tiles[0], stage, x, mover, 0, D);
+    if (moves) cema_request<WIDE, T>(stage, x, mover, TILE, D);
     auto next = [&](auto ragged) {
         __syncthreads(); // this tile is whole, and so are the outputs of the one before
-        bool more = moves && first + TILE < longest, done = moves && first > 0;
-        if (more) cema_request<T>(stage, x, mover, first + TILE, D, wide);
-        if (done && accumulate) cema_fetch(before, (const T *)y, mover, first - TILE, D, wide);
+        if (cema_carries_first()) carry();
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             int begin = first + slot * CEMA_GROUP, left[2] = {row_steps[0] - begin, row_steps[1] - begin};
             cema_scan_group<ragged.value>(tiles[now], h, scan, turn, place, slot, left);
         }
-        if (done) {
-            CemaShare<T> out;
-            cema_take(out, tiles[now ^ 1], mover);
-            if (accumulate) cema_add(out, before);
-            cema_write(y, out, mover, first - TILE, D, wide);
-        }
-        if (more) cema_move<T>(tiles[now ^ 1], stage, x, mover, first + TILE, D, wide);
+        if (!cema_carries_first()) carry();
         first += TILE, now ^= 1;
     };
     for (int even = cema_even_steps(strips, steps, TILE); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
     __syncthreads(); // the last outputs are whole
-    int last = (longest - 1) / TILE * TILE;
-    if (moves) {
-        CemaShare<T> out;
-        cema_take(out, tiles[now ^ 1], mover);
-        if (accumulate) cema_fetch(before, (const T *)y, mover, last, D, wide), cema_add(out, before);
-        cema_write(y, out, mover, last, D, wide);
-    }
+    carry();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (!h_out || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
         cema_tail(h, x, coef, place, strips, i, steps, D, N);
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             float *out = h_out + (((int64_t)strip.b * D + place.d) * N + k) * 2;
@@ -885,15 +906,14 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     }
 }
 
-/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with J a fourth of how many it
- * has to take. */
-#define WITH_CEMA_STATES(N, ...)                                                                            \
+/* Runs a statement for each CEMA_STATES of the N states, from first_state on, with the constant WIDE. */
+#define WITH_CEMA_STATES(N, wide, ...)                                                                      \
     for (int first_state = 0; first_state < (N); first_state += CEMA_STATES) {                              \
-        if ((N) - first_state > CEMA_STATES / 2) {                                                            \
-            constexpr int J = CEMA_STATES / 4;                                                              \
+        if (wide) {                                                                                         \
+            constexpr bool WIDE = true;                                                                     \
             __VA_ARGS__;                                                                                    \
         } else {                                                                                            \
-            constexpr int J = CEMA_STATES / 8;                                                              \
+            constexpr bool WIDE = false;                                                                    \
             __VA_ARGS__;                                                                                    \
         }                                                                                                   \
     }
@@ -910,13 +930,13 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
     bool wide = cema_wide<T>(D, x);
     if (strips.count == 0) return;
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, {
+    WITH_CEMA_STATES(N, wide, {
         if (slopes)
-            LAUNCH((cema_ends_kernel<T, J, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N, wide);
+            LAUNCH((cema_ends_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                   strips, first_state, (int)steps, (int)D, (int)N);
         else
-            LAUNCH((cema_ends_kernel<T, J, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef, strips,
-                   first_state, (int)steps, (int)D, (int)N, wide);
+            LAUNCH((cema_ends_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, ends, slopes, x, coef,
+                   strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -926,11 +946,10 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
                       int64_t steps, int64_t D, int64_t N) {
     bool wide = cema_wide<T>(D, x, y);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, {
+    WITH_CEMA_STATES(N, wide, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, J>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
-               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N,
-               wide);
+        LAUNCH((cema_scan_kernel<T, WIDE>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
+               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -952,12 +971,12 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
 }
 
-/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of omega,
- * (rows,D). */
+/* Where a backward's sums go: gradients of p, q and c before the sum over rows, each (rows,D,N), and of
+ * omega, (rows,D). */
 struct CemaSums { float *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
-/* (re, im) of J states, summed over a thread's rows. */
-template <int J> struct CemaTotals { float re[J], im[J]; };
+/* (re, im) of CEMA_OWN states, summed over a thread's rows. */
+struct CemaTotals { float re[CEMA_OWN], im[CEMA_OWN]; };
 __device__ inline void cema_add_product(float &re, float &im, const float (&a)[4], const float (&b)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -966,26 +985,25 @@ __device__ inline void cema_add_product(float &re, float &im, const float (&a)[4
     }
 }
 
-/* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta, and
- * sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
-template <int J> struct CemaBackward {
-    CemaPairs<J> nu, zeta;
-    CemaTotals<J> a, k;
+/* What a thread carries through time: nu and zeta of its states, the sums of V nu and of V^ nu + V zeta,
+ * and sums of u_m dy_j over strips, m = group and group + 8, at steps 15 - j of a group. */
+struct CemaBackward {
+    CemaPairs nu, zeta;
+    CemaTotals a, k;
     float meet[2][4];
 };
 
 /* A group: u in slot 0, dy, from the last step of the group to the first, in slot 1. */
-template <bool RAGGED, typename T, int J>
-__device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *tile,
-                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[J][2],
-                                       const CemaTurn<J> &turn, const CemaPlace &place,
-                                       const int (&left)[2]) {
+template <bool RAGGED, typename T>
+__device__ inline void cema_sums_group(CemaBackward &s, const CemaUnit<T> *tile,
+                                       const CemaTable<CemaParts<T>::GRADIENT> (&tables)[CEMA_OWN][2],
+                                       const CemaTurn &turn, const CemaPlace &place, const int (&left)[2]) {
     constexpr int INPUT = CemaParts<T>::INPUT;
     CemaRows<INPUT> u, dy;
     cema_rows<T>(u, tile, place, 0);
     cema_rows<T>(dy, tile, place, 1);
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         float v[2][4] = {}, add[2][4] = {}; /* and by ln q */
         cema_multiply(v, u, tables[j]);
         cema_multiply(add, dy, tables[j]);
@@ -1019,15 +1037,16 @@ __device__ inline void cema_sums_group(CemaBackward<J> &s, const CemaUnit<T> *ti
         for (int i = 0; i < 4; i++) s.meet[o][i] += sum[o][i];
 }
 
-/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta + nu). */
-template <typename T, int J>
-__device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const CemaCoefficients &coef,
+/* The last steps of row i's strip that are no whole group, as cema_tail: nu = q nu + dy, zeta = q (zeta
+ * + nu). */
+template <typename T>
+__device__ inline void cema_sums_tail(CemaBackward &s, const T *dy, const CemaCoefficients &coef,
                                       const CemaPlace &place, const CemaStrips &strips, int i, int steps,
                                       int D, int N) {
     CemaStrip strip(strips, place.row[i], steps);
     if (place.d >= D) return;
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         CemaFloat q = CemaState(coef, place.d, place.state(j), D, N).q;
         CemaFloat nu = {s.nu.v[j][2 * i], s.nu.v[j][2 * i + 1]},
                   zeta = {s.zeta.v[j][2 * i], s.zeta.v[j][2 * i + 1]};
@@ -1040,10 +1059,10 @@ __device__ inline void cema_sums_tail(CemaBackward<J> &s, const T *dy, const Cem
     }
 }
 
-/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An incoming state
- * acts like an input: its products with q nu and with nu + zeta at the first step. */
-template <typename T, int J>
-__device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums, float *own, const T *dy,
+/* The end of a channel's sums, by its warp, through CEMA_STATES * 8 floats of shared memory of its own. An
+ * incoming state acts like an input: its products with q nu and with nu + zeta at the first step. */
+template <typename T>
+__device__ inline void cema_sums_finish(CemaBackward &s, const CemaSums &sums, float *own, const T *dy,
                                         const float *h_in, const CemaCoefficients &coef,
                                         const CemaPlace &place, const CemaStrips &strips, int steps, int D,
                                         int N) {
@@ -1063,14 +1082,14 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
         }
         __syncwarp(); // and read
     }
-    CemaTotals<J> h_nu = {}, h_zeta = {};
+    CemaTotals h_nu = {}, h_zeta = {};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         CemaStrip strip(strips, place.row[i], steps);
         if (!h_in || strip.steps == 0 || strip.segment < strips.count - 1 || place.d >= D) continue;
         cema_sums_tail(s, dy, coef, place, strips, i, steps, D, N);
 #pragma unroll
-        for (int j = 0; j < J; j++) {
+        for (int j = 0; j < CEMA_OWN; j++) {
             int k = place.state(j);
             if (k >= N) continue;
             const float *h = h_in + (((int64_t)strip.b * D + place.d) * N + k) * 2;
@@ -1079,9 +1098,9 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
             h_zeta.re[j] += h[0] * zeta[0] - h[1] * zeta[1], h_zeta.im[j] += h[0] * zeta[1] + h[1] * zeta[0];
         }
     }
-    CemaTotals<J> *all[4] = {&s.a, &s.k, &h_nu, &h_zeta};
+    CemaTotals *all[4] = {&s.a, &s.k, &h_nu, &h_zeta};
 #pragma unroll
-    for (int j = 0; j < J; j++)
+    for (int j = 0; j < CEMA_OWN; j++)
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float sum = i % 2 ? all[i / 2]->im[j] : all[i / 2]->re[j];
@@ -1100,7 +1119,7 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
         a = a + here * power, slope = slope + (lag + 1) * next * power;
         power = power * q;
     }
-    if (lane >= 4 * J || k >= N || place.d >= D) return;
+    if (lane >= 4 * CEMA_OWN || k >= N || place.d >= D) return;
     const float *t = own + lane * 8;
     double p = state.p;
     a = a + q * CemaComplex{t[0], t[1]}, slope = slope + CemaComplex{t[0], t[1]} + CemaComplex{t[2], t[3]};
@@ -1115,13 +1134,14 @@ __device__ inline void cema_sums_finish(CemaBackward<J> &s, const CemaSums &sums
 /* computes: the gradients of p, q, c and omega but for what dh_out adds, a row of them for 16 strips
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
  * traffic:  2 B T D sizeof(T) bytes
- * needs:    4 J states at first_state; strips in reverse; ends and slopes of dy from cema_ends_kernel
+ * needs:    CEMA_STATES states from first_state on; strips in reverse; ends and slopes of dy from
+ *           cema_ends_kernel; WIDE: D a multiple of 8, dy and u of 16 bytes
  * numerics: as at the head of this file, sums over time in float; fixed order: deterministic */
-template <typename T, int J>
-__global__ void __launch_bounds__(CEMA_THREADS, 1)
+template <typename T, bool WIDE>
+__global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     cema_sums_kernel(CemaSums sums, const T *dy, const T *u, const float *h_in, const float *ends,
                      const float *slopes, CemaCoefficients coef, CemaStrips strips, int first_state,
-                     int steps, int D, int N, bool wide) {
+                     int steps, int D, int N) {
     constexpr int BUFFERS = sizeof(T) == 2 ? 2 : 1, PARTS = CemaParts<T>::GRADIENT;
     alignas(16) __shared__ CemaUnit<T> tiles[BUFFERS][2 * CEMA_CHANNELS * CEMA_UNITS];
     static_assert(sizeof tiles >= CEMA_CHANNELS * CEMA_STATES * 8 * sizeof(float), "room for the end");
@@ -1130,11 +1150,11 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     CemaMover mover(strips, steps, D);
     const T *from = mover.slot == 0 ? u : dy;
     if (mover.slot == 1) mover.flip();
-    cema_request<T>(stage, from, mover, 0, D, wide);
+    cema_request<WIDE, T>(stage, from, mover, 0, D);
     CemaPowers powers(tiles, coef, place, strips.length, D, N);
-    CemaTable<PARTS> tables[J][2]; /* of powers, and of their derivatives by ln q */
+    CemaTable<PARTS> tables[CEMA_OWN][2]; /* of powers, and of their derivatives by ln q */
 #pragma unroll
-    for (int j = 0; j < J; j++) {
+    for (int j = 0; j < CEMA_OWN; j++) {
         int k = 4 * j + place.group / 2, im = place.group % 2, m = 2 * place.pair;
         float v[4] = {cema_part(powers(k, m), im), cema_part(powers(k, m + 1), im),
                       cema_part(powers(k, m + 8), im), cema_part(powers(k, m + 9), im)};
@@ -1142,27 +1162,32 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
         cema_table(tables[j][1], (float)m * v[0], (float)(m + 1) * v[1], (float)(m + 8) * v[2],
                    (float)(m + 9) * v[3]);
     }
-    CemaTurn<J> turn(powers, place);
-    CemaBackward<J> s = {};
+    CemaTurn turn(powers, place);
+    CemaBackward s = {};
     int row_steps[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) row_steps[i] = CemaStrip(strips, place.row[i], steps).steps;
-    CemaFloat plainly[J];
+    CemaFloat plainly[CEMA_OWN];
 #pragma unroll
-    for (int j = 0; j < J; j++) plainly[j] = CemaFloat{1, 0};
+    for (int j = 0; j < CEMA_OWN; j++) plainly[j] = CemaFloat{1, 0};
     cema_start(s.nu, s.zeta, ends, slopes, plainly, powers, place, strips, steps, D, N);
     __syncthreads(); // the powers are no longer needed
-    cema_move<T>(tiles[0], stage, from, mover, 0, D, wide);
     int now = 0, first = 0, longest = min(strips.length, steps);
+    auto carry = [&]() {
+        if (first + CEMA_GROUP >= longest) return;
+        cema_move<WIDE, T>(tiles[(now + 1) % BUFFERS], stage, from, mover, first + CEMA_GROUP, D);
+        cema_request<WIDE, T>(stage, from, mover, first + 2 * CEMA_GROUP, D);
+    };
+    cema_move<WIDE, T>(tiles[0], stage, from, mover, 0, D);
+    cema_request<WIDE, T>(stage, from, mover, CEMA_GROUP, D);
     auto next = [&](auto ragged) {
         __syncthreads(); // the tile is whole; the other one has been read by all
-        bool more = first + CEMA_GROUP < longest;
-        if (more) cema_request<T>(stage, from, mover, first + CEMA_GROUP, D, wide);
+        if (BUFFERS == 2 && cema_carries_first()) carry();
         int left[2] = {row_steps[0] - first, row_steps[1] - first};
         cema_sums_group<ragged.value, T>(s, tiles[now], tables, turn, place, left);
         if (BUFFERS == 1) __syncthreads(); // the only tile has been read by all
+        if (BUFFERS == 1 || !cema_carries_first()) carry();
         now = (now + 1) % BUFFERS, first += CEMA_GROUP;
-        if (more) cema_move<T>(tiles[now], stage, from, mover, first, D, wide);
     };
     for (int even = cema_even_steps(strips, steps, CEMA_GROUP); first < even;) next(std::false_type());
     while (first < longest) next(std::true_type());
@@ -1171,9 +1196,10 @@ __global__ void __launch_bounds__(CEMA_THREADS, 1)
     cema_sums_finish(s, sums, own, dy, h_in, coef, place, strips, steps, D, N);
 }
 
-/* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of inputs,
- *           h_{T-1} = p H + q^T h_in, and H = u_{T-1} + q E where E and dE / d ln q come from the ends of the
- *           steps before:  dp = Re(G H), dq = G (p dH / dq + T q^(T-1) h_in), dc = 0; a row of sums for each b
+/* computes: what dh_out adds to the gradients of p and q: with G = conj dh_out, H the last state's sum of
+ *           inputs, h_{T-1} = p H + q^T h_in, and H = u_{T-1} + q E where E and dE / d ln q come from the
+ *           ends of the steps before:  dp = Re(G H), dq = G (p dH / dq + T q^(T-1) h_in), dc = 0; a row of
+ *           sums for each b
  * launch:   grid ceil(B D N / 256), block 256: a thread owns a state of a row of the batch
  * traffic:  (28 + 16 segments) B D N bytes
  * needs:    ends and slopes of u's first T-1 steps, whose segments end at their end
@@ -1208,7 +1234,7 @@ __global__ void cema_outgoing_kernel(CemaSums sums, const float *dh_out, const T
  *     da = dp - s dr,  ds = -a dr,  dr = dq . (cos phi, sin phi),  dphi = dq . (-q_im, q_re)
  * computes: dalpha, ddelta, dtheta, dgamma, domega += from the sums, over rows (of all segments) and, for
  *           theta, over states
- * launch:   grid ceil(D / channels), block 256: a thread owns a state of a channel, N of them make a channel
+ * launch:   grid ceil(D / channels), block 256: a thread owns a state of a channel, N make a channel
  * traffic:  20 rows D N bytes read
  * needs:    N <= 256
  * numerics: double, fixed order: deterministic */
@@ -1281,8 +1307,9 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     cema_ends<T>(context, ends, slopes, dy, coef, cema_strips(segments, B, segments.count - 1, true), steps,
                  D, N);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
-    WITH_CEMA_STATES(N, LAUNCH((cema_sums_kernel<T, J>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
-                               ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N, wide));
+    WITH_CEMA_STATES(N, wide,
+                     LAUNCH((cema_sums_kernel<T, WIDE>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
+                            ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N));
     cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);

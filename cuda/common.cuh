@@ -205,15 +205,6 @@ template <int VEC, typename T> __device__ inline void store(T *to, const float (
     *reinterpret_cast<Packed<T, VEC> *>(to) = packed;
 }
 
-/* Asks for `bytes` of device memory, whole vectors of 16, to be brought into the second-level cache. */
-__device__ inline void prefetch(const void *from, size_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
-                 "r"((unsigned)bytes)
-                 : "memory");
-#endif
-}
-
 /* May rows of `columns` elements be read 16 bytes at a time? Absent (null) pointers do not object. */
 template <typename T, typename... P> static bool vectorises(int64_t columns, const P *...pointers) {
     uintptr_t bits = ((uintptr_t)pointers | ... | 0);
@@ -299,8 +290,7 @@ __device__ inline void keep_scales(float (&keep)[VEC], const Dropout &dropout, i
 }
 
 /* value[i] times the mask of the element `index` + i */
-template <int VEC>
-__device__ inline void drop(float (&value)[VEC], const Dropout &dropout, int64_t index) {
+template <int VEC> __device__ inline void drop(float (&value)[VEC], const Dropout &dropout, int64_t index) {
     if (dropout.threshold == 0) return;
 #pragma unroll
     for (int i = 0; i < VEC; i++) value[i] *= keep_scale(dropout, (uint64_t)(index + i));
@@ -367,8 +357,8 @@ struct Sweep {
 /* Memory for what a thread's group adds to a sweep's row of partial sums. */
 template <int VEC> using SweepSums = Packed<float, VEC>[SWEEP_THREADS];
 
-/* Writes row[j] = the sum over the groups, j < columns, where each thread comes with the sums of its one vector
- * of columns: for sweeps whose rows have at most a vector a thread. The whole block calls it. */
+/* Writes row[j] = the sum over the groups, j < columns, where each thread comes with the sums of its one
+ * vector of columns: for sweeps whose rows have at most a vector a thread. The whole block calls it. */
 template <int VEC>
 __device__ inline void sweep_row(float *row, const Sweep &sweep, int columns, const float (&sum)[VEC],
                                  SweepSums<VEC> &shared) {
@@ -392,7 +382,7 @@ static inline unsigned sweep_threads(int64_t columns, int vec) {
 }
 
 /* All sums of one launch. A sum's rows are cut into slices; blocks are numbered by sum, slice and column. */
-enum { SUM_LANES = 32, SUM_GROUPS = 16, SUM_SLICE = 64 };
+enum { SUM_LANES = 32, SUM_GROUPS = 16, SUM_SLICE = 128 };
 struct ColumnSums {
     PendingSum of[MAX_SUMS];
     int first_block[MAX_SUMS + 1], first_slice[MAX_SUMS]; /* first_slice: where its slices' sums lie */
@@ -412,8 +402,8 @@ __device__ inline float sum_groups(float mine, float (&shared)[SUM_GROUPS][SUM_L
 }
 
 /* computes: sum[j] += sum over r of partial[r, j], r < count, for several sums
- * launch:   grid: over all sums, slices ceil(columns / 32); block 32 x 16: a thread walks every 16th row of one
- *           column of a slice; the last block of a column to finish adds up the slices
+ * launch:   grid: over all sums, slices ceil(columns / 32); block 32 x 16: a thread walks every 16th row of
+ *           one column of a slice; the last block of a column to finish adds up the slices
  * traffic:  4 count columns bytes read, 8 columns bytes read and written
  * needs:    nothing
  * numerics: float, one fixed order whichever block is last: deterministic */
@@ -431,7 +421,7 @@ __global__ static void add_sums_kernel(ColumnSums sums) {
     int end = min(first + (int)SUM_SLICE, pending.count);
     float total = 0;
     if (column < pending.columns) {
-#pragma unroll 4
+#pragma unroll 8
         for (int row = first + (int)threadIdx.y; row < end; row += SUM_GROUPS)
             total += pending.partial[(int64_t)row * pending.columns + column];
     }
@@ -449,7 +439,8 @@ __global__ static void add_sums_kernel(ColumnSums sums) {
         total = 0;
         if (column < pending.columns)
             for (int s = (int)threadIdx.y; s < slices; s += SUM_GROUPS)
-                total += __ldcg(sums.slice_sums + sums.first_slice[i] + (int64_t)s * pending.columns + column);
+                total +=
+                    __ldcg(sums.slice_sums + sums.first_slice[i] + (int64_t)s * pending.columns + column);
         total = sum_groups(total, shared);
     }
     if (threadIdx.y == 0 && column < pending.columns) pending.sum[column] += total;
@@ -478,8 +469,8 @@ static inline void add_sums(Context *context) {
     context->pending_bytes = 0;
 }
 
-/* Memory for `count` rows of partial sums that the next add_sums adds to sum (columns), or NULL if sum is NULL.
- * The caller's kernel writes all of them. */
+/* Memory for `count` rows of partial sums that the next add_sums adds to sum (columns), or NULL if sum is
+ * NULL. The caller's kernel writes all of them. */
 static inline float *take_sum(Context *context, float *sum, int64_t count, int64_t columns) {
     if (!sum) return nullptr;
     REQUIRE(context->num_pending < MAX_SUMS);

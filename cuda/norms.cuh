@@ -5,10 +5,87 @@
 
 #include "common.cuh"
 
-enum { NORM_WARPS = 8 };
+enum { NORM_THREADS = 256 };
 
 /* ----------------------------------------------------------------------------------------------------------
- * Backward of both: LayerNorm is the CENTRED one, RMSNorm has no mean, no bias, and dropout after it.
+ * Forward of both: LayerNorm is the CENTRED one, RMSNorm has no mean, no bias, and dropout after it.
+ */
+
+/* Vectors of a row that a thread holds; more are read again. */
+enum { NORM_HELD = 4 };
+
+/* computes: y[row, j] = keep ((x[row, j] - mean[row]) rstd[row] (1 + w[j]) + b[j]); mean is 0 if not CENTRED
+ * launch:   grid ceil(rows lanes / 256), block 256: `lanes` lanes of a warp own a row
+ * traffic:  2 rows columns sizeof(T) bytes; of very long rows x is read again, from the caches
+ * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * numerics: float, two passes for the variance, fixed order: deterministic */
+template <typename T, int VEC, bool CENTRED>
+__global__ void norm_forward_kernel(T *y, float *saved_mean, float *saved_rstd, const T *x, const T *weight,
+                                    const T *bias, int64_t rows, int columns, int lanes, float eps,
+                                    Dropout dropout) {
+    int64_t row = (int64_t)blockIdx.x * (NORM_THREADS / lanes) + threadIdx.x / (unsigned)lanes;
+    bool active = row < rows;
+    if (!active) row = 0; // the shuffles below want every lane
+    int lane = (int)threadIdx.x % lanes;
+    const T *x_row = x + row * columns;
+    Packed<T, VEC> held[NORM_HELD];
+#pragma unroll
+    for (int k = 0; k < NORM_HELD; k++) {
+        int c = (lane + k * lanes) * VEC;
+        if (c < columns) held[k] = packed<VEC>(x_row + c);
+    }
+    /* Calls f(vector, its first column) for all of this thread's vectors. */
+    auto each = [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < NORM_HELD; k++) {
+            int c = (lane + k * lanes) * VEC;
+            if (c < columns) f(held[k], c);
+        }
+        for (int c = (lane + NORM_HELD * lanes) * VEC; c < columns; c += lanes * VEC)
+            f(packed<VEC>(x_row + c), c);
+    };
+    float mean = 0, sum = 0;
+    if (CENTRED) {
+        each([&](const Packed<T, VEC> &value, int) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++) mean += to_float(value.v[i]);
+        });
+        mean = lanes_sum(mean, lanes) / (float)columns;
+    }
+    each([&](const Packed<T, VEC> &value, int) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum += (to_float(value.v[i]) - mean) * (to_float(value.v[i]) - mean);
+    });
+    float rstd = 1.0f / sqrtf(lanes_sum(sum, lanes) / (float)columns + eps);
+    if (!active) return;
+    if (lane == 0) {
+        if (CENTRED) saved_mean[row] = mean;
+        saved_rstd[row] = rstd;
+    }
+    each([&](const Packed<T, VEC> &value, int c) {
+        float w[VEC] = {}, b[VEC] = {}, out[VEC];
+        if (weight) load<VEC>(w, weight + c);
+        if (bias) load<VEC>(b, bias + c);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) out[i] = (to_float(value.v[i]) - mean) * rstd * (1.0f + w[i]) + b[i];
+        if (!CENTRED) drop<VEC>(out, dropout, row * columns + c);
+        store<VEC>(y + row * columns + c, out);
+    });
+}
+
+template <typename T, bool CENTRED>
+static void norm_forward(Context *context, T *y, float *mean, float *rstd, const T *x, const T *weight,
+                         const T *bias, int64_t rows, int64_t columns, float eps, Dropout dropout) {
+    WITH_VEC(T, vectorises<T>(columns, y, x, weight, bias), {
+        int lanes = 1;
+        while (lanes < WARP_SIZE && lanes * VEC * NORM_HELD < columns) lanes *= 2;
+        LAUNCH((norm_forward_kernel<T, VEC, CENTRED>), blocks_for(rows * lanes, NORM_THREADS), NORM_THREADS,
+               context, y, mean, rstd, x, weight, bias, rows, (int)columns, lanes, eps, dropout);
+    });
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Backward of both
  */
 
 /* A block takes a few rows at a time, as many as the first cache holds for all blocks of a multiprocessor. */
@@ -27,8 +104,8 @@ template <typename T> struct NormBackward {
 
 /* xhat = (x - mean) rstd, y = keep (xhat (1 + w) + b):  with g = keep dy (1 + w):
  * dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not CENTRED;  dw += keep dy xhat;  db += dy
- * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that read
- *           y needs it)
+ * computes: dx, partial sums of dw, db and of dx itself, and y once more (the backward of the layers that
+ *           read y needs it)
  * launch:   grid at most 3 blocks a multiprocessor, block 256: a block takes batches of rows in turn with the
  *           others; in each, first a warp a row for the two means, then a thread walks down its columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
@@ -48,11 +125,6 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
     int side = 0;
     for (int64_t begin = first; begin < n.rows; begin += stride, side ^= 1) {
         int count = (int)min((int64_t)n.batch, n.rows - begin);
-        if (VEC > 1 && threadIdx.x == 0 && begin + stride < n.rows) { // the next batch is on its way meanwhile
-            size_t bytes = (size_t)(min((int64_t)n.batch, n.rows - begin - stride) * columns) * sizeof(T);
-            prefetch(n.x + (begin + stride) * columns, bytes);
-            prefetch(n.dy + (begin + stride) * columns, bytes);
-        }
         for (int r = (int)threadIdx.x / WARP_SIZE; r < count; r += SWEEP_THREADS / WARP_SIZE) {
             int64_t row = begin + r;
             float g_sum = 0, gx_sum = 0, rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f;
@@ -70,7 +142,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
             }
             if (CENTRED) g_sum = warp_sum(g_sum);
             gx_sum = warp_sum(gx_sum) * rstd;
-            if (lane == 0) row_g[side][r] = g_sum / (float)columns, row_gx[side][r] = gx_sum / (float)columns;
+            if (lane == 0)
+                row_g[side][r] = g_sum / (float)columns, row_gx[side][r] = gx_sum / (float)columns;
         }
         /* The batch's means are known, and nobody reads its dy for them any more: dx may overwrite it. The
          * other side is still being read, but not after the next barrier. */
@@ -125,7 +198,8 @@ static void norm_backward(Context *context, NormBackward<T> n, float *dweight, f
                           int64_t rows, int64_t columns) {
     WITH_VEC(T, vectorises<T>(columns, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
         int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
-        int64_t fit = min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
+        int64_t fit =
+            min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
         n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);
         n.rows = rows, n.columns = (int)columns;
         int64_t blocks = min(ceil_div(rows, n.batch), (int64_t)context->num_sms * NORM_BLOCKS);
@@ -140,48 +214,15 @@ static void norm_backward(Context *context, NormBackward<T> n, float *dweight, f
  * RMSNorm: y = x rstd (1 + w), rstd = 1 / sqrt(mean(x^2) + eps); then dropout.
  */
 
-/* computes: y[row, j] = keep x[row, j] rstd[row] (1 + w[j])
- * launch:   grid ceil(rows / 8), block 256: a warp owns a row and reads it twice, the second time from the
- *           cache
- * traffic:  2 rows columns sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
- * numerics: float sums in a fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void rmsnorm_forward_kernel(T *y, float *saved_rstd, const T *x, const T *weight, int64_t rows,
-                                       int columns, float eps, Dropout dropout) {
-    int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
-    int lane = (int)threadIdx.x % WARP_SIZE;
-    if (row >= rows) return; // a whole warp leaves
-    const T *x_row = x + row * columns;
-    float sum = 0, value[VEC], w[VEC] = {};
-    for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-        load<VEC>(value, x_row + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) sum += value[i] * value[i];
-    }
-    float rstd = 1.0f / sqrtf(warp_sum(sum) / (float)columns + eps);
-    if (lane == 0) saved_rstd[row] = rstd;
-    for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-        load<VEC>(value, x_row + c);
-        if (weight) load<VEC>(w, weight + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) value[i] *= rstd * (1.0f + w[i]);
-        drop<VEC>(value, dropout, row * columns + c);
-        store<VEC>(y + row * columns + c, value);
-    }
-}
-
 /* y and x are rows,columns; rstd (rows) is saved; weight (columns) may be NULL. */
 template <typename T>
 static void rmsnorm_forward(Context *context, T *y, float *rstd, const T *x, const T *weight, int64_t rows,
                             int64_t columns, float eps, Dropout dropout) {
-    WITH_VEC(T, vectorises<T>(columns, y, x, weight),
-             LAUNCH((rmsnorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE,
-                    context, y, rstd, x, weight, rows, (int)columns, eps, dropout));
+    norm_forward<T, false>(context, y, nullptr, rstd, x, weight, nullptr, rows, columns, eps, dropout);
 }
 
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to by the next
- * add_sums. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight (NULL: none) is added to by the
+ * next add_sums. */
 template <typename T>
 static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, const T *dy, const float *rstd,
                              const T *x, const T *weight, int64_t rows, int64_t columns, Dropout dropout) {
@@ -195,62 +236,16 @@ static void rmsnorm_backward(Context *context, T *dx, T *y, float *dweight, cons
  * LayerNorm: y = (x - mean) rstd (1 + w) + b, rstd = 1 / sqrt(var + eps).
  */
 
-/* Mean and rstd of one row, by a whole warp; the variance is that of the differences, so a large mean does
- * no harm. */
-template <typename T, int VEC>
-__device__ inline void row_moments(const T *row, int columns, float eps, float *mean, float *rstd) {
-    int lane = (int)threadIdx.x % WARP_SIZE;
-    float value[VEC], sum = 0, squares = 0;
-    for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-        load<VEC>(value, row + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) sum += value[i];
-    }
-    *mean = warp_sum(sum) / (float)columns;
-    for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-        load<VEC>(value, row + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) squares += (value[i] - *mean) * (value[i] - *mean);
-    }
-    *rstd = 1.0f / sqrtf(warp_sum(squares) / (float)columns + eps);
-}
-
-/* computes: y[row, j] = (x[row, j] - mean[row]) rstd[row] (1 + w[j]) + b[j]
- * launch:   grid ceil(rows / 8), block 256: a warp owns a row
- * traffic:  2 rows columns sizeof(T) bytes; x is read three times, twice from the caches
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
- * numerics: float, two passes for the variance, fixed order: deterministic */
-template <typename T, int VEC>
-__global__ void layernorm_forward_kernel(T *y, float *saved_mean, float *saved_rstd, const T *x,
-                                         const T *weight, const T *bias, int64_t rows, int columns,
-                                         float eps) {
-    int64_t row = (int64_t)blockIdx.x * NORM_WARPS + threadIdx.x / WARP_SIZE;
-    int lane = (int)threadIdx.x % WARP_SIZE;
-    if (row >= rows) return; // a whole warp leaves
-    float mean, rstd, value[VEC], w[VEC] = {}, b[VEC] = {};
-    row_moments<T, VEC>(x + row * columns, columns, eps, &mean, &rstd);
-    if (lane == 0) saved_mean[row] = mean, saved_rstd[row] = rstd;
-    for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
-        load<VEC>(value, x + row * columns + c);
-        if (weight) load<VEC>(w, weight + c);
-        if (bias) load<VEC>(b, bias + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) value[i] = (value[i] - mean) * rstd * (1.0f + w[i]) + b[i];
-        store<VEC>(y + row * columns + c, value);
-    }
-}
-
 /* y and x are rows,columns; mean and rstd (rows) are saved; weight and bias (columns) may be NULL. */
 template <typename T>
 static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, const T *x, const T *weight,
                               const T *bias, int64_t rows, int64_t columns, float eps) {
-    WITH_VEC(T, vectorises<T>(columns, y, x, weight, bias),
-             LAUNCH((layernorm_forward_kernel<T, VEC>), blocks_for(rows, NORM_WARPS), NORM_WARPS * WARP_SIZE,
-                    context, y, mean, rstd, x, weight, bias, rows, (int)columns, eps));
+    norm_forward<T, true>(context, y, mean, rstd, x, weight, bias, rows, columns, eps, no_dropout());
 }
 
-/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none) are
- * added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added to x. */
+/* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none)
+ * are added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added
+ * to x. */
 template <typename T>
 static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, float *dcolumns,
                                const T *dy, const float *mean, const float *rstd, const T *x,

@@ -203,8 +203,8 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool DROPS>
 __global__ void __launch_bounds__(SWEEP_THREADS, 4)
-    silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a, int rows,
-                              int columns, int share, Dropout dropout) {
+    silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
+                              int rows, int columns, int share, Dropout dropout) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
     int first = (int)blockIdx.x * share, last = min(first + share, rows);
@@ -259,12 +259,12 @@ static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbia
         if (!dbias && rows * columns % width == 0) rows = rows * columns / width, columns = width, share = 1;
         if (dropout.threshold)
             LAUNCH((silu_gate_backward_kernel<T, VEC, true>), blocks_for(rows, share),
-                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows, (int)columns,
-                   (int)share, dropout);
+                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
+                   (int)columns, (int)share, dropout);
         else
             LAUNCH((silu_gate_backward_kernel<T, VEC, false>), blocks_for(rows, share),
-                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows, (int)columns,
-                   (int)share, dropout);
+                   sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
+                   (int)columns, (int)share, dropout);
     });
 }
 template <typename T>
@@ -402,8 +402,8 @@ static void rescale_backward(Context *context, T *df, T *dx, float *dalpha, cons
                              const T *alpha, int64_t rows, int64_t columns, Dropout dropout) {
     float *partial = take_sum(context, dalpha, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, df, dx, dout, f, alpha),
-             LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), sweep_threads(columns, VEC), context,
-                    df, dx, partial, dout, f, alpha, (int)rows, (int)columns, dropout));
+             LAUNCH((rescale_backward_kernel<T, VEC>), sweep_blocks(rows), sweep_threads(columns, VEC),
+                    context, df, dx, partial, dout, f, alpha, (int)rows, (int)columns, dropout));
 }
 
 /* ----------------------------------------------------------------------------------------------------------

@@ -73,20 +73,22 @@ static void rope_backward(Context *context, T *dx, const T *dy, const float2 *ta
  */
 
 struct QueryShape {
-    int64_t rows;         /* B T */
+    int rows;             /* B T */
     const int64_t *count; /* (B) tokens before, on the device; NULL: none */
     int steps, H, z, C;
 };
 
 /* Position in its chunk of token `row` = b T + t. The count is read on the device, so that a recorded pass
- * can be replayed. */
-__device__ inline int64_t chunk_position(const QueryShape &shape, int64_t row) {
-    int64_t before = shape.count ? shape.count[row / shape.steps] : 0;
-    return (before + row % shape.steps) % shape.C;
+ * can be replayed. Most calls have none, and a division of 64 bits costs more than the rest of a kernel
+ * here. */
+__device__ inline int chunk_position(const QueryShape &shape, int row) {
+    int t = row % shape.steps;
+    if (!shape.count) return t % shape.C;
+    return (int)((shape.count[row / shape.steps] + t) % shape.C);
 }
 
-/* The widest vector, of pairs at least, that heads of z elements can be read in; and how many lanes of a warp (a
- * power of two) share a head. */
+/* The widest vector, of pairs at least, that heads of z elements can be read in; and how many lanes of a
+ * warp (a power of two) share a head. */
 template <typename T, typename... P> static int head_vector(int64_t z, const P *...pointers) {
     int width = vector_width<T>(z, pointers...);
     return width < 2 ? 2 : width;
@@ -126,20 +128,20 @@ __device__ inline void turn(float (&value)[VEC], const float (&angle)[VEC], floa
 /* computes: zn = NORM ? zz / sqrt(mean over the head of zz^2 + eps) : zz;  q = rope(zn (1 + gamma[0]) /
  * sqrt(z) + beta[0])
  *           and k with gamma[1], beta[1]; zn, or q and k, may be NULL (not wanted), the table too (no turn)
- * launch:   grid ceil(B T H lanes / 256), block 256: `lanes` lanes own a head of a step, each a vector of pairs
- *           and, in a large head, every lanes-th after it
+ * launch:   grid ceil(B T H lanes / 256), block 256: `lanes` lanes own a head of a step, each a vector of
+ *           pairs and, in a large head, every lanes-th after it
  * traffic:  (1 + outputs) B T Z sizeof(T) bytes, the table from the caches
  * needs:    z even; VEC wants z and pointers in multiples of VEC elements
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC, bool NORM>
 __global__ void queries_forward_kernel(T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta,
                                        const float2 *table, QueryShape shape, float eps, int lanes) {
-    int64_t unit = (int64_t)blockIdx.x * (QUERY_THREADS / lanes) + threadIdx.x / (unsigned)lanes;
+    int unit = (int)blockIdx.x * (QUERY_THREADS / lanes) + (int)threadIdx.x / lanes;
     bool active = unit < shape.rows * shape.H;
     if (!active) unit = 0; // the shuffles below want every lane
-    int lane = (int)threadIdx.x % lanes, z = shape.z, Z = shape.H * z;
-    int64_t row = unit / shape.H, at = unit * z;
-    int h = (int)(unit - row * shape.H);
+    int lane = (int)threadIdx.x % lanes, z = shape.z, Z = shape.H * z, row = unit / shape.H;
+    int h = unit - row * shape.H;
+    int64_t at = (int64_t)unit * z;
     const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
     float rstd = 1, inverse = 1.0f / sqrtf((float)z), value[VEC], angle[VEC], w[VEC], b[VEC], out[VEC];
     if (NORM) {
@@ -176,20 +178,21 @@ static void queries_forward_any(Context *context, T *q, T *k, T *zn, const T *zz
                                 const T *beta, const float2 *table, QueryShape shape, float eps) {
     WITH_PAIRS(T, head_vector<T>(shape.z, q, k, zn, zz, gamma, beta), {
         int lanes = head_lanes(shape.z, VEC);
-        LAUNCH((queries_forward_kernel<T, VEC, NORM>), blocks_for(shape.rows * shape.H * lanes, QUERY_THREADS),
-               QUERY_THREADS, context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
+        LAUNCH((queries_forward_kernel<T, VEC, NORM>),
+               blocks_for((int64_t)shape.rows * shape.H * lanes, QUERY_THREADS), QUERY_THREADS, context, q,
+               k, zn, zz, gamma, beta, table, shape, eps, lanes);
     });
 }
 template <typename T>
 static void znorm_forward(Context *context, T *zn, const T *zz, int64_t rows, int64_t H, int64_t z,
                           float eps) {
-    QueryShape shape = {rows, nullptr, 1, (int)H, (int)z, 1};
+    QueryShape shape = {(int)rows, nullptr, 1, (int)H, (int)z, 1};
     queries_forward_any<T, true>(context, nullptr, nullptr, zn, zz, nullptr, nullptr, nullptr, shape, eps);
 }
 template <typename T>
 static void qk_affine_forward(Context *context, T *q, T *k, const T *zn, const T *gamma, const T *beta,
                               int64_t rows, int64_t H, int64_t z) {
-    QueryShape shape = {rows, nullptr, 1, (int)H, (int)z, 1};
+    QueryShape shape = {(int)rows, nullptr, 1, (int)H, (int)z, 1};
     queries_forward_any<T, false>(context, q, k, nullptr, zn, gamma, beta, nullptr, shape, 0.0f);
 }
 /* znorm_forward, qk_affine_forward and two rope_forwards in one; zn NULL: not wanted */
@@ -258,8 +261,8 @@ enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
  * dq turned back; dg0 += dq' zn / sqrt z;  db0 += dq';  and NORM: zn = zz rstd, dzz = rstd (dzn - zn
  * mean(dzn zn)), dbias += dzz
  * computes: dzz, partial sums of dgamma (2,Z), dbeta (2,Z) and, if wanted, of dzz (Z)
- * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its head
- *           and walks down 16 rows; a head too large for a warp is the whole block's
+ * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its
+ *           head and walks down 16 rows; a head too large for a warp is the whole block's
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
  * needs:    z even; VEC wants z and pointers in multiples of VEC elements; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
@@ -281,10 +284,12 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
                                   partial_beta + row_sums + (int64_t)blockIdx.x * Z + Z,
                                   partial_bias ? partial_bias + row_sums : nullptr};
     HeadVector<VEC> v;
-    int64_t first = (int64_t)blockIdx.x * sweep.groups, stride = (int64_t)gridDim.x * sweep.groups;
-    for (int64_t begin = first; begin < shape.rows; begin += stride) {
-        bool active = begin + sweep.group < shape.rows, again = begin > first;
-        int64_t row = active ? begin + sweep.group : begin, at = row * Z + column;
+    int first = (int)blockIdx.x * sweep.groups, stride = (int)gridDim.x * sweep.groups;
+    for (int begin = first; begin < shape.rows; begin += stride) {
+        bool active = begin + sweep.group < shape.rows;
+        bool again = begin > first; // then the sums in memory are some
+        int row = active ? begin + sweep.group : begin;
+        int64_t at = (int64_t)row * Z + column;
         const float2 *angles = table ? table + chunk_position(shape, row) * (z / 2) : nullptr;
         float squares = 0, products = 0;
         for (int j = sweep.lane * VEC; j < z; j += lanes * VEC) {
@@ -334,13 +339,14 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
                                  QueryShape shape, float eps) {
     WITH_PAIRS(T, head_vector<T>(shape.z, dzz, dq, dk, zz, gamma), {
         int lanes = shape.z > WARP_SIZE * VEC ? (int)QUERY_THREADS : head_lanes(shape.z, VEC);
-        unsigned blocks = blocks_for(shape.rows * lanes, QUERY_THREADS * QUERY_ROWS);
+        unsigned blocks = blocks_for((int64_t)shape.rows * lanes, QUERY_THREADS * QUERY_ROWS);
         int64_t Z = (int64_t)shape.H * shape.z;
         float *partial_gamma = take_sum(context, dgamma, blocks, 2 * Z),
               *partial_beta = take_sum(context, dbeta, blocks, 2 * Z),
               *partial_bias = take_sum(context, dbias, blocks, Z);
-        LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS, context,
-               dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps, lanes);
+        LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
+               context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
+               lanes);
     });
 }
 
@@ -348,7 +354,7 @@ template <typename T>
 static void qk_affine_backward(Context *context, T *dzn, float *dgamma, float *dbeta, const T *dq,
                                const T *dk, const T *zn, const T *gamma, int64_t rows, int64_t H,
                                int64_t z) {
-    QueryShape shape = {rows, nullptr, 1, (int)H, (int)z, 1};
+    QueryShape shape = {(int)rows, nullptr, 1, (int)H, (int)z, 1};
     queries_backward_any<T, false>(context, dzn, dgamma, dbeta, nullptr, dq, dk, zn, gamma, nullptr, shape,
                                    0.0f);
 }

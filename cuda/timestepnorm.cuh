@@ -4,15 +4,15 @@
  *
  * A block owns a tile: 32 steps of some groups. It reduces the tile to sums, tells them to the blocks that
  * need them, learns from others what came before, and goes over the tile a second time, which is in the
- * caches by then. 32 tiles make a span; whoever has the last tile of a span tells the sums of everything up to
- * its end. So a tile waits for at most 31 tiles and one span, and adds them in an order that never changes.
- * Threads change roles on the way: a thread owns a group of a step, then a lane a step and a warp a group for
- * the scan, then a thread a group of another tile to learn from, and at last columns.
+ * caches by then. 32 tiles make a span; whoever has the last tile of a span tells the sums of everything up
+ * to its end. So a tile waits for at most 31 tiles and one span, and adds them in an order that never
+ * changes. Threads change roles on the way: a thread owns a group of a step, then a lane a step and a warp a
+ * group for the scan, then a thread a group of another tile to learn from, and at last columns.
  *
- * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula. Moments of equal parts come
- * from the sums of differences to a reference that is one of the parts, or merges with them in the next line:
- * the variance is at least the reference's squared distance over their number, so that nothing cancels and a
- * large mean or a million steps do no harm.
+ * Forward. (count, mean, variance) of two stretches of time merge by Chan's formula. Moments of equal parts
+ * come from the sums of differences to a reference that is one of the parts, or merges with them right
+ * after: the variance is at least the reference's squared distance over their number, so that nothing
+ * cancels and a large mean or a million steps do no harm.
  *
  * Backward. With k_t the steps seen at t, and dm_t, dv_t the gradients of mean_t and var_t from y_t alone,
  * let
@@ -28,12 +28,15 @@
 
 #include "common.cuh"
 
+#ifndef TIMESTEPNORM_LANE_FEATURES
+#define TIMESTEPNORM_LANE_FEATURES 32
+#endif
 enum {
     TILE_STEPS = WARP_SIZE,
     SPAN_TILES = WARP_SIZE,
     TILE_THREADS = 256,
     TILE_WARPS = TILE_THREADS / WARP_SIZE,
-    LANE_FEATURES = 32, /* a group of at most so many features is one thread's, in a step */
+    LANE_FEATURES = TIMESTEPNORM_LANE_FEATURES, /* a group of at most so many features is one thread's, in a step */
 };
 
 /* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
@@ -130,9 +133,7 @@ static Slots take_slots(Context *context, const TimestepShape &shape) {
 }
 
 /* Room for what the threads of a block learned from other tiles: a row a warp. */
-template <int GROUPS> struct Learned {
-    Slot of[TILE_WARPS][GROUPS];
-};
+template <int GROUPS> struct Learned { Slot of[TILE_WARPS][GROUPS]; };
 /* Adds what the threads learned, group by group, where thread i asked for group i % GROUPS. */
 template <int GROUPS> __device__ inline void add_learned(Learned<GROUPS> &learned, Slot sum) {
 #pragma unroll
@@ -170,8 +171,8 @@ template <typename A> __device__ inline Moments<A> merge(const Moments<A> &a, co
     return result;
 }
 
-/* Moments of equal parts, from the sums over them of their mean's difference to a reference, and of its square
- * plus their variance. inverse: 1 / the number of parts. */
+/* Moments of equal parts, from the sums over them of their mean's difference to a reference, and of its
+ * square plus their variance. inverse: 1 / the number of parts. */
 template <typename A> __device__ inline Pair<A> moments_of(A reference, A sum, A squares, A inverse) {
     A shift = sum * inverse;
     return Pair<A>{reference + shift, squares * inverse - shift * shift};
@@ -198,9 +199,10 @@ template <typename A> __device__ inline Pair<A> scan_steps(Pair<A> own, int lane
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
 __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
-    timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out, Slots slots,
-                                const T *__restrict__ x, const int64_t *count, const double *mean_in,
-                                const double *var_in, const T *weight, const T *bias, TimestepShape shape) {
+    timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out,
+                                Slots slots, const T *__restrict__ x, const int64_t *count,
+                                const double *mean_in, const double *var_in, const T *weight, const T *bias,
+                                TimestepShape shape) {
     using A = Accum<T>;
     __shared__ Pair<A> moments[TILE_STEPS][GROUPS + 1], before[GROUPS];
     __shared__ float rstds[TILE_STEPS][GROUPS + 1];
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
 
-    /* The moments of each step alone. All threads make the same number of rounds: shuffles find every lane. */
+    /* The moments of each step alone. All threads make as many rounds, so that shuffles find every lane. */
     A inverse_size = (A)1 / (A)size;
     for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
         int step = unit / GROUPS, group = unit % GROUPS;
@@ -250,7 +252,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         int group = (int)threadIdx.x % GROUPS;
         double reference = group < tile.groups ? (double)moments[0][group].x : 0;
         Slot sum = {0, 0};
-        for (int i = (int)threadIdx.x / GROUPS; group < tile.groups && i < earlier; i += TILE_THREADS / GROUPS) {
+        for (int i = (int)threadIdx.x / GROUPS; i < earlier; i += TILE_THREADS / GROUPS) {
+            if (group >= tile.groups) break;
             Slot part = await(slots.tile(shape, tile.b, span * SPAN_TILES + i, tile.first_group + group));
             double difference = part.x - reference;
             sum.x += difference, sum.y += part.y + difference * difference;
@@ -365,8 +368,8 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
                                const T *weight, const T *bias, int64_t rows, int64_t D, int64_t G,
                                float eps) {
     WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias),
-             LAUNCH((timestepnorm_again_kernel<T, VEC>), blocks_for(rows * D, 256 * VEC), 256, context, y,
-                    mean, var, x, weight, bias, rows * D, (int)D, (int)G, eps));
+               LAUNCH((timestepnorm_again_kernel<T, VEC>), blocks_for(rows * D, 256 * VEC), 256, context, y,
+                      mean, var, x, weight, bias, rows * D, (int)D, (int)G, eps));
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -375,23 +378,24 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
 
 /* y = (x - mean) rstd (1 + w) + b:  dm_t = -rstd sum g,  dv_t = -rstd^2/2 sum g xhat
  * computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and
- *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the steps
- *           before
+ *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the
+ *           steps before
  * launch:   grid (tiles ceil(G / GROUPS) B), block 256: as the forward, the last tile first
  * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; dx may
- *           be dy, add1 or add2
+ * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; dx
+ *           may be dy, add1 or add2
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
 __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
-    timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w, float *partial_b,
-                                 Slots slots, const T *dy, const double *dmean_out, const double *dvar_out,
-                                 const T *add1, const T *add2, const float *mean, const float *var,
-                                 const T *__restrict__ x, const int64_t *count, const double *mean_in,
-                                 const T *weight, TimestepShape shape) {
+    timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w,
+                                 float *partial_b, Slots slots, const T *dy, const double *dmean_out,
+                                 const double *dvar_out, const T *add1, const T *add2, const float *mean,
+                                 const float *var, const T *__restrict__ x, const int64_t *count,
+                                 const double *mean_in, const T *weight, TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> shares[TILE_STEPS][GROUPS + 1];      // dm / k and dv / k, their scan, P / size and 2 U / size
-    __shared__ Pair<float> moments[TILE_STEPS][GROUPS + 1]; // mean and rstd
+    /* shares: dm / k and dv / k, then their scan, then P / size and 2 U / size; moments: mean and rstd */
+    __shared__ Pair<A> shares[TILE_STEPS][GROUPS + 1];
+    __shared__ Pair<float> moments[TILE_STEPS][GROUPS + 1];
     __shared__ Learned<GROUPS> learned;
     __shared__ Slot after[GROUPS];
     __shared__ SweepSums<VEC> column_sums;
@@ -412,7 +416,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         A sum = 0, product = 0;
 #pragma unroll 2
         for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            Packed<T, VEC> value = packed<VEC>(x + at + i), grad = packed<VEC>(dy + at + i), gain = packed<VEC>(w + i);
+            Packed<T, VEC> value = packed<VEC>(x + at + i), grad = packed<VEC>(dy + at + i),
+                           gain = packed<VEC>(w + i);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 A g = to_float(grad.v[k]) * (1.0f + to_float(gain.v[k]));
@@ -424,7 +429,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         if (!active || lane != 0) continue;
         A rstd = (A)1 / sqrt((A)var_here + (A)shape.eps);
         A dm = -rstd * sum, dv = (A)-0.5 * rstd * rstd * rstd * product;
-        if (tile.first_step + step == shape.steps - 1) { // the last step's moments are the state that goes out
+        if (tile.first_step + step == shape.steps - 1) { // the last moments are the state that goes out
             int bg = tile.b * shape.G + tile.first_group + group;
             if (dmean_out) dm += (A)dmean_out[bg];
             if (dvar_out) dv += (A)dvar_out[bg];
@@ -442,10 +447,12 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         if (active) own.x -= 2 * own.y * (A)(moments[step][group].x - moments[0][group].x);
 #pragma unroll
         for (int distance = 1; distance < WARP_SIZE; distance *= 2) {
-            A p = __shfl_down_sync(FULL_MASK, own.x, distance), u = __shfl_down_sync(FULL_MASK, own.y, distance);
+            A p = __shfl_down_sync(FULL_MASK, own.x, distance),
+              u = __shfl_down_sync(FULL_MASK, own.y, distance);
             if (step + distance < WARP_SIZE) own.x += p, own.y += u;
         }
-        if (active) shares[step][group] = own; // P seen from the tile's first mean, and U, of this tile alone
+        if (active)
+            shares[step][group] = own; // P seen from the tile's first mean, and U, of this tile alone
         if (step == 0 && tile.index > 0)
             tell(slots.tile(shape, tile.b, tile.index, tile.first_group + group), own.x, own.y);
     }
@@ -456,10 +463,11 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     if (later) {
         int group = (int)threadIdx.x % GROUPS;
         Slot sum = {0, 0};
-        for (int i = (int)threadIdx.x / GROUPS; group < tile.groups && i < later; i += TILE_THREADS / GROUPS) {
+        for (int i = (int)threadIdx.x / GROUPS; i < later; i += TILE_THREADS / GROUPS) {
+            if (group >= tile.groups) break;
             int other = tile.index + 1 + i;
-            double seen_from = (double)means[(int64_t)other * TILE_STEPS * shape.G + group] -
-                               (double)moments[0][group].x;
+            double seen_from =
+                (double)means[(int64_t)other * TILE_STEPS * shape.G + group] - (double)moments[0][group].x;
             Slot part = await(slots.tile(shape, tile.b, other, tile.first_group + group));
             sum.x += part.x - 2 * part.y * seen_from, sum.y += part.y;
         }
@@ -477,7 +485,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         }
         after[group] = all;
         all.x += shares[0][group].x, all.y += shares[0][group].y;
-        if (tile.index > 0 && later == SPAN_TILES - 1) tell(slots.span(shape, tile.b, span + 1, g), all.x, all.y);
+        if (tile.index > 0 && later == SPAN_TILES - 1)
+            tell(slots.span(shape, tile.b, span + 1, g), all.x, all.y);
         if (tile.index == 0 && dmean_in) {
             double n = mean_in ? (double)count[tile.b] : 0;
             dmean_in[bg] = n * (all.x - 2 * all.y * (first_mean - (mean_in ? mean_in[bg] : 0)));
@@ -489,7 +498,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     for (int unit = (int)threadIdx.x; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS) {
         int step = unit / GROUPS, group = unit % GROUPS;
         if (step >= tile.steps || group >= tile.groups) continue;
-        double u = after[group].y + (double)shares[step][group].y, p = after[group].x + (double)shares[step][group].x;
+        Pair<A> own = shares[step][group];
+        double u = after[group].y + (double)own.y, p = after[group].x + (double)own.x;
         p += 2 * u * (double)(moments[step][group].x - moments[0][group].x);
         shares[step][group] = Pair<A>{(A)p / (A)size, 2 * (A)u / (A)size};
     }
@@ -557,12 +567,12 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
     int64_t partials = B * shape.num_tiles;
     float *partial_w = take_sum(context, dweight, partials, D),
           *partial_b = take_sum(context, dbias, partials, D);
-    WITH_WIDTH(T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight),
-               WITH_GROUPS(16, groups,
-                           LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape),
-                                  TILE_THREADS, context, dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy,
-                                  dmean_out, dvar_out, add1, add2, mean, var, x, count, mean_in, weight,
-                                  shape)));
+    WITH_WIDTH(
+        T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight),
+        WITH_GROUPS(16, groups,
+                    LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape), TILE_THREADS,
+                           context, dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy, dmean_out,
+                           dvar_out, add1, add2, mean, var, x, count, mean_in, weight, shape)));
 }
 
 #endif

@@ -33,9 +33,11 @@
 
 #include "decode.cuh"
 
-/* 0: decode.cuh makes every step. */
-#ifndef TOKEN_LAUNCH
-#define TOKEN_LAUNCH 1
+/* Bytes of a layer's weights for each processor from which on one launch is faster than six. With fewer, a
+ * layer takes as long as its instructions, of which there are more here: on an H100 mega200M (0.2 MB) takes
+ * 0.56 ms a token in one launch and 0.48 in six a layer, mega1.3B (0.8 MB) 1.64 and 1.77. */
+#ifndef TOKEN_LEAST_WEIGHTS
+#define TOKEN_LEAST_WEIGHTS (512 << 10)
 #endif
 
 enum {
@@ -75,7 +77,8 @@ enum {
     X(timenorm_weight, p.D)                                                                                  \
     X(timenorm_bias, p.D)                                                                                    \
     X(rmsnorm_weight, p.D)                                                                                   \
-    X(wz_bias, p.Z) X(wh1_bias, p.D) X(wr_bias, p.E) X(wv_bias, p.E) X(gamma, 2 * p.Z) X(beta, 2 * p.Z)      \
+    X(wz_bias, p.Z)                                                                                          \
+    X(wh1_bias, p.D) X(wr_bias, p.E) X(wv_bias, p.E) X(gamma, 2 * p.Z) X(beta, 2 * p.Z)                      \
         X(ffnnorm_weight, p.D) X(ffnnorm_bias, p.D) X(ffn_alpha, p.D)
 #define X(name, size) const bf16 *name;
 struct TokenVectors {
@@ -819,20 +822,18 @@ __device__ inline void token_load_values(uint4 (&value)[TOKEN_KEYS], const Token
     }
 }
 
-/* Asks the L2 cache for the keys and values of the chunk that token_scores and token_values have not loaded
- * yet. */
-__device__ inline void token_prefetch_chunk(const TokenStep &p, const TokenBlock &s, const TokenValues &share,
-                                            const TokenLayer &w) {
-    int z = p.Z / p.H, key_bytes = z * (int)sizeof(bf16);
+/* Asks the L2 cache for the keys and values of the chunk. */
+__device__ inline void token_prefetch_chunk(const TokenStep &p, const TokenBlock &s, const TokenLayer &w) {
+    TokenValues share(s);
+    int z = p.Z / p.H;
     for (TokenRun run = s.shared->run[s.warp()]; run.count > 0; run.next(s.n, p.H))
         if (run.key < s.n)
-            prefetch_bytes(w.k + ((int64_t)run.b * p.C + run.key) * p.Z + run.h * z, key_bytes, s.lane(),
-                           WARP_SIZE);
+            prefetch_bytes(w.k + ((int64_t)run.b * p.C + run.key) * p.Z + run.h * z, z * (int)sizeof(bf16),
+                           s.lane(), WARP_SIZE);
     if (share.unit % 2) return; // two units are one sector of 32 bytes
     for (int b = 0; b < p.B; b++)
         for (int unit = share.unit; unit * 8 < s.shared->E.count; unit += share.lanes)
-            for (int key = share.first + (b || unit != share.unit ? 0 : share.steps * TOKEN_KEYS); key < s.n;
-                 key += share.steps)
+            for (int key = share.first; key < s.n; key += share.steps)
                 prefetch_bytes(w.v + ((int64_t)b * p.C + key) * p.E + s.shared->E.first + unit * 8, 1, 0, 1);
 }
 
@@ -958,10 +959,12 @@ __device__ inline void token_values(const TokenStep &p, TokenBlock &s, const Tok
  * The step
  */
 
-/* Asks for what the next layer reads besides matrices: its vectors, a warp each and every block its part of
- * them, and the coefficients and states of the block's channels. */
+/* Asks for what a layer reads besides matrices: its chunk, its vectors, a warp each and every block its part
+ * of them, and the coefficients and states of the block's channels. Long before they are needed, since the
+ * memory is busy with weights that were asked for earlier. */
 __device__ inline void token_prefetch(const TokenStep &p, const TokenBlock &s, const TokenLayer &w) {
     int warp = s.warp(), first = s.shared->D.first * p.N, states = s.shared->D.count * p.N;
+    token_prefetch_chunk(p, s, w);
     if (warp < TOKEN_VECTORS) {
         const bf16 *vector = ((const bf16 *const *)&w.vector)[warp];
         if (vector)
@@ -993,7 +996,6 @@ __device__ inline void token_input(const TokenStep &p, TokenBlock &s, const Toke
         words += p.D / 2; // c
     } else if (which == TOKEN_WH1) {
         token_load_values(held, p, s, share, w, 0, share.unit, share.first); // on their way while zz is
-        token_prefetch_chunk(p, s, share, w);
         return;
     } else if (which == TOKEN_WR) {
         token_update(p, s, &w, w.mean, w.var); // Wh1's barrier has passed: all of c was received
@@ -1156,6 +1158,7 @@ __global__ void __launch_bounds__(TOKEN_THREADS, 1) token_kernel(const __grid_co
     s.n = (int)(p.count[0] % p.C);
     unsigned epoch = *p.epoch;
     token_begin(p, s, RING);
+    token_prefetch(p, s, t->layer[0]); // before the weights, or it would wait for them
     WeightStream<RING> weights(p, s);
     uint4 held[TOKEN_KEYS] = {};
 #pragma unroll 1
@@ -1206,7 +1209,9 @@ static inline int token_ring(const Context *context, const TokenStep &p) {
                  p.B * most_token_rows(p.E, 8, blocks) <= TOKEN_E &&
                  p.B * most_token_rows(p.F, 2, blocks) <= TOKEN_F &&
                  most_token_rows(p.Z, 2, blocks) <= TOKEN_Z;
-    if (!TOKEN_LAUNCH || !context->cooperative || !whole || !small) return 0;
+    int64_t weights = (int64_t)p.D * (p.Z + 3 * p.E + p.D + (p.swiglu ? 3 : 2) * p.F) * (int)sizeof(bf16);
+    bool pays = weights >= (int64_t)TOKEN_LEAST_WEIGHTS * blocks;
+    if (!context->cooperative || !whole || !small || !pays) return 0;
 #define X(ring)                                                                                              \
     if (token_layout(p, blocks, ring).end <= context->shared_bytes) return ring;
     FOR_TOKEN_RINGS(X)

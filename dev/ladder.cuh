@@ -1,13 +1,13 @@
-/* ladder.cuh - one harness for kernel ladders: several versions of one computation, from naive to final, each
- * with one idea more than the one before it, under the same inputs, the same check and the same clock.
+/* ladder.cuh - one harness for kernel ladders: several versions of one computation, from naive to final,
+ * each with one idea more than the one before it, under the same inputs, the same check and the same clock.
  *
  * A ladder is a program of its own (dev/ladder_NAME.cu, `make build/ladder_NAME`). It fills several sets of
  * arguments, computes the truth once in double, and gives each version to ladder_step, which runs it on
  * poisoned outputs, compares, times and prints a line. The exit status is 1 if any version was wrong.
  *
- * Time: CUDA events around one run, the median of many, after a warm-up. Successive runs take different sets
- * of arguments, so many that together they are three times the second-level cache: a run finds nothing there
- * that the run before it left.
+ * Time: CUDA events around one run, the median of many, after a warm-up. Successive runs take different
+ * sets of arguments, so many that together they are three times the second-level cache: a run finds nothing
+ * there that the run before it left.
  */
 #ifndef DEV_LADDER_CUH
 #define DEV_LADDER_CUH
@@ -40,8 +40,8 @@ struct Ladder {
     bool wrong, any; /* was a version wrong; did one run */
 };
 
-/* Reads the command line: `table`, a program's own options whose values lie in `values`, and LADDER_OPTIONS.
- * Ends the program after --help and, with one sentence, on an error. */
+/* Reads the command line: `table`, a program's own options whose values lie in `values`, and
+ * LADDER_OPTIONS. Ends the program after --help and, with one sentence, on an error. */
 static inline void ladder_options(Ladder *ladder, int argc, char **argv, const char *program,
                                   const char *summary, const Option *table, int count, void *values) {
     using Values = LadderOptions;
@@ -175,8 +175,8 @@ template <typename Run> static double ladder_time(Ladder *ladder, int sets, cons
     return times[times.size() / 2];
 }
 
-/* One version: poisons its outputs, runs it on set 0, compares them, times it and prints its line. bytes: what
- * any version has to move at least. T...: the types of the outputs. */
+/* One version: poisons its outputs, runs it on set 0, compares them, times it and prints its line. bytes:
+ * what any version has to move at least. T...: the types of the outputs. */
 template <typename Run, typename... T>
 static void ladder_step(Ladder *ladder, const char *name, const char *idea, double bytes, int sets,
                         const Run &run, const LadderOutput<T> &...outputs) {

@@ -1,7 +1,8 @@
 /* ladder_cema.cu - the kernels of CEMA, from one thread a channel to the tensor cores.
  *
- * The last version of each direction is the one that trains: cema_forward and cema_backward of cuda/cema.cuh,
- * called, not copied. The ones before it each have one idea. Truth is the naive version in double.
+ * The last version of each direction is the one that trains: cema_forward and cema_backward of
+ * cuda/cema.cuh, called, not copied. The ones before it each have one idea. Truth is the naive version in
+ * double.
  */
 #include "ladder.cuh"
 
@@ -56,8 +57,9 @@ __global__ void naive_forward_kernel(Out *y, const T *u, CemaCoefficients coef, 
 /* Gradients of p, q, c, each (B,D,N), and of omega, (B,D). */
 template <typename Real> struct Sums { Real *dp, *dq_re, *dq_im, *dc_re, *dc_im, *domega; };
 
-/* computes: du_t = p Re(sum c nu_t) + omega dy_t, nu_t = dy_t + q nu_{t+1}, kappa_t = nu_{t+1} + q kappa_{t+1};
- *           dc = conj(sum p u nu), dq = conj(c sum p u kappa), dp = Re(c sum u nu), domega = sum u dy
+/* computes: du_t = p Re(sum c nu_t) + omega dy_t, nu_t = dy_t + q nu_{t+1}, kappa_t = nu_{t+1} + q
+ *           kappa_{t+1}; dc = conj(sum p u nu), dq = conj(c sum p u kappa), dp = Re(c sum u nu), domega =
+ *           sum u dy
  * launch:   grid ceil(B D / 128), block 128: a thread owns a channel of a row and walks back through time
  * traffic:  3 B T D sizeof(T) bytes
  * needs:    N <= 16
@@ -149,7 +151,7 @@ __device__ inline float transposed_sum(float (&part)[LANES], int lane) {
 
 /* computes: y_m = Re(sum c q^(m+1) h) + sum_{i<=m} k_(m-i) u_i, h' = q^8 h + sum_m p q^(7-m) u_m for eight
  *           steps, k_l = Re(sum p c q^l) and omega at l = 0
- * launch:   grid ceil(B D / 32), block 256: 8 lanes own a channel of a row, 2 states and one step of eight each
+ * launch:   grid ceil(B D / 32), block 256: 8 lanes own a channel of a row, each two states and a step of 8
  * traffic:  2 B T D sizeof(T) bytes; eight steps cost seven shuffles
  * needs:    N <= 16
  * numerics: float */

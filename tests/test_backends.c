@@ -671,6 +671,15 @@ static void check_candidate(const Candidate *candidate) {
     tiled.swiglu = tiled.norm_affine = false;
     tiled_full.rescale_nffn = tiled_full.share_emb = tiled_full.scale_emb = true;
     check_state(candidate, "tiles", &tiled, 5);
+    if (candidate->precision == MEGALODON_BF16_MIXED) {
+        /* so many weights that a step of it pays in one launch; a second of a processor's time, so only here */
+        MegalodonConfig large = tiled;
+        large.num_layers = 1;
+        large.model_dim = 1024;
+        large.value_dim = 4096;
+        large.ffn_hidden_dim = 12288;
+        for (int B = 1; B <= MAX_B; B += 2) check_generation(candidate, "large", &large, B);
+    }
     check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
     check_reading(candidate, "odd sizes", &odd);
     for (int B = 1; B <= MAX_B; B += 2) {

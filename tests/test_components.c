@@ -127,7 +127,7 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
 
 /* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
 static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
-    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd;
+    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd, states = odd;
     int C = odd.chunk_size, lengths[] = {1, C - 1, C, C + 1, 53};
     bool stateful = has_role(id, MEGALODON_STATE_IN);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
@@ -151,17 +151,23 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // and more rows than all blocks take in one turn
         check_component(candidate, reference, id, "wide, many", &(MegalodonShape){wide, 2, 800, 3, 3, MEGALODON_FP32},
                         true, true);
+    /* More states than a launch takes, channels that are read eight at a time, and time in segments of which the last
+     * one is shorter and no whole number of groups. */
+    states.model_dim = 40, states.cema_ndim = 20;
+    if (id == MEGALODON_CEMA)
+        check_component(candidate, reference, id, "20 states", &(MegalodonShape){states, 2, 333, 3, 3, MEGALODON_FP32},
+                        true, true);
     narrow.model_dim = narrow.z_dim = narrow.value_dim = 6, narrow.cema_ndim = 2, narrow.norm_num_groups = 3;
     check_component(candidate, reference, id, "long", &(MegalodonShape){narrow, 2, 2100, 4, 3, MEGALODON_FP32}, true,
                     true);
     /* Rows of scores of every length that a GPU treats in its own way: held by one, two, four or eight warps, and
-     * too long for that. */
-    static const int chunks[] = {600, 1500, 2100, 4500};
+     * too long for that; and so many chunks that it cuts them into blocks. */
+    static const int chunks[] = {300, 900, 2100, 4200};
     for (size_t i = 0; i < sizeof chunks / sizeof *chunks && id == MEGALODON_ATTENTION; i++) {
         MegalodonConfig narrow = odd;
         narrow.num_heads = 1, narrow.z_dim = 6, narrow.value_dim = 9, narrow.chunk_size = chunks[i];
         narrow.attention_dropout = i % 2 ? 0.25 : 0;
-        MegalodonShape shape = {narrow, 1, chunks[i] + 7, 0, 3, MEGALODON_FP32};
+        MegalodonShape shape = {narrow, i == 0 ? 100 : 1, chunks[i], 0, 3, MEGALODON_FP32};
         check_component(candidate, reference, id, "long chunk", &shape, false, true);
     }
     megalodon_default_config(&real);
