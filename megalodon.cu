@@ -8,7 +8,7 @@
  *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
- *   cuda/decode.cuh        one token a row, the kernels of generation; cuda/token.cuh: all of them in one
+ *   cuda/decode.cuh        one token a row, the kernels of generation
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
@@ -31,7 +31,6 @@
 #include "cuda/pointwise.cuh"
 #include "cuda/queries.cuh"
 #include "cuda/timestepnorm.cuh"
-#include "cuda/token.cuh"
 
 /* The error sentence of this thread. */
 static const char *errorf(const char *format, ...) {
@@ -231,8 +230,6 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
     int *arrivals;      /* decode_attention's counters, zero between steps */
-    TokenStep token;    /* a step in one launch: all but its number of rows; layers NULL: never */
-    TokenLayer *token_layers; /* (L) on the device */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
@@ -383,20 +380,6 @@ template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
     take_state(m, arena, &m->dstate_out);
 }
 
-/* What the blocks of a step in one launch hand to each other; nothing else writes here. */
-static void layout_token(MegalodonModel *m, Arena *arena) {
-    const MegalodonConfig *c = &m->config;
-    TokenStep *p = &m->token;
-    int64_t B = few_rows(m), D = c->model_dim;
-    m->token_layers = take<TokenLayer>(arena, c->num_layers);
-    p->epoch = take<unsigned>(arena, 1), p->arrivals = take<unsigned>(arena, 1);
-    p->x = take<uint64_t>(arena, B * D / 2), p->uc = take<uint64_t>(arena, B * D);
-    p->y = take<uint64_t>(arena, B * D / 2), p->zz = take<uint64_t>(arena, B * c->z_dim / 2);
-    p->score = take<uint64_t>(arena, B * c->num_heads * c->chunk_size);
-    p->ar = take<uint64_t>(arena, B * c->value_dim / 2);
-    p->hidden = take<uint64_t>(arena, B * c->ffn_hidden_dim / 2);
-}
-
 template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     const MegalodonConfig *c = &m->config;
     int64_t rows = (int64_t)m->options.max_batch * m->options.max_length,
@@ -411,7 +394,6 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     m->arrivals = take<int>(arena, decode_attention_sizes(few_rows(m), c->num_heads,
                                                           c->value_dim / c->num_heads).arrivals);
     m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
-    if (std::is_same<T, bf16>::value && !m->options.training) layout_token(m, arena);
 
     Arena upload = {arena->base + arena->used, 0};
     m->tokens = take<int32_t>(&upload, rows);
@@ -833,13 +815,7 @@ static bool is_step(const MegalodonModel *m) {
     return m->batch.T == 1 && !m->options.training && !m->options.keep_activations && !m->batch.targets &&
            !m->batch.dropout;
 }
-/* Of those, what one launch takes. */
-static bool is_token_step(const MegalodonModel *m) {
-    TokenStep p = m->token;
-    p.B = m->batch.B;
-    return p.layers && is_step(m) && p.B <= DECODE_ROWS && token_ring(&m->context, p) > 0;
-}
-/* And what the fused kernels take. */
+/* Of those, what the fused kernels take. */
 static bool is_decode_step(const MegalodonModel *m) {
     int z = m->config.z_dim / m->config.num_heads;
     return is_step(m) && m->batch.B <= DECODE_ROWS && z <= DECODE_MAX_HEAD;
@@ -982,13 +958,6 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                           dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
 }
 
-/* The same pass in one launch. It reads the tokens from the host's memory and writes the logits there. */
-static void token_pass(MegalodonModel *m) {
-    TokenStep p = m->token;
-    p.B = m->batch.B;
-    token_step(&m->context, p);
-}
-
 /* ---- create and destroy ---- */
 
 /* Walks through the largest passes without launching anything: the high-water mark of scratch is what a step
@@ -1056,43 +1025,6 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
 template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
     return (P *)(m->host_upload + ((char *)device - m->device_upload));
 }
-
-/* Tells the device where everything lies that a step in one launch reads and writes. */
-static void prepare_token_step(Model<bf16> *m) {
-    const MegalodonConfig *c = &m->config;
-    TokenStep *p = &m->token;
-    std::vector<TokenLayer> layers;
-    for (size_t l = 0; l < m->layers.size(); l++) {
-        const LayerParams<bf16> &w = m->layers[l];
-        const LayerState<bf16> &s = m->state.layers[l];
-        TokenLayer layer = {{w.wz_weight, w.wh1_weight, w.wr_weight, w.wv_weight, w.wh2_weight, w.fc1_weight,
-                             w.fc3_weight, w.fc2_weight},
-                            {},
-                            m->masters[l].cema_omega,
-                            m->coef[l],
-                            s.norm_mean,
-                            s.norm_var,
-                            s.cema,
-                            s.k,
-                            s.v};
-#define X(name, size) layer.vector.name = w.name;
-        FOR_TOKEN_VECTORS(X)
-#undef X
-        layers.push_back(layer);
-    }
-    CHECK_CUDA(cudaMemcpy(m->token_layers, layers.data(), layers.size() * sizeof(TokenLayer),
-                          cudaMemcpyHostToDevice));
-    p->layers = m->token_layers;
-    p->embed = m->top.embed_weight, p->output_weight = m->top.output_weight;
-    p->final_weight = m->top.final_weight, p->final_bias = m->top.final_bias;
-    p->final_mean = m->state.final_mean, p->final_var = m->state.final_var, p->count = m->state.count;
-    p->rope = m->rope, p->tokens = on_host(m, m->tokens), p->logits = m->host_logits;
-    p->L = c->num_layers, p->D = c->model_dim, p->N = c->cema_ndim, p->H = c->num_heads, p->Z = c->z_dim;
-    p->E = c->value_dim, p->F = c->ffn_hidden_dim, p->G = c->norm_num_groups, p->C = c->chunk_size;
-    p->V = c->vocab_size, p->swiglu = c->swiglu, p->scale = embedding_scale(c), p->eps = (float)c->norm_eps;
-    allow_token_launches(&m->context);
-}
-static void prepare_token_step(Model<float> *) {} // only bf16 has it
 
 /* Is the gradient one matrix product? Then the first one after zero_gradients need not be added to zeros. */
 static bool has_product_gradient(const MegalodonTensor *tensor) {
@@ -1179,7 +1111,6 @@ template <typename T> static const char *build(Model<T> *m) {
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
                               (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
-    if (!m->options.training) prepare_token_step(m);
     CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
                                     m->context.cublas_workspace_bytes));
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
@@ -1188,13 +1119,9 @@ template <typename T> static const char *build(Model<T> *m) {
 }
 
 static void start_context(Context *context, bool own_stream) {
-    int device = 0, cooperative = 0;
+    int device = 0;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&context->num_sms, cudaDevAttrMultiProcessorCount, device));
-    CHECK_CUDA(
-        cudaDeviceGetAttribute(&context->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device));
-    context->cooperative = cooperative;
     if (own_stream) CHECK_CUDA(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking));
     CHECK_CUBLAS(cublasCreate(&context->cublas));
     CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
@@ -1339,7 +1266,6 @@ static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
-    if (is_token_step(m)) return; // its launch reads them there
     size_t used = rows * sizeof(int32_t);
     if (m->batch.targets) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
@@ -1413,14 +1339,10 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     begin_state(m);
     upload_batch(m);
     refresh_weights(m);
-    if (is_token_step(m)) {
-        token_pass(m);
-        CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
-    } else if (!m->options.training && !m->options.keep_activations && !batch->dropout) {
+    if (!m->options.training && !m->options.keep_activations && !batch->dropout)
         replay_pass(m);
-    } else {
+    else
         forward_pass(m);
-    }
     m->logits_sent = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
     if (m->can_backward) upload_plan(m);

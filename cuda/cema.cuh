@@ -337,8 +337,7 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : :
 template <bool WIDE, typename T>
 __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
                                     int tile_first, int D) {
-    if constexpr (sizeof(T) == 2) {
-        if constexpr (!WIDE) return;
+    if constexpr (sizeof(T) == 2 && WIDE) {
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             int s = tile_first + mover.step + k * mover.turn;
@@ -796,6 +795,7 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const Ce
                                scan.out[n / 2][n % 2].b[both - part]);
     float add[CEMA_OWN][4] = {};
     cema_multiply(add, rows, scan.in);
+    __syncwarp(); // all lanes have read the inputs whose place the outputs take
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float first = y[0][i / 2][i % 2 * 2], second = y[0][i / 2][i % 2 * 2 + 1];

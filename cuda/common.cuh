@@ -100,9 +100,8 @@ struct Context {
     cublasLtHandle_t cublas_lt;
     void *cublas_workspace;
     size_t cublas_workspace_bytes;
-    int num_sms, shared_bytes; /* shared memory that a block can have */
-    bool cooperative;          /* launches may ask for all blocks at the same time */
-    bool hopper;               /* see hopper.cuh */
+    int num_sms;
+    bool hopper; /* see hopper.cuh */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
     size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */

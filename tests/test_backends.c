@@ -672,7 +672,7 @@ static void check_candidate(const Candidate *candidate) {
     tiled_full.rescale_nffn = tiled_full.share_emb = tiled_full.scale_emb = true;
     check_state(candidate, "tiles", &tiled, 5);
     if (candidate->precision == MEGALODON_BF16_MIXED) {
-        /* so many weights that a step of it pays in one launch; a second of a processor's time, so only here */
+        /* a layer as wide as those of large models; a second of a processor's time, so only here */
         MegalodonConfig large = tiled;
         large.num_layers = 1;
         large.model_dim = 1024;
