@@ -254,10 +254,11 @@ SHARED_FLAGS := -shared -Wl,-soname,$(SHARED)
 endif
 
 INSTALLED := $(notdir $(PROGRAMS))
+MODEL_FILES := $(wildcard $(addprefix models/tinystories/,model.safetensors tokenizer.json README.md))
 INSTALL_PROGRAMS := $(addprefix $(BUILD)/install/,$(INSTALLED))
 INSTALL_FILES = $(foreach p,$(INSTALLED),$(BINDIR)/$(PROGRAM_PREFIX)$(p) $(MANDIR)/man1/$(PROGRAM_PREFIX)$(p).1) \
     $(INCLUDEDIR)/megalodon.h $(LIBDIR)/libmegalodon.a $(LIBDIR)/$(SHARED) $(LIBDIR)/$(SHARED_LINK) \
-    $(LIBDIR)/pkgconfig/megalodon.pc $(MODELDIR)/model.safetensors $(MODELDIR)/README.md
+    $(LIBDIR)/pkgconfig/megalodon.pc $(addprefix $(MODELDIR)/,$(notdir $(MODEL_FILES)))
 
 lib: $(BUILD)/libmegalodon.a $(BUILD)/$(SHARED) ## build the CPU code as a static and a shared library
 
@@ -286,7 +287,7 @@ install: $(INSTALL_PROGRAMS) lib ## install programs, header, library, manual pa
 	@install -m 755 $(BUILD)/$(SHARED) $(DESTDIR)$(LIBDIR)
 	@ln -sf $(SHARED) $(DESTDIR)$(LIBDIR)/$(SHARED_LINK)
 	@printf '%s\n' "$$PKGCONFIG" > $(DESTDIR)$(LIBDIR)/pkgconfig/megalodon.pc
-	@install -m 644 models/tinystories/model.safetensors models/tinystories/README.md $(DESTDIR)$(MODELDIR)
+	@install -m 644 $(MODEL_FILES) $(DESTDIR)$(MODELDIR)
 	@for f in $(INSTALL_FILES); do echo "$(DESTDIR)$$f"; done
 
 uninstall: ## remove what `make install` with the same PREFIX put there
