@@ -243,7 +243,7 @@ static void test_resume(void) {
     double best = 0;
     check(!checkpoint_fact_int64(&trainer, "step", &step) && step == 3, "step %lld", (long long)step);
     check(!checkpoint_fact_uint64(&trainer, "seed", &seed) && seed == UINT64_MAX, "the seed");
-    check(!checkpoint_fact_double(&trainer, "best", &best) && best == 0.1, "the best loss");
+    check(!checkpoint_fact_double(&trainer, "best", &best) && best == (double)0.1, "the best loss");
     check(!checkpoint_fact(&trainer, "note", &text) && !strcmp(text, "x 1"), "a string");
     expect_error(checkpoint_fact_int64(&trainer, "seed", &step), "to be an integer, found");
     expect_error(checkpoint_fact_int64(&trainer, "note", &step), "to be an integer, found");

@@ -189,6 +189,7 @@ faulty() {
     run env SHIM_FOLDER="$dir/run" $settings LD_PRELOAD="$shim" "$@"
     settings=
     set +f
+    warnings=$(grep -c "training goes on" "$dir/err")
 }
 unsaved="$train $fit --steps 8 --save-every 2"
 saving="$unsaved --keep 2 --checkpoint-dir $dir/run"
@@ -217,6 +218,7 @@ if [ -s "$shim" ] && LD_PRELOAD="$shim" "$train" --help > /dev/null 2>&1; then
     done
     for room in 150000 200000 270000; do
         faulty SHIM_ROOM=$room -- $saving --on-save-error stop
+        if [ "$warnings" -eq 0 ]; then ok; else fail "--on-save-error stop went on"; fi
         stopped "a disk full after $room bytes" "No space left on device; the newest checkpoint is that of step 2" 2
         faulty SHIM_ROOM=$room -- $saving
         stopped "a disk full after $room bytes, to the end" "the newest checkpoint is that of step 2" 2
@@ -349,6 +351,9 @@ guarded="$data --lr 0.003 --schedule constant --warmup 0 --spike-guard 1.5"
 good "a guarded run" "$train" $guarded --max-bad-steps 1000 --steps 60 --save-every 30 --checkpoint-dir "$dir/guarded"
 holds "a guarded run" ", a spike: up to " "$dir/err"
 holds "a guarded run" "steps skipped" "$dir/out"
+skipped_steps=$(sed -n 's/.*; \([0-9]*\) steps skipped.*/\1/p' "$dir/out")
+holds "a guard learns from good steps only" "\"spike_guard\":\"$((60 - skipped_steps)) " \
+    "$dir/guarded/step-00000060/trainer.safetensors"
 good "a guarded run, resumed" "$train" --resume "$dir/guarded/step-00000030" --checkpoint-dir "$dir/guarded2"
 same "a guarded run, resumed" "$dir/guarded/step-00000060" "$dir/guarded2/step-00000060"
 bad "steps in a row were skipped" "$train" $guarded --max-bad-steps 1 --steps 200 --checkpoint-dir none

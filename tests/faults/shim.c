@@ -97,6 +97,9 @@ FILE *fopen(const char *path, const char *mode) {
     return file;
 }
 
+/* The name where a program asked for large files. */
+FILE *fopen64(const char *path, const char *mode) { return fopen(path, mode); }
+
 int fileno(FILE *file) {
     int (*real)(FILE *) = (int (*)(FILE *))dlsym(RTLD_NEXT, "fileno");
     for (int i = 0; i < STREAMS; i++)
