@@ -771,6 +771,8 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     if (run->values.resume) {
         die_if(checkpoint_directory(run->values.resume, directory));
         resumed = directory;
+        check_folder(run, resumed);
+        lock_folder(run, resumed);                       /* before anything is read that another run may delete */
         restore_options(run, resumed);
     }
     check_options(run);
@@ -778,10 +780,10 @@ static inline bool set_up_run(Run *run, int argc, char **argv) {
     die_if(backend_threads(run->values.threads, &run->threads));
     load_tokenizer(run, resumed);
     choose_model(run, resumed);
-    check_folder(run, resumed);
+    if (!resumed) check_folder(run, NULL);
     open_data(run, resumed != NULL);
     open_streams(run);
-    lock_folder(run, resumed);
+    if (!resumed) lock_folder(run, NULL);
     create_model(run, resumed);
     run->report.quiet = run->values.quiet;
     run->report.terminal = isatty(STDOUT_FILENO);

@@ -11,7 +11,7 @@ bin=${MEGALODON_BIN:-.}
 minutes=${1:-60}
 tokens=${2:-1000000}
 dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
+trap 'kill -9 $(jobs -p) 2> /dev/null; rm -rf "$dir"' EXIT
 passed=0 failed=0
 export OMP_WAIT_POLICY=passive
 

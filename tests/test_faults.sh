@@ -10,7 +10,7 @@ generate=$bin/generate
 # In memory where that can be: every checkpoint is made durable, for which a disk takes its time.
 [ -z "$TMPDIR" ] && [ -d /dev/shm ] && [ -w /dev/shm ] && export TMPDIR=/dev/shm
 dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
+trap 'kill -9 $(jobs -p) 2> /dev/null; rm -rf "$dir"' EXIT
 passed=0 failed=0 skipped=0
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 export ASAN_OPTIONS="$ASAN_OPTIONS:verify_asan_link_order=0"     # the shim is loaded before the sanitizer

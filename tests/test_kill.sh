@@ -12,7 +12,7 @@ bin=${MEGALODON_BIN:-.}
 kills=${1:-${KILLS:-12}}
 [ -z "$TMPDIR" ] && [ -d /dev/shm ] && [ -w /dev/shm ] && export TMPDIR=/dev/shm     # fast; a kill is a kill anywhere
 dir=$(mktemp -d) || exit 1
-trap 'rm -rf "$dir"' EXIT
+trap 'kill -9 $(jobs -p) 2> /dev/null; rm -rf "$dir"' EXIT
 passed=0 failed=0 halves=0 runs=1 kept=0
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 STEPS=120                                   # of the run; when it is done it starts anew
