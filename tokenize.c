@@ -102,10 +102,12 @@ _Noreturn static void output_die(Output *out, const char *doing) {
 }
 
 /* Ends the program for another reason than the output, and leaves no half of a file. */
-static void output_die_if(Output *out, const char *error) {
-    if (!error) return;
+_Noreturn static void output_end(Output *out, const char *error) {
     if (out->temporary) remove(out->temporary);
     die(error);
+}
+static void output_die_if(Output *out, const char *error) {
+    if (error) output_end(out, error);
 }
 
 static void output_open(Output *out, const char *path) {
@@ -194,7 +196,7 @@ static void encode_text(Encoder *e, const uint8_t *text, size_t n) {
         free(e->ids);
         e->ids_room = need;
         e->ids = malloc(need * sizeof *e->ids);
-        if (!e->ids) output_die_if(e->out, errorf("no memory for %zu tokens", need));
+        if (!e->ids) output_end(e->out, errorf("no memory for %zu tokens", need));
     }
     output_die_if(e->out, tokenizer_encode(e->tok, text, n, e->ids, need, &count));
     output_tokens(e->out, e->ids, count);
@@ -266,20 +268,20 @@ static void reserve(Encoder *e, const char *path, size_t more) {
     if (e->room - e->used >= more) return;
     size_t room = 2 * e->room + more;
     uint8_t *buffer = realloc(e->buffer, room);
-    if (!buffer) output_die_if(e->out, errorf("%s: no memory for %zu bytes of text", path, room));
+    if (!buffer) output_end(e->out, errorf("%s: no memory for %zu bytes of text", path, room));
     e->buffer = buffer;
     e->room = room;
 }
 
 static void encode_file(Encoder *e, const char *path) {
     FILE *file = fopen(path, "rb");
-    if (!file) output_die_if(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
+    if (!file) output_end(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
     e->used = 0;
     e->at_start = true;
     for (bool whole = false; !whole;) {
         reserve(e, path, BLOCK / 2);                         /* text without a place to cut makes it grow */
         size_t n = fread(e->buffer + e->used, 1, e->room - e->used, file);
-        if (ferror(file)) output_die_if(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
+        if (ferror(file)) output_end(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
         e->used += n;
         e->bytes += (int64_t)n;
         e->read += (int64_t)n;
@@ -318,7 +320,7 @@ static void encode_lines(Encoder *e, const char *path) {
     FILE *file = fopen(path, "rb");
     char *line = NULL;
     size_t room = 0;
-    if (!file) output_die_if(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
+    if (!file) output_end(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
     ssize_t n;
     for (int64_t number = 1; (n = getline(&line, &room, file)) > 0; number++) {
         Json json;
@@ -331,7 +333,7 @@ static void encode_lines(Encoder *e, const char *path) {
         /* Each line is a document of its own, so its reader counts from line 1. */
         if (error && strncmp(error, "line 1, ", 8) == 0) error += 8;
         if (!error) error = line_text(&json, &text);
-        if (error) output_die_if(e->out, errorf("%s, line %lld: %s", path, (long long)number, error));
+        if (error) output_end(e->out, errorf("%s, line %lld: %s", path, (long long)number, error));
         e->bytes += (int64_t)text->length;
         if (!e->tok) {
             write_text(e, text->string, text->length);
@@ -347,7 +349,7 @@ static void encode_lines(Encoder *e, const char *path) {
         json_free(&json);
         show_progress(e);
     }
-    if (ferror(file)) output_die_if(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
+    if (ferror(file)) output_end(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
     fclose(file);
     free(line);
 }
