@@ -273,9 +273,15 @@ static void reserve(Encoder *e, const char *path, size_t more) {
     e->room = room;
 }
 
-static void encode_file(Encoder *e, const char *path) {
+/* Never NULL: a text that cannot be opened ends the program. */
+static FILE *open_text(Encoder *e, const char *path) {
     FILE *file = fopen(path, "rb");
-    if (!file) output_end(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
+    if (file) return file;
+    output_end(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
+}
+
+static void encode_file(Encoder *e, const char *path) {
+    FILE *file = open_text(e, path);
     e->used = 0;
     e->at_start = true;
     for (bool whole = false; !whole;) {
