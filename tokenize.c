@@ -323,10 +323,9 @@ static void write_text(Encoder *e, const char *text, size_t n) {
 
 /* Encodes a .jsonl file, a line at a time: each is a document. */
 static void encode_lines(Encoder *e, const char *path) {
-    FILE *file = fopen(path, "rb");
+    FILE *file = open_text(e, path);
     char *line = NULL;
     size_t room = 0;
-    if (!file) output_end(e->out, errorf("%s: cannot be opened: %s", path, strerror(errno)));
     ssize_t n;
     for (int64_t number = 1; (n = getline(&line, &room, file)) > 0; number++) {
         Json json;
