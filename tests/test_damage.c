@@ -215,6 +215,45 @@ static void check_tokens(void) {
     check_damage("a token file", load_tokens, 10 + (size_t)length, 0);
 }
 
+/* The text that names the newest step: each of its bits, and each length. What it then names is loaded whole, or there is
+ * a sentence. */
+static void check_latest(void) {
+    MegalodonOptions options = {.max_batch = 1, .max_length = 4, .training = true};
+    char run[SAFETENSORS_MAX_PATH], latest[SAFETENSORS_MAX_PATH], command[SAFETENSORS_MAX_PATH + 8], *good;
+    long refused = 0, others = 0, wrong = 0;
+    size_t size;
+    must(checkpoint_join(run, folder, "run"));
+    must(checkpoint_join(latest, run, "latest"));
+    model = model_create(backend, &config, &options, 6);
+    for (int64_t step = 2; step <= 3; step++) must(checkpoint_write(run, step, 2, backend, model, &config, facts + 2, false));
+    must(json_read_text(latest, &good, &size));
+    for (size_t i = 0; i < 9 * size; i++) {
+        bool cut = i >= 8 * size;
+        FILE *file = fopen(latest, "wb");
+        if (!file) must("the name of the newest step cannot be written");
+        if (!cut) good[i / 8] ^= (char)(1 << i % 8);
+        fwrite(good, 1, cut ? i - 8 * size : size, file);
+        fclose(file);
+        if (!cut) good[i / 8] ^= (char)(1 << i % 8);
+        Safetensors trainer;
+        int64_t step = 0;
+        const char *error = checkpoint_resume(run, backend, model, &config, &trainer);
+        refused += error != NULL;
+        wrong += error && !strstr(error, run);
+        if (error) continue;
+        must(checkpoint_fact_int64(&trainer, "step", &step));
+        others += step == 2;
+        wrong += step != 2 && step != 3;
+        safetensors_close(&trainer);
+    }
+    check(refused > 0 && wrong == 0, "of the names of a newest step, %ld led to something that is none", wrong);
+    printf("the name of the newest step: %ld changes refused, %ld named the step before\n", refused, others);
+    free(good);
+    backend->destroy(model);
+    snprintf(command, sizeof command, "rm -r %s", run);
+    if (system(command) != 0) must(command);
+}
+
 /* --no-verify: a changed bit of the data passes, one of the header's numbers does not; a file without checksums is
  * read like any other. */
 static void check_without(void) {
@@ -257,6 +296,7 @@ int main(void) {
     snprintf(path, sizeof path, "%s/file", folder);
     check_without();
     unlink(path);
+    check_latest();
     rmdir(folder);
     free(expected);
     free(found);

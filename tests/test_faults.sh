@@ -242,6 +242,8 @@ if [ -s "$shim" ] && LD_PRELOAD="$shim" "$train" --help > /dev/null 2>&1; then
         still "byte $byte of the second checkpoint is not what was written"
         holds "a disk that lies" "does not read back as it was written" "$dir/err"
     done
+    faulty SHIM_FLIP=160000 -- $unsaved --keep 1 --on-save-error stop --checkpoint-dir "$dir/run"
+    stopped "the only good checkpoint stays" "does not read back as it was written" 2
     faulty SHIM_ROOM=300 SHIM_TIMES=3 -- $train $fit --steps 8 --checkpoint-dir "$dir/run" --log "$dir/run.csv"
     if [ $status -eq 0 ]; then ok; else fail "a log on a full disk: status $status"; fi
     same "a log on a full disk" "$dir/whole/step-00000008" "$dir/run/step-00000008"

@@ -3,7 +3,8 @@
  *     test_large             what takes a second or two: sparse files, a sparse table of embeddings, and the same tests as
  *                            below with small sizes
  *     test_large --large     (`make test-large`) every component with tensors of more than 2^31 elements, a million
- *                            tokens in one training step, and a file of more than 4 GB that is really written
+ *                            tokens in one training step, and a file of more than 4 GB that is really written; a part
+ *                            of it by name, as main has them: test_large --large sequence
  *
  * A tensor of 2^31 floats would take 8 GiB, and some components have six. Here it is one window of memory, mapped again
  * and again behind itself: to the program an array of any length, in which row b is row b mod PERIOD. All tensors of a
@@ -310,12 +311,35 @@ static void check_component(const Port *port, MegalodonComponentId id, int B) {
     call_free(&few);
 }
 
+static int rows_of_batch(void) { return large ? (1 << 21) + 3 : 2 * PERIOD + 3; }   /* times 1024: past 2^31 */
+
+/* Goes on with one thread; returns how many there were. */
+static int one_thread(void) {
+#ifdef _OPENMP
+    int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    return threads;
+#else
+    return 1;
+#endif
+}
+static void many_threads(int threads) {
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
+}
+
 /* A mask depends on the place of an element, so windows differ: the last one is what stays. */
-static void check_dropout(const Port *port, int B) {
-    MegalodonComponentFunctions functions = port->functions[MEGALODON_DROPOUT];
-    LargeCall call = call_prepare(&megalodon_components[MEGALODON_DROPOUT], port, B);
+static void check_dropout(void) {
+    Port port = host_port(&megalodon_cpu, false);
+    int B = rows_of_batch();
+    LargeCall call = call_prepare(&megalodon_components[MEGALODON_DROPOUT], &port, B);
     call.shape.config.dropout = 0.5;
-    functions.forward(call.args, &call.shape);
+    int threads = one_thread();
+    port.functions[MEGALODON_DROPOUT].forward(call.args, &call.shape);
+    many_threads(threads);
     const float *x = call.args[1], *y = call.args[0];
     int wrong = 0;
     for (int64_t row = B - 3; row < B; row++)
@@ -327,16 +351,10 @@ static void check_dropout(const Port *port, int B) {
 
 static void check_components(void) {
     Port port = host_port(&megalodon_cpu, false);
-    int B = large ? (1 << 21) + 3 : 2 * PERIOD + 3;          /* times 1024 numbers: past 2^31 */
-#ifdef _OPENMP
-    int threads = omp_get_max_threads();
-    omp_set_num_threads(1);
-#endif
-    for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) check_component(&port, (MegalodonComponentId)id, B);
-    check_dropout(&port, B);
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
-#endif
+    int threads = one_thread();
+    for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++)
+        check_component(&port, (MegalodonComponentId)id, rows_of_batch());
+    many_threads(threads);
 }
 
 /* A table of embeddings of more than 2^31 numbers, of which only the last rows are there. */
@@ -433,20 +451,21 @@ static void check_long_sequence(void) {
 }
 
 int main(int argc, char **argv) {
+    static const struct { const char *name; void (*run)(void); bool wide; } parts[] = {
+        {"reader", check_reader, true},         {"data", check_data, true},
+        {"embedding", check_embedding, true},   {"writer", check_writer, false},
+        {"components", check_components, false}, {"dropout", check_dropout, false},
+        {"sequence", check_long_sequence, false}};
+    const char *only = argc > 2 ? argv[2] : NULL;
     large = argc > 1 && strcmp(argv[1], "--large") == 0;
     shorter = getenv("MEGALODON_TEST_SHORT") != NULL;
     test_begin("large");
     if (!mkdtemp(folder)) must("cannot create a folder in /tmp");
-    if (sizeof(void *) >= 8) {
-        check_reader();
-        check_data();
-        check_embedding();
-    } else {
-        test_skip("more than 4 GiB: this machine has no addresses for them");
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        if (only && strcmp(only, parts[i].name) != 0) continue;
+        if (parts[i].wide && sizeof(void *) < 8) test_skip("more than 4 GiB: this machine has no addresses for them");
+        else parts[i].run();
     }
-    check_writer();
-    check_components();
-    check_long_sequence();
     rmdir(folder);
     return test_end();
 }
