@@ -736,6 +736,14 @@ static inline const char *checkpoint_fact_int64(const Safetensors *trainer, cons
     *value = strtoll(text, &end, 10);
     return checkpoint_fact_error(trainer, key, text, end, "an integer");
 }
+/* A number of things, from 0 to `most`. */
+static inline const char *checkpoint_fact_count(const Safetensors *trainer, const char *key, int64_t most,
+                                                int64_t *value) {
+    const char *error = checkpoint_fact_int64(trainer, key, value);
+    if (error || (*value >= 0 && *value <= most)) return error;
+    return errorf("%s: expected \"%s\" in __metadata__ to be from 0 to %" PRId64 ", found %" PRId64, trainer->path, key,
+                  most, *value);
+}
 static inline const char *checkpoint_fact_uint64(const Safetensors *trainer, const char *key, uint64_t *value) {
     const char *text, *error = checkpoint_fact(trainer, key, &text);
     if (error) return error;

@@ -387,9 +387,9 @@ static inline void restore_streams(Run *run, const Safetensors *trainer) {
         fprintf(stderr, "warning: --data is other data than before: every row starts it with an empty state\n");
         return;
     }
-    if (strlen(fresh) != (size_t)run->values.batch)
-        die(errorf("%s: expected \"stream_fresh\" to tell of %d rows, found %zu", trainer->path, run->values.batch,
-                   strlen(fresh)));
+    if (strlen(fresh) != (size_t)run->values.batch || strspn(fresh, "01") != strlen(fresh))
+        die(errorf("%s: expected \"stream_fresh\" to be 0 or 1 for each of %d rows, found \"%.40s\"", trainer->path,
+                   run->values.batch, fresh));
     run->backend->state_shape(run->model, &rows, &n);
     for (int row = 0; row < run->values.batch; row++, next = end) {
         int64_t at = strtoll(next, &end, 10);
@@ -399,6 +399,9 @@ static inline void restore_streams(Run *run, const Safetensors *trainer) {
             error = "state.safetensors is missing, or its rows are not at the start of a chunk";
         if (error) die(errorf("%s: --carry-state cannot go on: %s", trainer->path, error));
     }
+    if (*next != '\0')
+        die(errorf("%s: --carry-state cannot go on: expected the places of %d rows, found more: \"%.40s\"",
+                   trainer->path, run->values.batch, next));
 }
 
 /* Loads weights, moments and progress. */
@@ -407,10 +410,11 @@ static inline void restore_run(Run *run, const char *directory) {
     int64_t bad_in_a_row;
     const char *backend;
     die_if(checkpoint_resume(directory, run->backend, run->model, &run->config, &trainer));
-    die_if(checkpoint_fact_int64(&trainer, "step", &run->step));
-    die_if(checkpoint_fact_int64(&trainer, "updates", &run->updates));
-    die_if(checkpoint_fact_int64(&trainer, "bad_steps", &run->bad_steps));
-    die_if(checkpoint_fact_int64(&trainer, "bad_in_a_row", &bad_in_a_row));
+    die_if(checkpoint_fact_count(&trainer, "step", CHECKPOINT_MAX_COUNT, &run->step));
+    die_if(checkpoint_fact_count(&trainer, "updates", run->step, &run->updates));
+    die_if(checkpoint_fact_count(&trainer, "bad_steps", run->step, &run->bad_steps));
+    die_if(checkpoint_fact_count(&trainer, "bad_in_a_row", run->bad_steps < INT32_MAX ? run->bad_steps : INT32_MAX,
+                                 &bad_in_a_row));
     run->bad_in_a_row = (int)bad_in_a_row;
     run->saved_step = run->step;
     const char *guard = safetensors_metadata(&trainer, "spike_guard");
