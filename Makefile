@@ -106,8 +106,11 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
+# `make -j2 test` runs two of them at a time (a make before 4.2 does not tell its number: one then).
+JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+
 test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
-	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
+	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_COMMANDS)
 
 build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
 
@@ -129,7 +132,7 @@ test-cross: ## run the C tests as another machine would, in an emulator: CROSS=a
 	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
 
 test-programs: $(TESTS)
-	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
+	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_PROGRAMS)
 
 test-musl: ## run the C tests with another C library, linked statically: musl-gcc
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/musl BIN=$(BUILD)/musl \

@@ -124,10 +124,7 @@ typedef struct Generator {
 static void load_model(Generator *g, const Values *v) {
     MegalodonPrecision precision;
     int threads;
-    struct stat info;
-    if (stat(v->checkpoint, &info) != 0)
-        die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
-                   v->checkpoint, strerror(errno)));
+    die_if(checkpoint_is_there(v->checkpoint));
     die_if(checkpoint_read_config(v->checkpoint, &g->config));
     die_if(vocabulary_of_checkpoint(&g->vocabulary, v->checkpoint, v->tokenizer, &g->config));
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));

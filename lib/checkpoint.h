@@ -425,6 +425,14 @@ static inline const char *checkpoint_open_model(Safetensors *file, const char *p
     return errorf("%s: %s", path, error);
 }
 
+/* Is there anything at `path`, the value of --checkpoint? Error: why not, and what to do. */
+static inline const char *checkpoint_is_there(const char *path) {
+    struct stat info;
+    if (stat(path, &info) == 0) return NULL;
+    return errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
+                  path, strerror(errno));
+}
+
 /* Reads the configuration of a model on disk, from which a model can be created that checkpoint_load then fills. */
 static inline const char *checkpoint_read_config(const char *path, MegalodonConfig *config) {
     char model[SAFETENSORS_MAX_PATH];
