@@ -38,12 +38,17 @@
       "a chunk, in which distances are counted; if not given, the model's") \
     X(TEXT,   haystack,   NULL,         0, 0, "FILE", "Task", "a text to use as filler instead of random capitals") \
     X(LONG,   seed,       "1",          0, 9007199254740992., "N", "Task", "fixes weights and sequences") \
-    X(INT,    batch,      "16",         1, 4096, "ROWS", "Running", "sequences at once") \
+    X(INT,    batch,      "16",         1, 4096, "ROWS", "Running", "sequences at once, at most") \
     X(INT,    steps,      "2000",       1, 1 << 30, "N", "Training", \
       "steps; each takes the next of --distances as its longest") \
-    X(REAL,   lr,         "0.002",      0, 1, "X", "Training", "highest learning rate; a tenth of the steps warm up") \
-    X(CHOICE, cema_init,  "released",   0, 0, "released|spread", "Training", "see ./train --help") \
-    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread") \
+    X(LONG,   step_tokens, NULL,        1, 1 << 30, "N", "Training", \
+      "tokens of a step at most: long sequences come with fewer rows; if not given, always --batch rows") \
+    X(REAL,   grow,       "0",          0, 0.9, "X", "Training", \
+      "share of the steps in which the distances join one after the other, the nearest first; 0: all from the start") \
+    X(REAL,   lr,         "0.002",      0, 1, "X", "Training", \
+      "highest learning rate: a tenth of the steps warm up; after it, and after --grow, it falls to a tenth") \
+    X(CHOICE, cema_init,  "released",   0, 0, "released|spread|hold", "Training", "see ./train --help") \
+    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread and hold") \
     X(BOOL,   cema_decay, "true",       0, 0, "true|false", "Training", "weight decay on CEMA's parameters too") \
     X(TEXT,   init,       NULL,         0, 0, "FILE", "Training", "begin with the weights of this model") \
     X(TEXT,   out,        "recall.safetensors", 0, 0, "FILE", "Training", "the trained model") \
@@ -136,7 +141,7 @@ static void set_up_task(Experiment *e) {
         e->num_facts = parse_list("facts", v->facts, 1, e->facts);
     }
     if (v->haystack) read_haystack(r, v->haystack);
-    for (int last = 0; last < r->num_distances; last++) die_if(recall_check(r, e->facts[e->num_facts - 1], last));
+    die_if(recall_check(r, e->facts[e->num_facts - 1], r->num_distances - 1));
     if (e->config.vocab_size < 128)
         die(errorf("a sequence is text and needs the bytes below 128, but the model has %d tokens",
                    e->config.vocab_size));
@@ -183,25 +188,60 @@ static void show(Experiment *e) {
  * recall train
  */
 
-/* The learning rate of a step: linear warm-up, then a cosine down to a tenth. */
+/* The learning rate of a step: linear warm-up, constant while distances join, then a cosine down to a tenth. */
 static double learning_rate(const Values *v, int step) {
-    int warmup = v->steps / 10 + 1;
+    int warmup = v->steps / 10 + 1, joined = (int)(v->grow * v->steps);
+    int begin = joined > warmup ? joined : warmup;
     if (step < warmup) return v->lr * (step + 1) / warmup;
-    double p = (double)(step - warmup) / (v->steps - warmup + 1);
+    if (step < begin) return v->lr;
+    double p = (double)(step - begin) / (v->steps - begin + 1);
     return v->lr * (0.1 + 0.45 * (1 + cos(3.14159265358979323846 * p)));
+}
+
+/* The farthest distance of a step's questions: each of those that have joined in turn. */
+static int farthest_distance(const Experiment *e, int step) {
+    int distances = e->recall.num_distances;
+    double share = (double)step / e->values.steps, grow = e->values.grow;
+    int joined = share < grow ? 1 + (int)(share / grow * distances) : distances;
+    return step % joined;
+}
+
+/* Sequences of a step whose farthest question is at distance `last`. */
+static int rows_of(const Experiment *e, int last) {
+    int64_t fitting = e->values.batch;
+    if (options_given(&e->options, "step-tokens")) fitting = e->values.step_tokens / recall_length(&e->recall, last);
+    return fitting < e->values.batch ? (int)fitting : e->values.batch;
+}
+
+/* Each number of facts that is asked for has its place in the chunks of some sequences; a nearer farthest question
+ * means more questions in each chunk, and not all numbers may fit then. Returns how many of --facts do. */
+static int fitting_facts(const Experiment *e, int last) {
+    int count = 0;
+    while (count < e->num_facts && !recall_check(&e->recall, e->facts[count], last)) count++;
+    return count;
+}
+
+/* Ends the program before the first step if one of them could not be made. */
+static void check_steps(const Experiment *e) {
+    for (int last = 0; last < e->recall.num_distances; last++) {
+        die_if(recall_check(&e->recall, e->facts[0], last));
+        if (rows_of(e, last) < 1)
+            die(errorf("--step-tokens %lld: a sequence with a question %d chunks away has %d tokens",
+                       (long long)e->values.step_tokens, e->recall.distances[last], recall_length(&e->recall, last)));
+    }
 }
 
 /* One step on sequences whose farthest question is at distance `last`. Returns the mean loss of an answer's letter. */
 static double train_step(Experiment *e, int step, int last) {
     const Values *v = &e->values;
-    int T = recall_length(&e->recall, last);
-    for (int row = 0; row < v->batch; row++) {
+    int T = recall_length(&e->recall, last), rows = rows_of(e, last), choices = fitting_facts(e, last);
+    for (int row = 0; row < rows; row++) {
         uint64_t number = (uint64_t)step * (uint64_t)v->batch + (uint64_t)row;
-        int facts = e->facts[megalodon_random(e->recall.seed, ~number) % (uint64_t)e->num_facts];
+        int facts = e->facts[megalodon_random(e->recall.seed, ~number) % (uint64_t)choices];
         recall_make(&e->recall, number, facts, last, e->tokens + (int64_t)row * T, e->targets + (int64_t)row * T,
                     e->questions[row]);
     }
-    MegalodonBatch batch = {.tokens = e->tokens, .targets = e->targets, .B = v->batch, .T = T, .dropout = true,
+    MegalodonBatch batch = {.tokens = e->tokens, .targets = e->targets, .B = rows, .T = T, .dropout = true,
                             .seed = (uint64_t)v->seed, .step = (uint64_t)step};
     MegalodonAdamW adamw = {.lr = learning_rate(v, step), .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
                             .weight_decay = 0.1, .clip = 1, .step = step + 1, .spare_cema = !v->cema_decay};
@@ -219,30 +259,37 @@ static double train_step(Experiment *e, int step, int last) {
 static void train(Experiment *e) {
     const Values *v = &e->values;
     int distances = e->recall.num_distances, lines = v->steps < 20 ? v->steps : 20;
-    double loss[RECALL_MAX_LIST] = {0}, start = report_seconds();
-    int64_t tokens = 0;
+    double loss[RECALL_MAX_LIST], start;
+    int64_t tokens = 0, seen[RECALL_MAX_LIST] = {0};
+    MegalodonMemory memory;
+    char time[32], count[32];
+    check_steps(e);
     create_model(e, true);
     if (v->init) die_if(checkpoint_load(v->init, e->backend, e->model, &e->config));
     else die_if(megalodon_initialise(e->backend, e->model, &e->config, (uint64_t)v->seed));
-    if (strcmp(v->cema_init, "spread") == 0 && !v->init)
-        die_if(cema_spread(e->backend, e->model, &e->config, v->cema_memory));
-    printf("%lld parameters; loss in nats a letter of an answer, guessing costs %.2f; by farthest distance:\n  step",
-           (long long)megalodon_num_parameters(&e->config), log(26));
+    if (!v->init) die_if(cema_start(e->backend, e->model, &e->config, v->cema_init, v->cema_memory));
+    e->backend->memory(e->model, &memory);
+    printf("%s parameters, %s; loss in nats a letter of an answer, guessing costs %.2f; by farthest distance:\n  step",
+           report_count(megalodon_num_parameters(&e->config), count),
+           report_bytes(memory.parameters + memory.gradients + memory.moments + memory.activations + memory.state
+                        + memory.workspace, time), log(26));
     for (int d = 0; d < distances; d++) printf(" %7d", e->recall.distances[d]);
     printf("\n");
+    start = report_seconds();
     for (int step = 0; step < v->steps; step++) {
-        int last = step % distances;
+        int last = farthest_distance(e, step);
         double now = train_step(e, step, last);
-        loss[last] = step < distances ? now : 0.9 * loss[last] + 0.1 * now;
-        tokens += (int64_t)v->batch * recall_length(&e->recall, last);
+        loss[last] = seen[last]++ == 0 ? now : 0.9 * loss[last] + 0.1 * now;
+        tokens += (int64_t)rows_of(e, last) * recall_length(&e->recall, last);
         if ((int64_t)(step + 1) * lines / v->steps == (int64_t)step * lines / v->steps) continue;
         printf("%6d", step + 1);
-        for (int d = 0; d < distances; d++) printf(" %7.4f", loss[d]);
+        for (int d = 0; d < distances; d++)
+            if (seen[d]) printf(" %7.4f", loss[d]);
+            else printf("       -");
         printf("\n");
         fflush(stdout);
     }
     double seconds = report_seconds() - start;
-    char time[32], count[32];
     die_if(checkpoint_save(v->out, e->backend, e->model, &e->config));
     printf("%s tokens in %s; saved %s\n", report_count(tokens, count), report_duration(seconds, time), v->out);
 }

@@ -121,7 +121,7 @@ static void check_spread(void) {
     MegalodonModel *model = model_create(&megalodon_cpu, &config, &options, 1);
     int states = config.model_dim * config.cema_ndim, N = config.cema_ndim;
     float *alpha = must_allocate((size_t)states * sizeof *alpha), *delta = must_allocate((size_t)states * sizeof *delta);
-    must(cema_spread(&megalodon_cpu, model, &config, 2048));
+    must(cema_start(&megalodon_cpu, model, &config, "spread", 2048));
     must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.alpha", alpha, MEGALODON_F32));
     must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.delta", delta, MEGALODON_F32));
     for (int i = 0; i < states; i++) {
