@@ -213,14 +213,6 @@ static int rows_of(const Experiment *e, int last) {
     return fitting < e->values.batch ? (int)fitting : e->values.batch;
 }
 
-/* Each number of facts that is asked for has its place in the chunks of some sequences; a nearer farthest question
- * means more questions in each chunk, and not all numbers may fit then. Returns how many of --facts do. */
-static int fitting_facts(const Experiment *e, int last) {
-    int count = 0;
-    while (count < e->num_facts && !recall_check(&e->recall, e->facts[count], last)) count++;
-    return count;
-}
-
 /* Ends the program before the first step if one of them could not be made. */
 static void check_steps(const Experiment *e) {
     for (int last = 0; last < e->recall.num_distances; last++) {
@@ -234,10 +226,11 @@ static void check_steps(const Experiment *e) {
 /* One step on sequences whose farthest question is at distance `last`. Returns the mean loss of an answer's letter. */
 static double train_step(Experiment *e, int step, int last) {
     const Values *v = &e->values;
-    int T = recall_length(&e->recall, last), rows = rows_of(e, last), choices = fitting_facts(e, last);
+    int T = recall_length(&e->recall, last), rows = rows_of(e, last);
+    int choices = recall_fitting(&e->recall, e->facts, e->num_facts, last);
     for (int row = 0; row < rows; row++) {
         uint64_t number = (uint64_t)step * (uint64_t)v->batch + (uint64_t)row;
-        int facts = e->facts[megalodon_random(e->recall.seed, ~number) % (uint64_t)choices];
+        int facts = recall_draw_facts(&e->recall, e->facts, choices, number);
         recall_make(&e->recall, number, facts, last, e->tokens + (int64_t)row * T, e->targets + (int64_t)row * T,
                     e->questions[row]);
     }

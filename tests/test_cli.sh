@@ -190,6 +190,7 @@ same "--prompt-file gives the same text without the prompt" "$dir/rest" "$dir/ou
 same "a prompt on stdin" "$dir/rest" "$dir/out"
 # A prompt of several pieces gives the same text from a file and through a pipe that trickles.
 good "a long prompt" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/text" --max-tokens 20
+holds "a long prompt" "bytes after 512 tokens, " "$dir/err"
 cp "$dir/out" "$dir/long"
 { head -c 700 "$dir/text"; sleep 0.2; tail -c +701 "$dir/text"; } |
     "$generate" --checkpoint "$dir/a" --prompt-file - --max-tokens 20 > "$dir/out" 2> "$dir/err"

@@ -23,6 +23,12 @@ holds "hops" "     2 hops" "$dir/out"
 good "init" "$recall" train --backend cpu --init "$model" --facts 1 --distances 0 --steps 2 --batch 2 --out "$dir/b"
 good "spread" "$recall" train $tiny --cema-init spread --cema-decay false --facts 1 --distances 0 --steps 2 \
     --batch 2 --out "$dir/c"
+# The distances join one after the other: the second after a quarter of the steps, for every second step. Long sequences
+# come with fewer rows: 12 steps of 4 x 32 tokens and 8 of 2 x 64.
+good "grow" "$recall" train $tiny --cema-init hold --cema-memory 64 --facts 1,2 --distances 0,1 --steps 20 --batch 4 \
+    --step-tokens 128 --grow 0.5 --out "$dir/d"
+holds "grow" "2,560 tokens" "$dir/out"
+if [ "$(awk '$3 == "-"' "$dir/out" | wc -l)" = 5 ]; then ok; else fail "the second distance did not join after step 5"; fi
 yes "It was the best of times, it was the worst of times." | head -n 200 > "$dir/hay"
 good "needle" "$recall" show $tiny --task needle --haystack "$dir/hay" --distances 0,2
 holds "needle" "best of times" "$dir/out"
@@ -30,6 +36,9 @@ holds "needle" "best of times" "$dir/out"
 bad "found \"\"" "$recall"
 bad "found \"learn\"" "$recall" learn
 bad "use fewer facts or a longer --unit" "$recall" show $tiny --facts 20 --distances 0
+bad "a sequence with a question 1 chunks away has 64 tokens" "$recall" train $tiny --facts 1 --distances 0,1 \
+    --step-tokens 40 --out "$dir/none"
+bad "use fewer facts or a longer --unit" "$recall" train $tiny --facts 4 --distances 0,1 --out "$dir/none"
 bad "ascending whole numbers" "$recall" show $tiny --distances 4,1
 bad "ascending whole numbers" "$recall" show $tiny --facts 1,,2
 bad "ascending whole numbers" "$recall" show $tiny --facts 0
