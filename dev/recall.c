@@ -53,7 +53,8 @@
     X(TEXT,   init,       NULL,         0, 0, "FILE", "Training", "begin with the weights of this model") \
     X(TEXT,   out,        "recall.safetensors", 0, 0, "FILE", "Training", "the trained model") \
     X(TEXT,   checkpoint, "recall.safetensors", 0, 0, "FILE", "Test", "the model to ask") \
-    X(INT,    sequences,  "64",         1, 1 << 20, "N", "Test", "sequences for each number of facts") \
+    X(INT,    questions,  "256",        1, 1 << 20, "N", "Test", \
+      "questions for each number of facts, over all distances; the last sequence may have some more") \
     X(TEXT,   csv,        NULL,         0, 0, "FILE", "Test", "also write every count to this file") \
     X(CHOICE, backend,    "auto",       0, 0, "auto|cpu|cuda", "Running", "what computes") \
     X(CHOICE, precision,  "fp32",       0, 0, "fp32|bf16", "Running", "number format (bf16: GPU only)") \
@@ -306,12 +307,13 @@ static bool is_right(const Experiment *e, const float *logits, const int32_t *to
     return true;
 }
 
-/* Asks all questions of --sequences sequences of `facts` facts. */
+/* Asks all questions of as many sequences of `facts` facts as give --questions questions. */
 static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     const Recall *r = &e->recall;
     int last = r->num_distances - 1, T = recall_length(r, last), V = e->config.vocab_size;
-    for (int first = 0; first < e->values.sequences; first += e->values.batch) {
-        int rows = e->values.sequences - first < e->values.batch ? e->values.sequences - first : e->values.batch;
+    int sequences = (e->values.questions + facts - 1) / facts;
+    for (int first = 0; first < sequences; first += e->values.batch) {
+        int rows = sequences - first < e->values.batch ? sequences - first : e->values.batch;
         for (int row = 0; row < rows; row++)
             recall_make(r, TEST_SEQUENCES + (uint64_t)(first + row), facts, last, e->tokens + (int64_t)row * T,
                         e->targets + (int64_t)row * T, e->questions[row]);
