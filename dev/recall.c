@@ -292,19 +292,34 @@ static void train(Experiment *e) {
  * recall test
  */
 
-typedef struct Count { int64_t asked, right; } Count;
+/* mixed: the answer is wrong, and begins as the answer to another question of the sequence. */
+typedef struct Count { int64_t asked, right, mixed; } Count;
 
-/* Is each letter of the answer the likeliest token, given the letters before it? logits: V of each token of the row. */
-static bool is_right(const Experiment *e, const float *logits, const int32_t *tokens, const RecallQuestion *q) {
+/* The likeliest token at `at`, after all that stands before it. logits: V of each token of the row. */
+static int32_t likeliest(const Experiment *e, const float *logits, int at) {
     int V = e->config.vocab_size;
-    for (int k = 0; k < e->recall.letters; k++) {
-        const float *row = logits + (int64_t)(q->at + k - 1) * V;
-        float own = row[tokens[q->at + k]];
-        if (!isfinite(own)) die("a logit of the model is not finite");
-        for (int i = 0; i < V; i++)
-            if (row[i] > own) return false;
+    const float *row = logits + (int64_t)(at - 1) * V;
+    int32_t best = 0;
+    for (int i = 0; i < V; i++) {
+        if (!isfinite(row[i])) die("a logit of the model is not finite");
+        if (row[i] > row[best]) best = i;
     }
-    return true;
+    return best;
+}
+
+/* Counts the answer to question i of a row: right is one of which each letter is the likeliest token, given the letters
+ * before it. A model that knows which names there were, and not which belongs to which, mixes them. */
+static void judge(const Experiment *e, const float *logits, const int32_t *tokens, const RecallQuestion *questions,
+                  int facts, int i, Count *count) {
+    const RecallQuestion *q = &questions[i];
+    bool right = true, mixed = false;
+    int32_t first = likeliest(e, logits, q->at);
+    for (int k = 0; k < e->recall.letters && right; k++)
+        right = likeliest(e, logits, q->at + k) == tokens[q->at + k];
+    for (int j = 0; j < facts && first != tokens[q->at]; j++) mixed = mixed || first == tokens[questions[j].at];
+    count->asked++;
+    count->right += right;
+    count->mixed += mixed;
 }
 
 /* Asks all questions of as many sequences of `facts` facts as give --questions questions. */
@@ -323,22 +338,23 @@ static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < facts; i++) {
                 const RecallQuestion *q = &e->questions[row][i];
-                Count *count = &counts[q->distance][q->hops];
-                count->asked++;
-                count->right += is_right(e, logits + (int64_t)row * T * V, e->tokens + (int64_t)row * T, q);
+                judge(e, logits + (int64_t)row * T * V, e->tokens + (int64_t)row * T, e->questions[row], facts, i,
+                      &counts[q->distance][q->hops]);
             }
     }
 }
 
-/* A line of shares, a column a distance: over all hops, or of one number of them. */
-static void print_counts(const Experiment *e, const char *what, int number, int hops,
-                         Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
-    printf("%6d %-6s", number, what);
+/* A line of shares, a column a distance: over all hops, or of one number of them. mixed: of mixed answers, not right
+ * ones. */
+static void print_counts(const Experiment *e, int hops, bool mixed, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     for (int d = 0; d < e->recall.num_distances; d++) {
-        Count sum = {0, 0};
-        for (int h = 1; h <= e->recall.hops; h++)
-            if (hops == 0 || h == hops) sum.asked += counts[d][h].asked, sum.right += counts[d][h].right;
-        if (sum.asked) printf(" %6.1f%%", 100. * (double)sum.right / (double)sum.asked);
+        int64_t asked = 0, given = 0;
+        for (int h = 1; h <= e->recall.hops; h++) {
+            if (hops != 0 && h != hops) continue;
+            asked += counts[d][h].asked;
+            given += mixed ? counts[d][h].mixed : counts[d][h].right;
+        }
+        if (asked) printf(" %6.1f%%", 100. * (double)given / (double)asked);
         else printf("       -");
     }
     printf("\n");
@@ -359,20 +375,28 @@ static void test(Experiment *e) {
            v->task, r->unit, 100 * pow(26, -r->letters), "");
     for (int d = 0; d < r->num_distances; d++) printf(" %7d", r->distances[d]);
     printf("\n");
-    if (csv) fprintf(csv, "task,facts,hops,distance,asked,right\n");
+    if (csv) fprintf(csv, "task,facts,hops,distance,asked,right,mixed\n");
     for (int i = 0; i < e->num_facts; i++) {
         ask(e, e->facts[i], logits, counts[i]);
-        print_counts(e, e->facts[i] == 1 ? "fact" : "facts", e->facts[i], 0, counts[i]);
+        printf("%6d %-6s", e->facts[i], e->facts[i] == 1 ? "fact" : "facts");
+        print_counts(e, 0, false, counts[i]);
+        if (e->facts[i] > 1) {
+            printf("        mixed");
+            print_counts(e, 0, true, counts[i]);
+        }
         for (int d = 0; d < r->num_distances; d++)
             for (int h = 1; h <= r->hops; h++) {
                 Count c = counts[i][d][h];
                 all[d][h].asked += c.asked, all[d][h].right += c.right;
                 if (csv && c.asked)
-                    fprintf(csv, "%s,%d,%d,%d,%lld,%lld\n", v->task, e->facts[i], h, r->distances[d],
-                            (long long)c.asked, (long long)c.right);
+                    fprintf(csv, "%s,%d,%d,%d,%lld,%lld,%lld\n", v->task, e->facts[i], h, r->distances[d],
+                            (long long)c.asked, (long long)c.right, (long long)c.mixed);
             }
     }
-    for (int h = 1; h <= r->hops && r->hops > 1; h++) print_counts(e, h == 1 ? "hop" : "hops", h, h, all);
+    for (int h = 1; h <= r->hops && r->hops > 1; h++) {
+        printf("%6d %-6s", h, h == 1 ? "hop" : "hops");
+        print_counts(e, h, false, all);
+    }
     if (csv && fclose(csv) != 0) die(errorf("--csv %s: cannot be written", v->csv));
     free(logits);
 }

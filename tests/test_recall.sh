@@ -17,6 +17,9 @@ good "test" "$recall" test --backend cpu --checkpoint "$model" --facts 1,2 --dis
 # Fifteen sequences of one fact; and of two facts eight, which is one question more.
 asked=$(awk -F, 'NR > 1 { n += $5 } END { print n }' "$dir/csv")
 if [ "$asked" = 31 ]; then ok; else fail "$asked questions were counted, expected 31"; fi
+# No answer is both right and mixed up with another, and one fact cannot be mixed up.
+odd=$(awk -F, 'NR > 1 && ($6 + $7 > $5 || ($2 == 1 && $7 > 0))' "$dir/csv" | wc -l)
+if [ "$odd" = 0 ]; then ok; else fail "$odd lines of the counts contradict themselves"; fi
 good "hops" "$recall" test --backend cpu --checkpoint "$model" --task hops --hops 2 --facts 1 --distances 0,1 \
     --letters 1 --questions 5 --batch 4
 holds "hops" "     2 hops" "$dir/out"
