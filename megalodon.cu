@@ -1670,7 +1670,12 @@ static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
     ON_MODEL(m, state_shape_of, B, n);
 }
 
-static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
+static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) {
+    size_t free_bytes = 0, all = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+    *memory = m->memory;
+    memory->device_used = (int64_t)(all - free_bytes);
+}
 
 /* ----------------------------------------------------------------------------------------------------------
  * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the

@@ -190,6 +190,7 @@ same "--prompt-file gives the same text without the prompt" "$dir/rest" "$dir/ou
 same "a prompt on stdin" "$dir/rest" "$dir/out"
 # A prompt of several pieces gives the same text from a file and through a pipe that trickles.
 good "a long prompt" "$generate" --checkpoint "$dir/a" --prompt-file "$dir/text" --max-tokens 20
+holds "a long prompt" "bytes after 512 tokens, " "$dir/err"
 cp "$dir/out" "$dir/long"
 { head -c 700 "$dir/text"; sleep 0.2; tail -c +701 "$dir/text"; } |
     "$generate" --checkpoint "$dir/a" --prompt-file - --max-tokens 20 > "$dir/out" 2> "$dir/err"
@@ -379,6 +380,9 @@ good "spread" "$train" $fit --steps 3 --cema-init spread --cema-memory 64 --cema
 good "released" "$train" $fit --steps 3 --checkpoint-dir "$dir/released"
 if cmp -s "$dir/spread/step-00000003/model.safetensors" "$dir/released/step-00000003/model.safetensors"; then
     fail "--cema-init spread changes nothing"; else ok; fi
+good "hold" "$train" $fit --steps 3 --cema-init hold --cema-memory 64 --cema-decay false --checkpoint-dir "$dir/hold"
+if cmp -s "$dir/spread/step-00000003/model.safetensors" "$dir/hold/step-00000003/model.safetensors"; then
+    fail "--cema-init hold does what spread does"; else ok; fi
 good "memories" "$bin/evaluate" --cema --checkpoint "$dir/spread"
 bad "does nothing without --cema-init spread" "$train" $fit --steps 3 --cema-memory 64 --checkpoint-dir none
 bad "they come from a checkpoint" "$train" $fit --steps 3 --init "$dir/spread" --cema-init spread --checkpoint-dir none
