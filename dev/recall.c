@@ -345,7 +345,7 @@ static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX
 }
 
 /* A line of shares, a column a distance: over all hops, or of one number of them. mixed: of mixed answers, not right
- * ones. (A condition inside the loop over hops would meet a fault of gcc 12: at -O3 with AVX2 it mixes up the members.) */
+ * ones. A condition inside the loop over hops would meet a fault of gcc 12, which mixes up the members at -O3 with AVX2. */
 static void print_counts(const Experiment *e, int hops, bool mixed, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     int from = hops ? hops : 1, to = hops ? hops : e->recall.hops;
     for (int d = 0; d < e->recall.num_distances; d++) {
