@@ -5,9 +5,9 @@
 #
 # FOLDER holds test_golden, test_backends and test_components, built by `make sanitize`; their outputs go there too.
 # Each part of a program under each tool is a process with LIMIT seconds (240), and JOBS of them (one a processor) run
-# side by side, so that one that crashes or hangs spoils nothing else. A table of all results comes last: seconds,
-# errors (of racecheck: hazards), and the exit status of those that failed; 124 is a part that took too long. The exit
-# status is 0 only if everything passed.
+# side by side, so that one that crashes or hangs spoils nothing else. TOTAL seconds (3600) after the start the rest
+# fails. A table of all results comes last: seconds, errors (of racecheck: hazards), and the exit status of those that
+# failed; 124 is a part that took too long. The exit status is 0 only if everything passed.
 
 folder=${1:?usage: sh tests/sanitize.sh FOLDER [TOOL...]}
 shift
@@ -21,6 +21,8 @@ run_part() {
     tool=$1 name=$2 log=$folder/sanitize/$1-$2.log
     shift 2
     start=$(date +%s)
+    left=$((DEADLINE - start))
+    [ "$left" -lt "$limit" ] && limit=$((left > 1 ? left : 1))
     # shellcheck disable=SC2086
     timeout -k 5 "$limit" compute-sanitizer $OPTIONS --tool "$tool" --error-exitcode 9 "$@" > "$log" 2>&1
     status=$?
@@ -45,7 +47,8 @@ OPTIONS=
 for option in "--launch-timeout 120" "--max-connections 128"; do
     compute-sanitizer --help 2>&1 | grep -q -e "${option% *}" && OPTIONS="$OPTIONS $option"
 done
-export OPTIONS LIMIT="$limit"
+start=$(date +%s)
+export OPTIONS LIMIT="$limit" DEADLINE=$((start + ${TOTAL:-3600}))
 
 # The slowest tool and the longest parts first.
 parts() {
@@ -61,8 +64,8 @@ parts() {
     echo "golden $folder/test_golden --backend cuda" tests/golden/*.safetensors
 }
 
-start=$(date +%s)
-for tool in ${*:-racecheck memcheck initcheck synccheck}; do
+[ $# -gt 0 ] || set -- racecheck memcheck initcheck synccheck
+for tool in "$@"; do
     parts | sed "s/^/$tool /"
 done | xargs -P "$jobs" -L 1 sh tests/sanitize.sh "$folder" --part
 
