@@ -100,6 +100,7 @@ MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 .PHONY: all test test-cross test-programs build-tests test-python test-install test-kill test-large soak demo asan bench \
+        sanitize sanitize-programs \
         golden lib install uninstall fuzz lint lint-tidy lint-cppcheck lint-gcc coverage test-musl integer clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -210,6 +211,15 @@ test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes 
 
 test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
 	@$(BUILD)/test_large --large
+
+# Every product by our own kernel (see cuda/plain.cuh): the tools see all that a step does, and no instruction of
+# Hopper's that they cannot follow.
+SANITIZE_ARCH ?= -arch=native
+sanitize: ## run the GPU tests, short, under compute-sanitizer: memory, races, uninitialised values, barriers
+	@$(MAKE) --no-print-directory sanitize-programs BUILD=$(BUILD)/sanitize BIN=$(BUILD)/sanitize \
+	    NVCCFLAGS="-O3 -std=c++17 -lineinfo $(SANITIZE_ARCH) -DPLAIN_PRODUCTS=1"
+	@sh tests/sanitize.sh $(BUILD)/sanitize
+sanitize-programs: $(addprefix $(BUILD)/test_,golden backends components)
 
 SOAK_MINUTES ?= 60
 SOAK_TOKENS ?= 1000000
