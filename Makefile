@@ -96,6 +96,9 @@ GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
 TEST_PROGRAMS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
 TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 
+# What the tests of faults preload into the programs.
+SHIMS := $(BUILD)/shim.so $(if $(CUDA_OBJECT),$(BUILD)/gpu.so)
+
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
@@ -106,10 +109,10 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -375,6 +378,9 @@ $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 # A disk that fails on purpose, for tests/test_fault*.sh, which do without it where it cannot be built.
 $(BUILD)/shim.so: tests/faults/shim.c $(BUILD)/flags
 	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl || : > $@
+# A GPU that is none and that fails on purpose, for tests/test_gpu_faults.sh.
+$(BUILD)/gpu.so: tests/faults/gpu.c $(BUILD)/flags
+	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -isystem $(CUDA_HOME)/include $< -o $@ || : > $@
 
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)

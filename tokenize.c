@@ -316,8 +316,7 @@ static void write_text(Encoder *e, const char *text, size_t n) {
     FILE *file = e->out->file;
     size_t end = without_break((const uint8_t *)text, n);
     if (end == 0) return;
-    fwrite(text, 1, end, file);
-    if (fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
+    if (fwrite(text, 1, end, file) != end || fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
     e->documents++;
 }
 
