@@ -127,9 +127,12 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 CROSS ?= aarch64-linux-gnu
 EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu, i686-linux-gnu, ...
+# All tests, or some: CROSS_TESTS="json golden". EMULATOR= where this machine runs the other one's programs itself.
+CROSS_TESTS ?=
+test-cross: ## run the C tests as another machine would: CROSS=aarch64-linux-gnu, s390x-linux-gnu, i686-linux-gnu ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
-	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
+	    $(if $(CROSS_TESTS),TESTS="$(addprefix $(BUILD)/$(CROSS)/test_,$(CROSS_TESTS))")
 
 test-programs: $(TESTS)
 	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
