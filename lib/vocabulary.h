@@ -76,7 +76,7 @@ static inline const char *vocabulary_fit(Vocabulary *v, int V) {
  * is wrong with the file. */
 static inline const char *vocabulary_find(Vocabulary *v, const char *checkpoint, const char *given) {
     char beside[SAFETENSORS_MAX_PATH], hash[CHECKPOINT_HASH];
-    bool there;
+    bool there = false;
     *v = (Vocabulary){0};
     const char *error = checkpoint_tokenizer(checkpoint, beside, &there, hash);
     if (!error && (given || there)) error = vocabulary_load(v, given ? given : beside);
