@@ -24,6 +24,8 @@ CFLAGS ?=
 ALL_CFLAGS := -std=c11 $(OPT) $(ARCH) -ffp-contract=fast -Wall -Wextra -Werror $(CFLAGS)
 # Files past 2 GB and the inodes of large disks, also on machines of 32 bits.
 ALL_CFLAGS += -D_FILE_OFFSET_BITS=64
+# The oldest way to compute on an x86 of 32 bits keeps 80 bits of some numbers and not of others; SSE rounds them all.
+ALL_CFLAGS += $(if $(filter i386-% i486-% i586-% i686-%,$(shell $(CC) -dumpmachine 2> /dev/null)),-msse2 -mfpmath=sse)
 LDLIBS := -lm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,6 +101,7 @@ MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 .PHONY: all test test-cross test-programs build-tests test-python test-install test-kill test-large soak demo asan bench \
+        sanitize sanitize-programs \
         golden lib install uninstall fuzz lint lint-tidy lint-cppcheck lint-gcc coverage test-musl integer clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -125,9 +128,9 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 # Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
 # emulator needs no libraries of the other machine.
 CROSS ?= aarch64-linux-gnu
-EMULATOR ?= qemu-$(firstword $(subst -, ,$(CROSS)))
+EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu
+test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu, i686-linux-gnu, ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
 	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
 
@@ -161,16 +164,18 @@ SECONDS ?= 30
 FUZZ_CC ?= clang
 FUZZ_FLAGS := -std=c11 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=address,undefined \
     -fno-sanitize-recover=all -fno-omit-frame-pointer -I.
+# Watching each comparison of two numbers costs half of the speed and tells little about texts.
+FUZZ_COVER := -fno-sanitize-coverage=trace-cmp
 FUZZERS := $(sort $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c)))
 
-fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang)
+fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang), two at a time
 	@sh tests/fuzz/run.sh $(SECONDS) $(BUILD)/fuzz $(FUZZERS)
 
 $(BUILD)/fuzz/megalodon.o: megalodon.c megalodon.h
 	@mkdir -p $(@D)
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
-$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(BUILD)/fuzz/megalodon.o -lm -o $@
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $(FUZZ_COVER) -c $< -o $@
+$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c tokenize.c
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $(FUZZ_COVER) $< $(BUILD)/fuzz/megalodon.o -lm -o $@
 
 # ---- analysis: three programs that read the source; what they look for, and what not, is in .clang-tidy ----
 
@@ -208,6 +213,15 @@ test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes 
 
 test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
 	@$(BUILD)/test_large --large
+
+# Every product by our own kernel (see cuda/plain.cuh): the tools see all that a step does, and no instruction of
+# Hopper's that they cannot follow.
+SANITIZE_ARCH ?= -arch=native
+sanitize: ## run the GPU tests, short, under compute-sanitizer: memory, races, uninitialised values, barriers
+	@$(MAKE) --no-print-directory sanitize-programs BUILD=$(BUILD)/sanitize BIN=$(BUILD)/sanitize \
+	    NVCCFLAGS="-O3 -std=c++17 -lineinfo $(SANITIZE_ARCH) -DPLAIN_PRODUCTS=1"
+	@sh tests/sanitize.sh $(BUILD)/sanitize
+sanitize-programs: $(addprefix $(BUILD)/test_,golden backends components)
 
 SOAK_MINUTES ?= 60
 SOAK_TOKENS ?= 1000000

@@ -11,8 +11,16 @@
 #ifndef CUDA_COMMON_CUH
 #define CUDA_COMMON_CUH
 
+/* -DPLAIN_PRODUCTS=1: every matrix product by plain.cuh's kernel, without cuBLAS and without the instructions of
+ * Hopper */
+#ifndef PLAIN_PRODUCTS
+#define PLAIN_PRODUCTS 0
+#endif
+
+#if !PLAIN_PRODUCTS
 #include <cublasLt.h>
 #include <cublas_v2.h>
+#endif
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -96,8 +104,10 @@ enum { MAX_SUMS = 16 };
 
 struct Context {
     cudaStream_t stream;
+#if !PLAIN_PRODUCTS
     cublasHandle_t cublas;
     cublasLtHandle_t cublas_lt;
+#endif
     void *cublas_workspace;
     size_t cublas_workspace_bytes;
     int num_sms;
