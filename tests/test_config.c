@@ -426,6 +426,38 @@ static void check_dropout(void) {
     free(y);
 }
 
+/* The weight of key j for query t has the index ((b H + h) T + t) C + j, j counted from the start of the chunk. Queries
+ * of 0 give equal weights, and values that are unit vectors show each of them. */
+static void check_attention_dropout(void) {
+    enum { B = 2, T = 9, H = 2, C = 6, n = 2, PAIR = 2 };       /* keys of two entries; values of C */
+    MegalodonShape shape = {.B = B, .T = T, .n = n, .key = megalodon_dropout_key(7, 3, 1, MEGALODON_SITE_ATTENTION)};
+    float a[B][T][H][C], lse[B][T][H], q[B][T][H][PAIR] = {0}, k[B][T][H][PAIR] = {0}, v[B][T][H][C] = {0};
+    float k_in[B][n][H][PAIR] = {0}, v_in[B][n][H][C] = {0};
+    const double p = 0.4;
+    megalodon_default_config(&shape.config);
+    shape.config.num_heads = H;
+    shape.config.z_dim = H * PAIR;
+    shape.config.value_dim = H * C;
+    shape.config.chunk_size = C;
+    shape.config.attention_dropout = p;
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            for (int t = 0; t < T; t++) v[b][t][h][(n + t) % C] = 1;
+            for (int t = 0; t < n; t++) v_in[b][t][h][t] = 1;
+        }
+    memset(a, 0xff, sizeof a);
+    megalodon_cpu.components[MEGALODON_ATTENTION].forward((void *[]){a, lse, q, k, v, k_in, v_in}, &shape);
+    int wrong = 0;
+    for (int i = 0; i < B * T * H * C; i++) {
+        int j = i % C, h = i / C % H, t = i / C / H % T, b = i / C / H / T, place = (n + t) % C;
+        uint64_t index = (uint64_t)(((b * H + h) * T + t) * C + j);
+        bool kept = (double)(megalodon_random(shape.key, index) >> 40) >= floor(p * (1 << 24));
+        double want = j <= place && kept ? 1 / (1 - p) / (place + 1) : 0;
+        if (!(fabs(a[b][t][h][j] - want) <= 1e-6)) wrong++;
+    }
+    check(wrong == 0, "dropout in attention: %d of %d weights are wrong", wrong, B * T * H * C);
+}
+
 /* ---- the generator ---- */
 
 static void check_random(void) {
@@ -461,6 +493,7 @@ int main(void) {
     check_initial_values();
     check_wide_omega();
     check_dropout();
+    check_attention_dropout();
     check_random();
     return test_end();
 }
