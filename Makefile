@@ -3,6 +3,7 @@
 # Variables that one may set on the command line:
 #   CC=clang        another C compiler
 #   ARCH=           portable code instead of this machine's instructions (default -march=native)
+#   OPT=-O1         another optimisation than -O3, MODEL_OPT=... another one for megalodon.c alone
 #   OPENMP=0        one thread, even where the compiler knows OpenMP
 #   LIBOMP=...      libomp for a clang that has none of its own, as Apple's (default: where Homebrew puts it)
 #   CUDA=0          no CUDA, even where nvcc and megalodon.cu are there
@@ -121,10 +122,11 @@ build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## bui
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
 
-# Shorter cases, the same programs: the sanitizers make everything several times slower.
+# Shorter cases, the same programs: the sanitizers make everything several times slower. What is not the model is quicker
+# to compile without optimisation than it is to run with it.
 asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
-	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
-	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O0 -g1" \
+	    MODEL_OPT="-O1 -g" CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 # Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
 # emulator needs no libraries of the other machine.
@@ -322,12 +324,14 @@ uninstall: ## remove what `make install` with the same PREFIX put there
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Objects depend on the headers that the compiler saw (-MMD) and on the flags, so that a changed flag rebuilds.
 
-FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(NVCC) $(NVCCFLAGS)
+FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(MODEL_OPT) | $(NVCC) $(NVCCFLAGS)
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
 	@printf '%s\n' '$(FLAGS_LINE)' | cmp -s - $@ || printf '%s\n' '$(FLAGS_LINE)' > $@
 .PHONY: FORCE
 FORCE:
+
+$(addprefix $(BUILD)/,megalodon.o megalodon_double.o megalodon_pic.o test_gradcheck.o): ALL_CFLAGS += $(MODEL_OPT)
 
 COMPILE = $(CC) $(ALL_CFLAGS) -I. -MMD -MP -c $< -o $@
 LINK = $(CC) $(ALL_CFLAGS) $(filter %.o,$^) $(CUDA_LDLIBS) $(LDLIBS) -o $@
