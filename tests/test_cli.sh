@@ -285,6 +285,9 @@ edited '"bad_in_a_row" in __metadata__ to be from 0 to 0, found 5' 's/"bad_in_a_
 edited 'expected "stream_fresh" to be 0 or 1 for each of 3 rows, found "0x0"' 's/"stream_fresh":"..."/"stream_fresh":"0x0"/'
 edited 'expected the places of 3 rows, found more' 's/"stream_next":"[0-9]*\([0-9]\)[0-9][0-9] \([0-9 ]*\)"/"stream_next":"\1 \2 7"/'
 edited 'but its stream is [' 's/\("stream_next":"[0-9 ]* \)[0-9]\([0-9]*"\)/\19\2/'
+good "other data after a while" "$train" --resume "$dir/e/step-00000010" --data "$dir/text" --val-fraction 0 --checkpoint-dir none
+holds "other data after a while" "warning: --data is other data than before: every row starts it with an empty state" "$dir/err"
+bad "a sample is text, but this model has 1000 tokens" "$train" $npy --vocab-size 1000 --sample-every 1
 bad "was trained without --carry-state" "$train" --resume "$dir/a/step-00000010" --carry-state --checkpoint-dir none
 bad "exclude each other" "$generate" --prompt a --prompt-file b
 bad "does nothing" "$generate" --temperature 0 --top-p 0.5

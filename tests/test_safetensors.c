@@ -248,6 +248,10 @@ static void test_round_trip(void) {
     int64_t whole[3];
     check(!safetensors_to_int64(safetensors_find(&file, "longs"), whole), "longs are integers");
     check(!memcmp(whole, longs, sizeof longs), "longs are exact");
+    SafetensorsTensor in_memory = {.dtype = SAFETENSORS_I64, .ndim = 1, .dims = {3}, .size = 3, .bytes = 24};
+    in_memory.data = longs;
+    memset(whole, 0, sizeof whole);
+    check(!safetensors_to_int64(&in_memory, whole) && !memcmp(whole, longs, sizeof longs), "longs in memory are exact");
     check(safetensors_to_int64(found, whole) != NULL, "halves were read as integers");
     check(!strcmp(safetensors_metadata(&file, "hard"), metadata[1].value), "metadata");
     check(!safetensors_metadata(&file, "none") && !safetensors_find(&file, "none"), "what is not there");

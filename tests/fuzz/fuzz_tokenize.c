@@ -37,6 +37,7 @@ static void keep_free(Json *json) {
 #undef main
 #undef exit
 #undef fopen
+#undef json_parse
 #undef json_free
 
 static char written[1 << 18];
@@ -85,6 +86,26 @@ static void check_tokens(const uint8_t *text, size_t n) {
     expect(e.exact ? at == n : ends == e.documents, "%d ends of %d documents", (int)ends, (int)e.documents);
 }
 
+/* Each line that is not blank is an object with a text alone, and all of their bytes were read. */
+static void check_lines(const char *text, size_t n) {
+    int64_t bytes = 0;
+    for (size_t at = 0, next; at < n; at = next) {
+        const char *feed = memchr(text + at, '\n', n - at);
+        size_t stop = feed ? (size_t)(feed - text) : n;
+        Json json;
+        next = stop + 1;
+        while (at < stop && (text[at] == ' ' || text[at] == '\t' || text[at] == '\r')) at++;
+        if (at == stop) continue;
+        const char *error = json_parse(&json, text + at, stop - at);
+        expect(!error, "%s", error);
+        const JsonNode *member = json_get(json.root, "text");
+        expect(member && member->type == JSON_STRING && json.root->count == 1, "a line without a text was taken");
+        bytes += member->length;
+        json_free(&json);
+    }
+    expect(bytes == e.bytes, "%d bytes of %d were read", (int)e.bytes, (int)bytes);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     static FuzzFile input;
     if (size == 0 || size > 4096) return 0;
@@ -102,6 +123,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     else encode_file(&e, input.path);
     expect(fflush(out.file) == 0, "the output has no room");
     if (tokens) check_tokens(bytes + 1, size - 1);
-    expect(e.bytes <= (int64_t)size, "%d bytes of text", (int)e.bytes);
+    if (lines) check_lines((const char *)bytes + 1, size - 1);
+    else expect(e.bytes == (int64_t)size - 1, "%d bytes of text", (int)e.bytes);
     return 0;
 }
