@@ -97,6 +97,9 @@ GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
 TEST_PROGRAMS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
 TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 
+# What the tests of faults preload into the programs.
+SHIMS := $(BUILD)/shim.so $(if $(CUDA_OBJECT),$(BUILD)/gpu.so)
+
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
@@ -111,10 +114,10 @@ all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numd
 # `make -j2 test` runs two of them at a time (a make before 4.2 does not tell its number: one then).
 JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
@@ -130,9 +133,12 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 CROSS ?= aarch64-linux-gnu
 EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu, i686-linux-gnu, ...
+# All tests, or some: CROSS_TESTS="json golden". EMULATOR= where this machine runs the other one's programs itself.
+CROSS_TESTS ?=
+test-cross: ## run the C tests as another machine would: CROSS=aarch64-linux-gnu, s390x-linux-gnu, i686-linux-gnu ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
-	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
+	    $(if $(CROSS_TESTS),TESTS="$(addprefix $(BUILD)/$(CROSS)/test_,$(CROSS_TESTS))")
 
 test-programs: $(TESTS)
 	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_PROGRAMS)
@@ -392,6 +398,9 @@ $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 # A disk that fails on purpose, for tests/test_fault*.sh, which do without it where it cannot be built.
 $(BUILD)/shim.so: tests/faults/shim.c $(BUILD)/flags
 	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl || : > $@
+# A GPU that is none and that fails on purpose, for tests/test_gpu_faults.sh.
+$(BUILD)/gpu.so: tests/faults/gpu.c $(BUILD)/flags
+	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -isystem $(CUDA_HOME)/include $< -o $@ || : > $@
 
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)

@@ -86,7 +86,8 @@ typedef struct Pair {
 } Pair;
 
 static MegalodonModel *create_side(const Pair *pair, int side, bool training, uint64_t seed) {
-    MegalodonOptions options = {.max_batch = training ? MAX_B : MAX_GENERATED, .max_length = MAX_T, .training = training,
+    MegalodonOptions options = {.max_batch = training ? MAX_B : MAX_GENERATED, .max_length = MAX_T,
+                                .training = training,
                                 .keep_activations = training && (side == REFERENCE || pair->keep), .carry = true,
                                 .state_gradients = training,
                                 .precision = side == OURS ? pair->candidate->precision : MEGALODON_FP32};
@@ -620,6 +621,34 @@ static void check_reading(const Candidate *candidate, const char *what, const Me
     pair_destroy(&pair);
 }
 
+/* A backend moves a state on in place, and the blocks of a GPU that share a row read it while another one waits to
+ * write it: calls of 32 pieces of 32 tokens each, twice, must give the same bits. */
+static void check_same_reading(const Candidate *candidate, const MegalodonConfig *config) {
+    enum { ROWS = 2, LENGTH = 1024 };
+    int calls = brief || candidate == &candidates[STAND_IN] ? 2 : 40, V = config->vocab_size, different = 0;
+    size_t size = (size_t)(ROWS * V);
+    int32_t *tokens = must_allocate(ROWS * LENGTH * sizeof *tokens);
+    float *logits = must_allocate((size_t)calls * size * sizeof *logits), *again = must_allocate(size * sizeof *again);
+    MegalodonOptions options = {.max_batch = ROWS, .max_length = LENGTH, .carry = true,
+                                .precision = candidate->precision};
+    MegalodonModel *model = model_create(candidate->backend, config, &options, 17);
+    random_tokens(tokens, ROWS * LENGTH, V, 90);
+    for (int run = 0; run < 2; run++)
+        for (int i = 0; i < calls; i++) {
+            MegalodonBatch batch = {.tokens = tokens, .B = ROWS, .T = LENGTH, .carry = i > 0};
+            float *own = run ? again : logits + (size_t)i * size;
+            must(candidate->backend->forward(model, &batch, NULL));
+            must(candidate->backend->last_logits(model, own));
+            different += memcmp(own, logits + (size_t)i * size, size * sizeof *own) != 0;
+        }
+    check(different == 0, "%s: %d of %d calls of %d tokens gave other logits the second time", candidate->name,
+          different, calls, LENGTH);
+    candidate->backend->destroy(model);
+    free(again);
+    free(logits);
+    free(tokens);
+}
+
 /* ---- the program ---- */
 
 /* Sizes that large models have: whole tiles of the matrix units. */
@@ -715,6 +744,7 @@ static void check_inference(const Candidate *candidate, const char *only) {
     if (test_among(only, "reading")) {
         check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
         check_reading(candidate, "odd sizes", &odd);
+        check_same_reading(candidate, &full);
     }
     if (!test_among(only, "generation")) return;
     if (candidate->precision == MEGALODON_BF16_MIXED && !brief) {

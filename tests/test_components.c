@@ -127,8 +127,8 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
     return false;
 }
 
-/* The short form. A GPU's kernels come in variants by the width of what may be loaded at once, and treat long rows, many
- * rows and long times in their own ways. */
+/* The short form. A GPU's kernels come in variants by the width of what may be loaded at once, and treat long rows,
+ * many rows and long times in their own ways. */
 static void check_briefly(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
     MegalodonConfig odd = odd_config(), dropout = odd, even = odd, half = odd, wide = odd, states = odd, few = odd;
     bool stateful = has_role(id, MEGALODON_STATE_IN);
@@ -149,9 +149,12 @@ static void check_briefly(const Candidate *candidate, const Port *reference, Meg
     half.z_dim = half.value_dim = half.model_dim, half.dropout = half.hidden_dropout = half.attention_dropout = 0;
     check_component(candidate, reference, id, "half", &(MegalodonShape){half, 2, 37, 3, 3, MEGALODON_FP32}, true, true);
     if (id == MEGALODON_LINEAR) { // few rows, and one
-        check_component(candidate, reference, id, "few", &(MegalodonShape){even, 4, 2, 0, 3, MEGALODON_FP32}, true, true);
-        check_component(candidate, reference, id, "one", &(MegalodonShape){even, 1, 1, 0, 3, MEGALODON_FP32}, true, true);
-        check_component(candidate, reference, id, "one", &(MegalodonShape){odd, 1, 1, 0, 3, MEGALODON_FP32}, true, true);
+        check_component(candidate, reference, id, "few", &(MegalodonShape){even, 4, 2, 0, 3, MEGALODON_FP32}, true,
+                        true);
+        check_component(candidate, reference, id, "one", &(MegalodonShape){even, 1, 1, 0, 3, MEGALODON_FP32}, true,
+                        true);
+        check_component(candidate, reference, id, "one", &(MegalodonShape){odd, 1, 1, 0, 3, MEGALODON_FP32}, true,
+                        true);
     }
     if (id == MEGALODON_TIMESTEPNORM) { // groups of many features
         MegalodonConfig group = odd;
