@@ -137,7 +137,8 @@ CROSS_ARCH ?=
 CROSS_TESTS ?=
 test-cross: ## run the C tests as another machine would: CROSS=aarch64-linux-gnu, s390x-linux-gnu, i686-linux-gnu ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
-	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O1 MODEL_OPT=-O2 OPENMP=0 CUDA=0 \
+	    CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
 	    $(if $(CROSS_TESTS),TESTS="$(addprefix $(BUILD)/$(CROSS)/test_,$(CROSS_TESTS))")
 
 test-programs: $(TESTS)
@@ -145,7 +146,7 @@ test-programs: $(TESTS)
 
 test-musl: ## run the C tests with another C library, linked statically: musl-gcc
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/musl BIN=$(BUILD)/musl \
-	    CC=musl-gcc ARCH= OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static"
+	    CC=musl-gcc ARCH= OPT=-O1 MODEL_OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static"
 
 # Unsigned arithmetic that wraps and shifts that lose bits are what hashes and random numbers are made of, and the kind of
 # a number changes on purpose where bytes are packed: these checks of the group "integer" are left out. What remains:

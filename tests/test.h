@@ -89,6 +89,9 @@ static inline double relative_rms(const double *ours, const double *want, size_t
     return error / size;
 }
 
+/* The larger of two errors, for which NaN is infinitely large: fmax would drop it. */
+static inline double worse(double worst, double error) { return isnan(error) ? INFINITY : fmax(worst, error); }
+
 /* Prints the verdict; main returns what this returns. A program that checked nothing has failed. */
 static inline int test_end(void) {
     if (test.failed > TEST_MAX_SHOWN) printf("... and %ld more failures\n", test.failed - TEST_MAX_SHOWN);

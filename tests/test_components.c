@@ -62,10 +62,7 @@ static void compare_tensor(Worst *worst, const char *name, const double *ours, c
                            double tolerance) {
     double scale = test_rms(want, (size_t)size), largest = 0;
     double rms = relative_rms(ours, want, (size_t)size);
-    for (int64_t i = 0; i < size; i++) {
-        double difference = fabs(ours[i] - want[i]);
-        if (!(difference <= largest)) largest = difference;
-    }
+    for (int64_t i = 0; i < size; i++) largest = worse(largest, fabs(ours[i] - want[i]));
     if (worst->name && rms / tolerance <= worst->ratio) return;
     *worst = (Worst){name, rms, scale > 0 ? largest / scale : largest, rms / tolerance};
 }

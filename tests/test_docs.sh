@@ -87,6 +87,7 @@ for script in data/*.sh dev/*.py tests/python/*.py; do
     esac
     grep -h -o -e '--[a-z][a-z0-9-]*' $parts > "$dir/options-$(basename "$script")"
 done
+grep -h -o -e '"--[a-z][a-z0-9-]*"' tests/*.[ch] | tr -d '"' > "$dir/options-tests"
 sort -u "$dir"/options-* > "$dir/options"
 
 # Of a command: its program, then its options, up to a pipe or a comment.
@@ -150,7 +151,7 @@ awk -F '\t' '$2 ~ /^[a-zA-Z0-9]+(_[a-zA-Z0-9]+)+(\(\))?$/ { sub(/\(\)$/, "", $2)
     done > "$dir/wrong"
 check "names"
 
-grep -n -E '@[A-Z]+@|TODO|FIXME|TBD' $pages > "$dir/wrong"
+grep -n -E '@[A-Z0-9]+@|TODO|FIXME|TBD' $pages > "$dir/wrong"
 check "places left open"
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ static void test_lengths(void) {
         const char *error = read_all();
         check(error != NULL, "a header's length with bit %d changed was accepted", bit);
         if (bit > 26 && error) check(strstr(error, "the limit is") != NULL, "bit %d: <%s>", bit, error);
+        else if (bit != 1 && error) check(strstr(error, "the file ends after 2") != NULL, "bit %d: <%s>", bit, error);
     }
     Safetensors file;
     check(safetensors_open(&file, "/nonexistent/file") != NULL, "a missing file was opened");
