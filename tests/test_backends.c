@@ -701,6 +701,9 @@ static void check_steps(const Candidate *candidate, const char *only) {
     full.rescale_nffn = full.share_emb = full.scale_emb = true;
     bare.norm_affine = bare.swiglu = false;
     bare.num_heads = 1;
+    MegalodonConfig tiled = tiled_config();
+    tiled.vocab_size = 56;
+    tiled.dropout = tiled.hidden_dropout = tiled.attention_dropout = 0.25;
     dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
     dropout.rescale_nffn = true;
     if (test_among(only, "shapes")) {
@@ -711,6 +714,7 @@ static void check_steps(const Candidate *candidate, const char *only) {
         if (!brief) check_shapes(candidate, "odd sizes", &odd, false, true);
         check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
         check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
+        check_shapes(candidate, "tiles, dropout", &tiled, true, false);
     }
     if (test_among(only, "wide")) {
         if (!brief) check_wide(candidate, "wide", plain, false);
