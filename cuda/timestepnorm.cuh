@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
 
     /* The state may be overwritten as soon as this block has told its sums to the one that has the last tile:
-     * it is in this block's memory before. */
-    if (mean_in && (int)threadIdx.x < tile.groups) {
+     * it is in this block's memory before. Later spans have no use for it. */
+    if (mean_in && tile.order < SPAN_TILES && (int)threadIdx.x < tile.groups) {
         int bg = tile.b * shape.G + tile.first_group + (int)threadIdx.x;
         state[threadIdx.x] = Slot{mean_in[bg], var_in[bg]};
     }
@@ -270,7 +270,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     }
     if ((int)threadIdx.x < tile.groups) {
         int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
-        Moments<double> all = {seen, mean_in ? state[group].x : 0, mean_in ? state[group].y : 0};
+        Moments<double> all = {seen, 0, 0};
+        if (mean_in && !span) all.mean = state[group].x, all.var = state[group].y;
         if (span) {
             Slot prefix = await(slots.span(shape, tile.b, span, g));
             all = Moments<double>{seen + (double)span * (SPAN_TILES * TILE_STEPS), prefix.x, prefix.y};

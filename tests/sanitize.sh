@@ -26,7 +26,8 @@ run_part() {
     # shellcheck disable=SC2086
     timeout -k 5 "$limit" compute-sanitizer $OPTIONS --tool "$tool" --error-exitcode 9 "$@" > "$log" 2>&1
     status=$?
-    found=$(sed -n 's/.*RACECHECK SUMMARY: \([0-9]*\) hazard.*/\1/p; s/.*ERROR SUMMARY: \([0-9]*\) error.*/\1/p' "$log" | tail -n 1)
+    found=$(sed -n -e 's/.*RACECHECK SUMMARY: \([0-9]*\) hazard.*/\1/p' \
+        -e 's/.*ERROR SUMMARY: \([0-9]*\) error.*/\1/p' "$log" | tail -n 1)
     verdict=failed
     [ "$status" -eq 0 ] && [ "$found" = 0 ] && grep -q ' 0 failed' "$log" && verdict=passed
     echo "$name $tool $verdict ${found:--} $status $(($(date +%s) - start))" > "$log.line"
@@ -39,7 +40,10 @@ if [ "${1:-}" = --part ]; then
     exit 0
 fi
 
-command -v compute-sanitizer > /dev/null || { echo "error: compute-sanitizer is not in PATH; it comes with CUDA"; exit 1; }
+if ! command -v compute-sanitizer > /dev/null; then
+    echo "error: compute-sanitizer is not in PATH; it comes with CUDA" >&2
+    exit 1
+fi
 rm -rf "$folder/sanitize"
 mkdir -p "$folder/sanitize" || exit 1
 # Many at a time look for a port each, and start slowly.
