@@ -115,6 +115,21 @@ fi
 }
 bad "its shapes are for a GPU" "$bench" targets --backend cpu $fast
 
+# One NaN in the output of a component is an error, whatever its other numbers are. (The objects of a build with
+# sanitizers or with CUDA want more libraries than are named here.)
+sed 's/y\[i\] = x\[i\] \* real_sigmoid/y[i] = i == 77 ? NAN : x[i] * real_sigmoid/' megalodon.c > "$dir/megalodon.c"
+if cmp -s megalodon.c "$dir/megalodon.c"; then fail "SiLU was not found in megalodon.c"; fi
+if "${CC:-cc}" -O1 -w -I. -c "$dir/megalodon.c" -o "$dir/nan.o" 2> /dev/null &&
+    for openmp in -fopenmp ""; do
+        "${CC:-cc}" $openmp "$build/bench.o" "$dir/nan.o" "$build/megalodon_double.o" -lm -ldl -o "$dir/bench" \
+            2> /dev/null && break
+    done && [ -x "$dir/bench" ]; then
+    bad "silu differs from double by inf" "$dir/bench" components --only silu --num-layers 1 --batch 1 --seq-len 8 \
+        --ceilings 100,100,10
+else
+    echo "skip: a benchmark of a component with a NaN cannot be linked here"
+fi
+
 # What is refused.
 bad 'unknown benchmark "speed"' "$bench" speed
 bad "--only does nothing in bench step" "$bench" step --only cema
