@@ -1008,7 +1008,8 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     Arena arena = {nullptr, 0};
     size_t size = measure(m, layout);
     if (size == 0) return nullptr;
-    if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
+    cudaError_t status = cudaMalloc((void **)&arena.base, size);
+    if (status == cudaErrorMemoryAllocation) {
         size_t free_bytes = 0, all = 0;
         cudaGetLastError(); // the refusal is reported here and must not be found again later
         CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
@@ -1016,6 +1017,8 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
                       "bytes) are free; a smaller batch needs less, and other programs may use the device",
                       (double)size / (1 << 30), size, (double)free_bytes / (1 << 30), free_bytes);
     }
+    if (status != cudaSuccess)
+        cuda_failed(cudaGetErrorString(status), "cudaMalloc", __FILE__, __LINE__, cuda_hint(status));
     m->arenas.push_back(arena.base);
     CHECK_CUDA(cudaMemset(arena.base, 0, size));
     *bytes += (int64_t)size;

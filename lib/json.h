@@ -445,18 +445,6 @@ static inline const char *json_read_text(const char *path, char **text, size_t *
     return error;
 }
 
-/* Reads one document from a file. Error: the file and what json_parse says. */
-static inline const char *json_parse_file(Json *json, const char *path) {
-    char *text;
-    size_t length;
-    *json = (Json){0};
-    const char *error = json_read_text(path, &text, &length);
-    if (error) return error;
-    error = json_parse(json, text, length);
-    free(text);
-    return error ? errorf("%s: %s", path, error) : NULL;
-}
-
 /* ----------------------------------------------------------------------------------------------------
  * The writer: values one after the other, commas put in where they belong.
  *

@@ -312,11 +312,14 @@ static void test_writer(void) {
 }
 
 static void test_files(void) {
-    Json json;
-    const char *error = json_parse_file(&json, "/nonexistent/file.json");
+    char *text;
+    size_t length;
+    const char *error = json_read_text("/nonexistent/file.json", &text, &length);
     check(error && strstr(error, "/nonexistent/file.json: cannot open"), "a missing file: %s", error);
-    error = json_parse_file(&json, ".");
-    check(error != NULL, "a directory was read as a file");
+    error = json_read_text(".", &text, &length);
+    check(error && strstr(error, "cannot read") && !text, "a directory was read as a file: %s", error);
+    error = json_read_text("LICENSE", &text, &length);
+    if (check(!error && length > 100 && strlen(text) == length, "a file: %s", error)) free(text);
 }
 
 int main(void) {
