@@ -70,6 +70,14 @@ static inline const char *cuda_hint(cudaError_t status) {
     default: return "";
     }
 }
+
+#define CHECK_CUDA(call)                                                                                    \
+    do {                                                                                                    \
+        cudaError_t status_ = (call);                                                                       \
+        if (status_ != cudaSuccess)                                                                         \
+            cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__, cuda_hint(status_));        \
+    } while (0)
+#if !PLAIN_PRODUCTS
 static inline const char *cublas_hint(cublasStatus_t status) {
     switch (status) {
     case CUBLAS_STATUS_NOT_INITIALIZED: // what a device without room for its handle says
@@ -80,19 +88,13 @@ static inline const char *cublas_hint(cublasStatus_t status) {
     default: return "";
     }
 }
-
-#define CHECK_CUDA(call)                                                                                    \
-    do {                                                                                                    \
-        cudaError_t status_ = (call);                                                                       \
-        if (status_ != cudaSuccess)                                                                         \
-            cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__, cuda_hint(status_));        \
-    } while (0)
 #define CHECK_CUBLAS(call)                                                                                  \
     do {                                                                                                    \
         cublasStatus_t status_ = (call);                                                                    \
         if (status_ != CUBLAS_STATUS_SUCCESS)                                                               \
             cuda_failed(cublasGetStatusString(status_), #call, __FILE__, __LINE__, cublas_hint(status_));   \
     } while (0)
+#endif
 /* An always-on assertion: a mistake of ours, not of the user. */
 #define REQUIRE(condition)                                                                                  \
     do {                                                                                                    \
