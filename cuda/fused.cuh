@@ -25,11 +25,20 @@
 #define FUSED_PRODUCTS 1
 #endif
 
+/* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, in clusters and with
+ * the epilogue under the next tile's product; it has run on no device yet. */
+#ifndef FUSED_VERSION
+#define FUSED_VERSION 1
+#endif
+
 enum {
     FUSED_M = 128, FUSED_N = 256, FUSED_K = 64, FUSED_PLACES = 4, FUSED_GROUP_ROWS = 64, FUSED_WARP_ROWS = 16,
     FUSED_A_BYTES = FUSED_M * FUSED_K * 2, FUSED_B_BYTES = FUSED_N * FUSED_K * 2, FUSED_BYTES = FUSED_A_BYTES + FUSED_B_BYTES,
     FUSED_SHARED = FUSED_PLACES * FUSED_BYTES + 2 * FUSED_PLACES * 8,
-    FUSED_THREADS = 3 * WARPGROUP, FUSED_VEC = 8
+    FUSED_THREADS = 3 * WARPGROUP, FUSED_VEC = 8,
+    /* of the second version: what one warp multiplies of a tile, as bf16, and how a lane takes it */
+    FUSED_PARCEL_BYTES = FUSED_WARP_ROWS * FUSED_N * 2, FUSED_PARCELS = FUSED_M / FUSED_WARP_ROWS,
+    FUSED_BATCH = 4, FUSED_BATCHES = FUSED_PARCEL_BYTES / 16 / WARP_SIZE / FUSED_BATCH
 };
 
 /* Eight numbers of bf16 as they move: in words, since the compiler keeps arrays of bf16 element by element. */
@@ -63,9 +72,15 @@ __device__ inline void gather_block(uint32_t (&word)[4]) {
     }
 }
 
+/* Two ways to the same number, but for the smallest: see hopper.cuh. */
+template <bool QUICK> __device__ inline float fused_sigmoid(float x) {
+    return QUICK ? quick_sigmoid(x) : sigmoid(x);
+}
+
 /* y = product + bias;  h = silu(y) other */
 struct SiluEpilogue {
     static constexpr bool ROWS_OF_K = false; // the weight's rows run along K
+    static constexpr bool HAS_BIAS = true;
     static constexpr int CHUNK = 4;
     bf16 *y, *h;
     const bf16 *bias, *other; /* either may be NULL */
@@ -81,23 +96,27 @@ struct SiluEpilogue {
     __device__ void load(Inputs *in, int64_t at) const {
         if (other) in->other = load_eight(other + at);
     }
+    template <bool QUICK>
     __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at) const {
         Eight out;
         store_eight(y + at, product);
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
-            float first = silu(number(product, i)), second = silu(number(product, i + 1));
+            float first = number(product, i), second = number(product, i + 1);
+            first *= fused_sigmoid<QUICK>(first), second *= fused_sigmoid<QUICK>(second);
             if (other) first *= number(in.other, i), second *= number(in.other, i + 1);
             out.v[i / 2] = word_of(first, second);
         }
         store_eight(h + at, out);
     }
     __device__ void add_sums(const float (&)[FUSED_VEC], int64_t, int) const {}
+    __device__ void add_halves(float (&)[FUSED_VEC], int64_t, int) const {}
 };
 
 /* g = product;  dx = g a silu'(x);  da = g silu(x);  y = a silu(x); partial sums of dx over 16 rows each */
 struct GateEpilogue {
     static constexpr bool ROWS_OF_K = true; // the weight's rows are K
+    static constexpr bool HAS_BIAS = false;
     static constexpr int CHUNK = 2;
     bf16 *dx, *da, *y; /* da and y may be NULL */
     const bf16 *x, *a; /* a may be NULL: as if 1 */
@@ -115,6 +134,7 @@ struct GateEpilogue {
         in->x = load_eight(x + at);
         if (a) in->a = load_eight(a + at);
     }
+    template <bool QUICK>
     __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Inputs &in,
                           int64_t at) const {
         Eight dx_out, da_out, y_out;
@@ -123,7 +143,7 @@ struct GateEpilogue {
             float dv[2], dother[2], again[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                float grad = number(product, i + j), v = number(in.x, i + j), s = sigmoid(v);
+                float grad = number(product, i + j), v = number(in.x, i + j), s = fused_sigmoid<QUICK>(v);
                 float factor = a ? number(in.a, i + j) : 1.0f;
                 dv[j] = grad * factor * s * (1.0f + v * (1.0f - s));
                 dother[j] = grad * v * s;
@@ -148,6 +168,16 @@ struct GateEpilogue {
             if ((int)threadIdx.x % WARP_SIZE < 4)
                 partial[first_row / FUSED_WARP_ROWS * columns + column + i] = total;
         }
+    }
+    /* Lanes 16 apart own the same columns, each of one half of the rows. */
+    __device__ void add_halves(float (&sum)[FUSED_VEC], int64_t first_row, int column) const {
+        if (!partial) return;
+#pragma unroll
+        for (int i = 0; i < FUSED_VEC; i++) sum[i] += __shfl_xor_sync(FULL_MASK, sum[i], 16);
+        float *to = partial + first_row / FUSED_WARP_ROWS * columns + column;
+        if ((int)threadIdx.x % WARP_SIZE >= 16) return;
+        store<4>(to, *reinterpret_cast<float(*)[4]>(sum));
+        store<4>(to + 4, *reinterpret_cast<float(*)[4]>(sum + 4));
     }
 };
 
@@ -186,7 +216,8 @@ __device__ inline void write_products(const E &epilogue, const float (&d)[128], 
                 }
                 gather_block(product.v);
                 if (row + 8 * half < rows)
-                    epilogue.apply(sum, product, in[i][half], (row + 8 * half) * columns + column + i * 32);
+                    epilogue.template apply<false>(sum, product, in[i][half],
+                                                   (row + 8 * half) * columns + column + i * 32);
             }
             epilogue.add_sums(sum, first_row, column + i * 32);
         }
@@ -268,6 +299,355 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
     }
 }
 
+/* ----------------------------------------------------------------------------------------------------------
+ * The second version. One warp copies, two groups of four warps multiply, and three warps do nothing but
+ * epilogues, so that the tensor cores go on with the next tile:
+ *
+ *     copies     | tile 0         | tile 1         | tile 2         |
+ *     products     | tile 0        >| tile 1        >| tile 2        |
+ *     writers                       | tile 0    |    | tile 1    |
+ *
+ * At > a multiplying warp rounds its 16 rows of the tile to bf16 and puts them into shared memory, its parcel,
+ * which a writing warp takes from there; barriers hand them to and fro: `staged`, of a group's four parcels,
+ * and `drained`, of one. With the last tile, when nothing is left to multiply, each multiplying warp writes its own parcel.
+ *
+ * Blocks form clusters of ROWS x COLUMNS tiles. Those of one row share the rows of A: each copies its part of
+ * them to all; those of one column share B alike. So a place is free when both groups of every block that
+ * needs what comes into it have multiplied it, here and there. All blocks of a cluster walk through the same
+ * pieces, also where some of their tiles lie outside of the matrix: zeros come from there.
+ */
+
+/* What a kernel is made for. WRITER_WARPS: 3, or 0: the multiplying warps do all epilogues themselves as in the
+ * first version, which leaves room for a place more. */
+template <int ROWS, int COLUMNS, int WRITER_WARPS> struct Team {
+    static constexpr int CLUSTER_ROWS = ROWS, CLUSTER_COLUMNS = COLUMNS, CLUSTER = ROWS * COLUMNS,
+                         WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
+                         PARCELS = WRITERS ? FUSED_PARCELS : 0, BARRIERS = 2 * PLACES + 2 + PARCELS,
+                         SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES + BARRIERS * 8;
+    static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
+    static_assert(WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
+};
+using BestTeam = Team<2, 1, 3>;
+
+/* Shared memory: the ring of places, the parcels, the barriers. */
+template <typename T> struct TeamMemory {
+    char *memory;
+    __device__ char *place(int i) const { return memory + i * FUSED_BYTES; }
+    __device__ char *parcel(int i) const { return place(T::PLACES) + i * FUSED_PARCEL_BYTES; }
+    __device__ uint64_t *full(int i) const { return (uint64_t *)parcel(T::PARCELS) + i; }
+    __device__ uint64_t *empty(int i) const { return full(T::PLACES) + i; }
+    __device__ uint64_t *staged(int group) const { return full(2 * T::PLACES) + group; }
+    __device__ uint64_t *drained(int i) const { return full(2 * T::PLACES + 2) + i; }
+};
+
+/* A block's walk over its tiles: the cluster takes ROWS x COLUMNS of them at a time, along the columns first. */
+template <typename T> struct TeamWalk {
+    int rank, now, end, step, row_tiles, column_tiles, width; /* width: of the matrix, in clusters */
+    __device__ TeamWalk(int64_t rows, int columns) {
+        rank = T::CLUSTER > 1 ? cluster_rank() : 0;
+        row_tiles = (int)((rows + FUSED_M - 1) / FUSED_M), column_tiles = columns / FUSED_N;
+        width = (column_tiles + T::CLUSTER_COLUMNS - 1) / T::CLUSTER_COLUMNS;
+        now = (int)blockIdx.x / T::CLUSTER, step = (int)gridDim.x / T::CLUSTER;
+        end = (row_tiles + T::CLUSTER_ROWS - 1) / T::CLUSTER_ROWS * width;
+    }
+    __device__ bool goes_on() const { return now < end; }
+    __device__ void next() { now += step; }
+    __device__ int row_in_cluster() const { return rank / T::CLUSTER_COLUMNS; }
+    __device__ int column_in_cluster() const { return rank % T::CLUSTER_COLUMNS; }
+    __device__ int row_tile() const { return now / width * T::CLUSTER_ROWS + row_in_cluster(); }
+    __device__ int column_tile() const { return now % width * T::CLUSTER_COLUMNS + column_in_cluster(); }
+    __device__ bool inside() const { return row_tile() < row_tiles && column_tile() < column_tiles; }
+    __device__ bool last() const { return now + step >= end; }
+    __device__ int64_t row() const { return (int64_t)row_tile() * FUSED_M; }
+    __device__ int column() const { return column_tile() * FUSED_N; }
+    /* bits of the blocks that need the same rows of A, or the same part of B */
+    __device__ unsigned same_row() const {
+        return ((1u << T::CLUSTER_COLUMNS) - 1) << row_in_cluster() * T::CLUSTER_COLUMNS;
+    }
+    __device__ unsigned same_column() const {
+        unsigned blocks = 0;
+        for (int i = 0; i < T::CLUSTER_ROWS; i++) blocks |= 1u << i * T::CLUSTER_COLUMNS;
+        return blocks << column_in_cluster();
+    }
+};
+
+template <int COUNT>
+__device__ inline void load_part(unsigned blocks, void *to, const CUtensorMap *map, int row, int column,
+                                 uint64_t *barrier) {
+    if (COUNT == 1)
+        load_tile(to, map, row, column, barrier);
+    else
+        load_tile_for(blocks, to, map, row, column, barrier);
+}
+
+/* One thread of a block: asks for its parts of all pieces of all tiles, as far ahead as there are places. */
+template <typename E, typename T>
+__device__ inline void copy_pieces(const CUtensorMap *A, const CUtensorMap *B, TeamMemory<T> memory,
+                                   TeamWalk<T> walk, int pieces) {
+    constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K;
+    int part_a = walk.column_in_cluster(), part_b = walk.row_in_cluster(), place = 0, round = 0;
+    unsigned for_a = walk.same_row(), for_b = walk.same_column();
+    for (; walk.goes_on(); walk.next()) {
+        int row = (int)walk.row() + part_a * (FUSED_M / A_PARTS), column = walk.column();
+        for (int piece = 0; piece < pieces; piece++) {
+            char *a = memory.place(place), *b = a + FUSED_A_BYTES;
+            uint64_t *full = memory.full(place);
+            int k = piece * FUSED_K;
+            barrier_wait(memory.empty(place), (round & 1) ^ 1); // the first round finds all places empty
+            barrier_expect(full, FUSED_BYTES);                  // its own parts and those of its neighbours
+            load_part<A_PARTS>(for_a, a + part_a * (FUSED_A_BYTES / A_PARTS), A, row, k, full);
+            if (!E::ROWS_OF_K)
+                load_part<B_PARTS>(for_b, b + part_b * (FUSED_B_BYTES / B_PARTS), B,
+                                   column + part_b * (FUSED_N / B_PARTS), k, full);
+            else
+                for (int i = 0; i < BOXES / B_PARTS; i++) {
+                    int box = part_b * (BOXES / B_PARTS) + i;
+                    load_part<B_PARTS>(for_b, b + box * (FUSED_B_BYTES / BOXES), B, k, column + box * FUSED_K,
+                                       full);
+                }
+            if (++place == T::PLACES) place = 0, round++;
+        }
+    }
+}
+
+/* A warp's 16 rows of products, plus bias, into its parcel. Rows are 512 bytes; piece i of 16 bytes of row r
+ * lies at i ^ (r mod 8), so that neither side meets a bank twice. */
+template <typename E>
+__device__ inline void stage_products(const E &epilogue, const float (&d)[128], char *parcel,
+                                      int first_column) {
+    int lane = (int)threadIdx.x % WARP_SIZE, pair = lane % 4;
+    char *row = parcel + lane % 16 * (FUSED_N * sizeof(bf16));
+#pragma unroll
+    for (int i = 0; i < FUSED_N / 8; i += 2) {
+        uint32_t word[4];
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            uint32_t bias = E::HAS_BIAS ? epilogue.bias_at(first_column + (i + block) * 8 + pair * 2) : 0;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int at = (i + block) * 4 + half * 2;
+                float first = d[at], second = d[at + 1];
+                if (E::HAS_BIAS)
+                    first += __uint_as_float(bias << 16), second += __uint_as_float(bias & 0xffff0000u);
+                word[2 * block + half] = word_of(first, second);
+            }
+        }
+        store_matrices(row + (i / 8 * 8 + ((i % 8 + lane / 16) ^ (lane % 8))) * 16, word);
+    }
+}
+
+/* Where a parcel belongs. A lane owns 8 columns of 8 rows of each half of a parcel, FUSED_BATCH rows at a time:
+ * batch b is of half b / 2, and its rows are 4 (lane / 16) + 2 (b mod 2), the row 8 further, and the next of
+ * both. In this order sums over rows are those of the first version. */
+struct Spot {
+    int64_t row;
+    int column;
+    __device__ static int row_of(int batch, int i) {
+        return (int)threadIdx.x % WARP_SIZE / 16 * 4 + batch % 2 * 2 + i / 2 + i % 2 * 8;
+    }
+    __device__ static int piece_of(int batch) { return batch / 2 * 16 + (int)threadIdx.x % 16; }
+    __device__ int64_t at(int batch, int i, int columns) const {
+        return (row + row_of(batch, i)) * columns + column + piece_of(batch) * FUSED_VEC;
+    }
+};
+template <typename E>
+__device__ inline void load_batch(const E &epilogue, typename E::Inputs (&in)[FUSED_BATCH], Spot spot, int batch,
+                                  int64_t rows, int columns) {
+#pragma unroll
+    for (int i = 0; i < FUSED_BATCH; i++)
+        if (spot.row + Spot::row_of(batch, i) < rows) epilogue.load(&in[i], spot.at(batch, i, columns));
+}
+
+/* Hands a parcel to the epilogue. next: its first batch of what the epilogue reads; the others are asked for a
+ * batch ahead. when_read() is called when nothing of the parcel is needed any more, and may fill `next` for
+ * another parcel. */
+template <typename E, typename F>
+__device__ inline void write_parcel(const E &epilogue, const char *parcel,
+                                    typename E::Inputs (&next)[FUSED_BATCH], Spot spot, int64_t rows,
+                                    int columns, const F &when_read) {
+    float total[FUSED_VEC] = {};
+#pragma unroll
+    for (int batch = 0; batch < FUSED_BATCHES; batch++) {
+        typename E::Inputs in[FUSED_BATCH];
+        Eight product[FUSED_BATCH];
+        float sum[2][FUSED_VEC] = {};
+#pragma unroll
+        for (int i = 0; i < FUSED_BATCH; i++) {
+            int row = Spot::row_of(batch, i), piece = Spot::piece_of(batch) ^ (row % 8);
+            product[i] = load_eight((const bf16 *)(parcel + row * (FUSED_N * sizeof(bf16)) + piece * 16));
+            in[i] = next[i];
+        }
+        if (batch < FUSED_BATCHES - 1)
+            load_batch(epilogue, next, spot, batch + 1, rows, columns);
+        else
+            when_read();
+#pragma unroll
+        for (int i = 0; i < FUSED_BATCH; i++)
+            if (spot.row + Spot::row_of(batch, i) < rows)
+                epilogue.template apply<true>(sum[i / 2], product[i], in[i], spot.at(batch, i, columns));
+#pragma unroll
+        for (int i = 0; i < FUSED_VEC; i++)
+            total[i] = batch % 2 ? total[i] + (sum[0][i] + sum[1][i]) : sum[0][i] + sum[1][i];
+        if (batch % 2) epilogue.add_halves(total, spot.row, spot.column + Spot::piece_of(batch) * FUSED_VEC);
+    }
+}
+
+/* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. */
+template <typename E, typename T>
+__device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
+                                      int columns, int pieces) {
+    int group = (int)threadIdx.x / WARPGROUP - 1, thread = (int)threadIdx.x % WARPGROUP,
+        warp = thread / WARP_SIZE, parcel = group * (WARPGROUP / WARP_SIZE) + warp, place = 0, round = 0,
+        staged = 0;
+    bool keeps = false; // its parcel, which is of the last tile
+    Spot spot = {};
+    /* thread i speaks for its group to block i */
+    bool speaks = thread < T::CLUSTER && ((walk.same_row() | walk.same_column()) >> thread & 1);
+    auto release = [&](int done) {
+        if (!speaks) return;
+        if (T::CLUSTER == 1)
+            barrier_arrive(memory.empty(done));
+        else
+            barrier_arrive_at(memory.empty(done), thread);
+    };
+    for (; walk.goes_on(); walk.next()) {
+        float d[128];
+        int last = -1; // the place of the piece before
+        for (int piece = 0; piece < pieces; piece++) {
+            const char *a = memory.place(place) + group * (FUSED_A_BYTES / 2),
+                       *b = memory.place(place) + FUSED_A_BYTES;
+            barrier_wait(memory.full(place), round & 1);
+            products_begin();
+#pragma unroll
+            for (int k = 0; k < FUSED_K / 16; k++)
+                product_64x256<E::ROWS_OF_K>(
+                    d, operand(a + k * 32, 16, 1024),
+                    E::ROWS_OF_K ? operand(b + k * 2048, FUSED_B_BYTES / 4, 1024) : operand(b + k * 32, 16, 1024),
+                    piece > 0 || k > 0);
+            products_commit();
+            products_wait<1>(); // the piece before has been multiplied: its place is free
+            if (last >= 0) release(last);
+            last = place;
+            if (++place == T::PLACES) place = 0, round++;
+        }
+        products_wait<0>();
+        products_done(d);
+        release(last);
+        if (!walk.inside()) continue;
+        if constexpr (T::WRITERS == 0) {
+            write_products(epilogue, d, walk.row() + parcel * FUSED_WARP_ROWS, rows, walk.column(), columns);
+        } else {
+            barrier_wait(memory.drained(parcel), (staged++ & 1) ^ 1);
+            stage_products(epilogue, d, memory.parcel(parcel), walk.column());
+            __syncwarp(); // all lanes have stored
+            spot = Spot{walk.row() + parcel * FUSED_WARP_ROWS, walk.column()};
+            keeps = walk.last();
+            if (!keeps && thread % WARP_SIZE == 0) barrier_arrive(memory.staged(group));
+        }
+    }
+    if constexpr (T::WRITERS > 0) {
+        if (!keeps) return;
+        typename E::Inputs in[FUSED_BATCH];
+        load_batch(epilogue, in, spot, 0, rows, columns);
+        write_parcel(epilogue, memory.parcel(parcel), in, spot, rows, columns, [] {});
+    }
+}
+
+/* The writing warps take the parcels of all tiles but the last in turns. Each meets both groups in every tile,
+ * so that none can miss a phase of `staged`. */
+template <typename E, typename T>
+__device__ inline void write_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
+                                   int columns) {
+    int parcel = (int)threadIdx.x / WARP_SIZE - 1, tiles = 0;
+    Spot spot;
+    typename E::Inputs next[FUSED_BATCH];
+    auto begin = [&] { // the next tile inside, and the parcel's first batch
+        while (!walk.last() && !walk.inside()) walk.next();
+        spot = Spot{walk.row() + parcel * FUSED_WARP_ROWS, walk.column()};
+        if (!walk.last()) load_batch(epilogue, next, spot, 0, rows, columns);
+    };
+    begin();
+    while (!walk.last()) {
+        int mine = parcel;
+        Spot here = spot;
+        barrier_wait(memory.staged(mine / (WARPGROUP / WARP_SIZE)), tiles & 1);
+        write_parcel(epilogue, memory.parcel(mine), next, here, rows, columns, [&] {
+            __syncwarp(); // all lanes have read the parcel
+            if (threadIdx.x % WARP_SIZE == 0) barrier_arrive(memory.drained(mine));
+            parcel += T::WRITERS;
+            if (parcel >= T::PARCELS) parcel -= T::PARCELS, tiles++, walk.next();
+            begin();
+        });
+    }
+}
+
+/* No block leaves while another of its cluster may still arrive at its barriers. */
+template <typename T> __device__ inline void leave() {
+    if (T::CLUSTER > 1) cluster_sync();
+}
+
+/* computes: A B^T (B's rows along K) or A B (B's rows are K), each result handed to the epilogue
+ * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384: a warp copies, three write,
+ *           eight multiply 16 x 256 of a tile each
+ * traffic:  A, B and what the epilogue reads and writes, each once; from the second cache, a block takes
+ *           A / T::CLUSTER_COLUMNS + B / T::CLUSTER_ROWS of a tile
+ * needs:    sm_90a; columns a multiple of 256, K of 64; T::SHARED bytes of shared memory
+ * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the epilogue */
+template <typename E, typename T>
+__global__ void __launch_bounds__(FUSED_THREADS, 1)
+    team_product_kernel(const __grid_constant__ CUtensorMap A, const __grid_constant__ CUtensorMap B, E epilogue,
+                        int64_t rows, int columns, int K) {
+    TeamMemory<T> memory = {dynamic_shared()};
+    TeamWalk<T> walk(rows, columns);
+    int pieces = K / FUSED_K;
+    if (threadIdx.x == 0) {
+        /* two groups of every block of the same row or column, this one once */
+        constexpr int READERS = 2 * (T::CLUSTER_ROWS + T::CLUSTER_COLUMNS - 1);
+        for (int i = 0; i < T::PLACES; i++)
+            barrier_init(memory.full(i), 1), barrier_init(memory.empty(i), READERS);
+        for (int i = 0; i < 2; i++) barrier_init(memory.staged(i), WARPGROUP / WARP_SIZE);
+        for (int i = 0; i < T::PARCELS; i++) barrier_init(memory.drained(i), 1);
+        barriers_ready();
+        if (T::CLUSTER > 1) cluster_barriers_ready();
+    }
+    __syncthreads(); // the barriers are initialised
+    if (T::CLUSTER > 1) cluster_sync(); // the neighbours' too
+    if (threadIdx.x >= WARPGROUP) {
+        if (T::WRITERS == 0) more_registers<232>();
+        multiply_tiles(epilogue, memory, walk, rows, columns, pieces);
+        leave<T>();
+    } else {
+        if (T::WRITERS == 0) fewer_registers<40>();
+        if (threadIdx.x == 0)
+            copy_pieces<E>(&A, &B, memory, walk, pieces);
+        else if (threadIdx.x >= WARP_SIZE && T::WRITERS > 0)
+            write_tiles(epilogue, memory, walk, rows, columns);
+        __syncwarp(); // the copying warp is one again
+        leave<T>();
+    }
+}
+
+/* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
+template <typename T, typename E>
+static void team_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
+                         int64_t columns, int64_t K) {
+    if (context->dry_run) return;
+    static int most = 0; // clusters that run at the same time
+    if (most == 0)
+        most = clusters_at_once(context, team_product_kernel<E, T>, T::CLUSTER, FUSED_THREADS, T::SHARED);
+    CUtensorMap A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS),
+                B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
+                                 : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
+    int64_t clusters =
+        ceil_div(rows, FUSED_M * T::CLUSTER_ROWS) * ceil_div(columns, FUSED_N * T::CLUSTER_COLUMNS);
+    LAUNCH_CLUSTERS((team_product_kernel<E, T>), clusters < most ? clusters : most, T::CLUSTER, FUSED_THREADS,
+                    T::SHARED, context, A, B, epilogue, rows, (int)columns, (int)K);
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Launchers
+ */
+
 /* May the kernel do a product with so many rows and columns? The pointers are all that it and the epilogue use. */
 template <typename T, typename... P>
 static bool fused_fits(const Context *context, int64_t rows, int64_t columns, int64_t K, const P *...pointers) {
@@ -279,6 +659,10 @@ static bool fused_fits(const Context *context, int64_t rows, int64_t columns, in
 template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
                           int64_t columns, int64_t K) {
+    if (FUSED_VERSION == 2) {
+        team_product<BestTeam>(context, epilogue, x, weight, rows, columns, K);
+        return;
+    }
     if (context->dry_run) return;
     CUtensorMap A = tile_map(x, rows, K, FUSED_M),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K) : tile_map(weight, columns, K, FUSED_N);
