@@ -38,6 +38,7 @@ enum {
     FUSED_THREADS = 3 * WARPGROUP, FUSED_VEC = 8,
     /* of the second version: what one warp multiplies of a tile, as bf16, and how a lane takes it */
     FUSED_PARCEL_BYTES = FUSED_WARP_ROWS * FUSED_N * 2, FUSED_PARCELS = FUSED_M / FUSED_WARP_ROWS,
+    FUSED_BIAS_BYTES = FUSED_N * 2,
     FUSED_BATCH = 4, FUSED_BATCHES = FUSED_PARCEL_BYTES / 16 / WARP_SIZE / FUSED_BATCH
 };
 
@@ -80,7 +81,7 @@ template <bool QUICK> __device__ inline float fused_sigmoid(float x) {
 /* y = product + bias;  h = silu(y) other */
 struct SiluEpilogue {
     static constexpr bool ROWS_OF_K = false; // the weight's rows run along K
-    static constexpr bool HAS_BIAS = true;
+    static constexpr bool HAS_BIAS = true; // there may be one
     static constexpr int CHUNK = 4;
     bf16 *y, *h;
     const bf16 *bias, *other; /* either may be NULL */
@@ -93,24 +94,30 @@ struct SiluEpilogue {
     __device__ void prefetch(int64_t at, int bytes) const {
         if (other) prefetch_bytes(other + at, bytes);
     }
-    __device__ void load(Inputs *in, int64_t at) const {
-        if (other) in->other = load_eight(other + at);
+    __host__ __device__ bool gated() const { return other != nullptr; }
+    __device__ void load(Inputs *in, int64_t at, bool gate) const {
+        if (gate) in->other = load_eight(other + at);
     }
+    /* QUICK: see fused_sigmoid; gate: gated(), or a constant of the same value; here: is there such a row? */
     template <bool QUICK>
-    __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at) const {
+    __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at, bool gate,
+                          bool here) const {
         Eight out;
-        store_eight(y + at, product);
+        if (here) store_eight(y + at, product);
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
             float first = number(product, i), second = number(product, i + 1);
             first *= fused_sigmoid<QUICK>(first), second *= fused_sigmoid<QUICK>(second);
-            if (other) first *= number(in.other, i), second *= number(in.other, i + 1);
+            if (gate) first *= number(in.other, i), second *= number(in.other, i + 1);
             out.v[i / 2] = word_of(first, second);
         }
-        store_eight(h + at, out);
+        if (here) store_eight(h + at, out);
     }
     __device__ void add_sums(const float (&)[FUSED_VEC], int64_t, int) const {}
     __device__ void add_halves(float (&)[FUSED_VEC], int64_t, int) const {}
+    __device__ SiluEpilogue from(int64_t at) const {
+        return SiluEpilogue{y + at, h + at, bias, other ? other + at : nullptr};
+    }
 };
 
 /* g = product;  dx = g a silu'(x);  da = g silu(x);  y = a silu(x); partial sums of dx over 16 rows each */
@@ -125,18 +132,20 @@ struct GateEpilogue {
     struct Inputs {
         Eight x, a;
     };
+    static constexpr const bf16 *bias = nullptr;
     __device__ uint32_t bias_at(int) const { return 0; }
     __device__ void prefetch(int64_t at, int bytes) const {
         prefetch_bytes(x + at, bytes);
         if (a) prefetch_bytes(a + at, bytes);
     }
-    __device__ void load(Inputs *in, int64_t at) const {
+    __host__ __device__ bool gated() const { return a != nullptr; }
+    __device__ void load(Inputs *in, int64_t at, bool gate) const {
         in->x = load_eight(x + at);
-        if (a) in->a = load_eight(a + at);
+        if (gate) in->a = load_eight(a + at);
     }
     template <bool QUICK>
-    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Inputs &in,
-                          int64_t at) const {
+    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at, bool gate,
+                          bool here) const {
         Eight dx_out, da_out, y_out;
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
@@ -144,7 +153,7 @@ struct GateEpilogue {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 float grad = number(product, i + j), v = number(in.x, i + j), s = fused_sigmoid<QUICK>(v);
-                float factor = a ? number(in.a, i + j) : 1.0f;
+                float factor = gate ? number(in.a, i + j) : 1.0f;
                 dv[j] = grad * factor * s * (1.0f + v * (1.0f - s));
                 dother[j] = grad * v * s;
                 again[j] = factor * v * s;
@@ -154,9 +163,9 @@ struct GateEpilogue {
             da_out.v[i / 2] = word_of(dother[0], dother[1]);
             y_out.v[i / 2] = word_of(again[0], again[1]);
         }
-        store_eight(dx + at, dx_out);
-        if (da) store_eight(da + at, da_out);
-        if (y) store_eight(y + at, y_out);
+        if (here) store_eight(dx + at, dx_out);
+        if (here && da) store_eight(da + at, da_out);
+        if (here && y) store_eight(y + at, y_out);
     }
     /* Lanes 4 apart own the same columns of other rows. */
     __device__ void add_sums(const float (&sum)[FUSED_VEC], int64_t first_row, int column) const {
@@ -179,6 +188,11 @@ struct GateEpilogue {
         store<4>(to, *reinterpret_cast<float(*)[4]>(sum));
         store<4>(to + 4, *reinterpret_cast<float(*)[4]>(sum + 4));
     }
+    /* The same on pointers `at` elements further; partial sums keep theirs. */
+    __device__ GateEpilogue from(int64_t at) const {
+        return GateEpilogue{dx + at,    da ? da + at : nullptr, y ? y + at : nullptr, x + at,
+                            a ? a + at : nullptr, partial, columns};
+    }
 };
 
 /* Hands a warp's 16 rows of products to the epilogue, 8 columns at a time. first_row: the warp's. */
@@ -197,7 +211,8 @@ __device__ inline void write_products(const E &epilogue, const float (&d)[128], 
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 if (row + 8 * half < rows)
-                    epilogue.load(&in[i][half], (row + 8 * half) * columns + column + i * 32);
+                    epilogue.load(&in[i][half], (row + 8 * half) * columns + column + i * 32,
+                                  epilogue.gated());
 #pragma unroll
         for (int i = 0; i < E::CHUNK; i++) {
             float sum[FUSED_VEC] = {};
@@ -217,7 +232,8 @@ __device__ inline void write_products(const E &epilogue, const float (&d)[128], 
                 gather_block(product.v);
                 if (row + 8 * half < rows)
                     epilogue.template apply<false>(sum, product, in[i][half],
-                                                   (row + 8 * half) * columns + column + i * 32);
+                                                   (row + 8 * half) * columns + column + i * 32,
+                                                   epilogue.gated(), true);
             }
             epilogue.add_sums(sum, first_row, column + i * 32);
         }
@@ -322,19 +338,22 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
 template <int ROWS, int COLUMNS, int WRITER_WARPS> struct Team {
     static constexpr int CLUSTER_ROWS = ROWS, CLUSTER_COLUMNS = COLUMNS, CLUSTER = ROWS * COLUMNS,
                          WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
-                         PARCELS = WRITERS ? FUSED_PARCELS : 0, BARRIERS = 2 * PLACES + 2 + PARCELS,
-                         SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES + BARRIERS * 8;
+                         PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = WRITERS ? PLACES + 1 : 0,
+                         BARRIERS = 2 * PLACES + 2 + PARCELS,
+                         SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES + BIASES * FUSED_BIAS_BYTES +
+                                  BARRIERS * 8;
     static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
     static_assert(WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
 };
 using BestTeam = Team<2, 1, 3>;
 
-/* Shared memory: the ring of places, the parcels, the barriers. */
+/* Shared memory: the ring of places, the parcels, the biases of the last tiles' columns, the barriers. */
 template <typename T> struct TeamMemory {
     char *memory;
     __device__ char *place(int i) const { return memory + i * FUSED_BYTES; }
     __device__ char *parcel(int i) const { return place(T::PLACES) + i * FUSED_PARCEL_BYTES; }
-    __device__ uint64_t *full(int i) const { return (uint64_t *)parcel(T::PARCELS) + i; }
+    __device__ char *bias(int i) const { return parcel(T::PARCELS) + i * FUSED_BIAS_BYTES; }
+    __device__ uint64_t *full(int i) const { return (uint64_t *)bias(T::BIASES) + i; }
     __device__ uint64_t *empty(int i) const { return full(T::PLACES) + i; }
     __device__ uint64_t *staged(int group) const { return full(2 * T::PLACES) + group; }
     __device__ uint64_t *drained(int i) const { return full(2 * T::PLACES + 2) + i; }
@@ -382,19 +401,23 @@ __device__ inline void load_part(unsigned blocks, void *to, const CUtensorMap *m
 
 /* One thread of a block: asks for its parts of all pieces of all tiles, as far ahead as there are places. */
 template <typename E, typename T>
-__device__ inline void copy_pieces(const CUtensorMap *A, const CUtensorMap *B, TeamMemory<T> memory,
-                                   TeamWalk<T> walk, int pieces) {
+__device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, const CUtensorMap *B,
+                                   TeamMemory<T> memory, TeamWalk<T> walk, int pieces) {
     constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K;
-    int part_a = walk.column_in_cluster(), part_b = walk.row_in_cluster(), place = 0, round = 0;
+    int part_a = walk.column_in_cluster(), part_b = walk.row_in_cluster(), place = 0, round = 0, tile = 0;
     unsigned for_a = walk.same_row(), for_b = walk.same_column();
-    for (; walk.goes_on(); walk.next()) {
+    for (; walk.goes_on(); walk.next(), tile++) {
+        bool has_bias = T::WRITERS > 0 && E::HAS_BIAS && epilogue.bias && walk.inside();
         int row = (int)walk.row() + part_a * (FUSED_M / A_PARTS), column = walk.column();
         for (int piece = 0; piece < pieces; piece++) {
             char *a = memory.place(place), *b = a + FUSED_A_BYTES;
             uint64_t *full = memory.full(place);
             int k = piece * FUSED_K;
             barrier_wait(memory.empty(place), (round & 1) ^ 1); // the first round finds all places empty
-            barrier_expect(full, FUSED_BYTES);                  // its own parts and those of its neighbours
+            /* its own parts and those of its neighbours, and with the first piece the bias */
+            barrier_expect(full, FUSED_BYTES + (piece == 0 && has_bias ? FUSED_BIAS_BYTES : 0));
+            if (piece == 0 && has_bias)
+                load_bytes(memory.bias(tile % T::BIASES), epilogue.bias + column, FUSED_BIAS_BYTES, full);
             load_part<A_PARTS>(for_a, a + part_a * (FUSED_A_BYTES / A_PARTS), A, row, k, full);
             if (!E::ROWS_OF_K)
                 load_part<B_PARTS>(for_b, b + part_b * (FUSED_B_BYTES / B_PARTS), B,
@@ -412,23 +435,21 @@ __device__ inline void copy_pieces(const CUtensorMap *A, const CUtensorMap *B, T
 
 /* A warp's 16 rows of products, plus bias, into its parcel. Rows are 512 bytes; piece i of 16 bytes of row r
  * lies at i ^ (r mod 8), so that neither side meets a bank twice. */
-template <typename E>
-__device__ inline void stage_products(const E &epilogue, const float (&d)[128], char *parcel,
-                                      int first_column) {
-    int lane = (int)threadIdx.x % WARP_SIZE, pair = lane % 4;
+template <bool BIAS> __device__ inline void stage_products(const float (&d)[128], char *parcel, const char *bias) {
+    int lane = (int)threadIdx.x % WARP_SIZE;
+    const uint32_t *pairs = (const uint32_t *)bias + lane % 4; // of each 8 columns, the lane has two
     char *row = parcel + lane % 16 * (FUSED_N * sizeof(bf16));
 #pragma unroll
     for (int i = 0; i < FUSED_N / 8; i += 2) {
         uint32_t word[4];
 #pragma unroll
         for (int block = 0; block < 2; block++) {
-            uint32_t bias = E::HAS_BIAS ? epilogue.bias_at(first_column + (i + block) * 8 + pair * 2) : 0;
+            uint32_t pair = BIAS ? pairs[(i + block) * 4] : 0;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int at = (i + block) * 4 + half * 2;
                 float first = d[at], second = d[at + 1];
-                if (E::HAS_BIAS)
-                    first += __uint_as_float(bias << 16), second += __uint_as_float(bias & 0xffff0000u);
+                if (BIAS) first += __uint_as_float(pair << 16), second += __uint_as_float(pair & 0xffff0000u);
                 word[2 * block + half] = word_of(first, second);
             }
         }
@@ -436,71 +457,82 @@ __device__ inline void stage_products(const E &epilogue, const float (&d)[128], 
     }
 }
 
-/* Where a parcel belongs. A lane owns 8 columns of 8 rows of each half of a parcel, FUSED_BATCH rows at a time:
- * batch b is of half b / 2, and its rows are 4 (lane / 16) + 2 (b mod 2), the row 8 further, and the next of
- * both. In this order sums over rows are those of the first version. */
-struct Spot {
+/* A parcel and where it belongs. A lane owns 8 columns of 8 rows of each half of a parcel, FUSED_BATCH rows at a
+ * time: batch b is of half b / 2, and its rows are 4 (lane / 16) + 2 (b mod 2), the row 8 further, and the next
+ * of both. In this order sums over rows are those of the first version. */
+template <typename E, bool GATED> struct Parcel {
+    E epilogue; /* its pointers stand at the parcel's first number */
     int64_t row;
-    int column;
+    int column, columns, rows; /* rows: how many of the matrix there are, from its first on */
     __device__ static int row_of(int batch, int i) {
         return (int)threadIdx.x % WARP_SIZE / 16 * 4 + batch % 2 * 2 + i / 2 + i % 2 * 8;
     }
     __device__ static int piece_of(int batch) { return batch / 2 * 16 + (int)threadIdx.x % 16; }
-    __device__ int64_t at(int batch, int i, int columns) const {
-        return (row + row_of(batch, i)) * columns + column + piece_of(batch) * FUSED_VEC;
+    template <typename T> __device__ Parcel(const E &whole, const TeamWalk<T> &walk, int number, int64_t all_rows,
+                                            int all_columns)
+        : epilogue(whole) {
+        row = walk.row() + number * FUSED_WARP_ROWS, column = walk.column(), columns = all_columns;
+        rows = all_rows - row < FUSED_WARP_ROWS ? (int)(all_rows - row) : FUSED_WARP_ROWS;
+        epilogue = whole.from(row * columns + column);
+        asm volatile("" : "+r"(columns)); // so that no product of it waits in a register for the next parcel
+    }
+    /* A row behind the matrix's last reads another's numbers; its products are 0, and nothing of it is written. */
+    __device__ void load(typename E::Inputs *in, int batch, int i) const {
+        epilogue.load(in, min(row_of(batch, i), rows - 1) * columns + piece_of(batch) * FUSED_VEC, GATED);
+    }
+    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const typename E::Inputs &in, int batch,
+                          int i) const {
+        int r = row_of(batch, i);
+        epilogue.template apply<true>(sum, product, in, r * columns + piece_of(batch) * FUSED_VEC, GATED,
+                                      r < rows);
     }
 };
-template <typename E>
-__device__ inline void load_batch(const E &epilogue, typename E::Inputs (&in)[FUSED_BATCH], Spot spot, int batch,
-                                  int64_t rows, int columns) {
-#pragma unroll
-    for (int i = 0; i < FUSED_BATCH; i++)
-        if (spot.row + Spot::row_of(batch, i) < rows) epilogue.load(&in[i], spot.at(batch, i, columns));
-}
 
-/* Hands a parcel to the epilogue. next: its first batch of what the epilogue reads; the others are asked for a
- * batch ahead. when_read() is called when nothing of the parcel is needed any more, and may fill `next` for
- * another parcel. */
-template <typename E, typename F>
-__device__ inline void write_parcel(const E &epilogue, const char *parcel,
-                                    typename E::Inputs (&next)[FUSED_BATCH], Spot spot, int64_t rows,
-                                    int columns, const F &when_read) {
+/* Hands a parcel to the epilogue. in: its first batch of what the epilogue reads; the others are asked for a
+ * batch ahead. when_read() is called when nothing of the parcel's memory is needed any more; load_coming(in, i)
+ * may then ask for number i of another parcel's first batch. */
+template <typename E, bool GATED, typename R, typename L>
+__device__ inline void write_parcel(const Parcel<E, GATED> &parcel, const char *memory,
+                                    typename E::Inputs (&in)[FUSED_BATCH], const R &when_read,
+                                    const L &load_coming) {
     float total[FUSED_VEC] = {};
 #pragma unroll
     for (int batch = 0; batch < FUSED_BATCHES; batch++) {
-        typename E::Inputs in[FUSED_BATCH];
         Eight product[FUSED_BATCH];
         float sum[2][FUSED_VEC] = {};
 #pragma unroll
         for (int i = 0; i < FUSED_BATCH; i++) {
-            int row = Spot::row_of(batch, i), piece = Spot::piece_of(batch) ^ (row % 8);
-            product[i] = load_eight((const bf16 *)(parcel + row * (FUSED_N * sizeof(bf16)) + piece * 16));
-            in[i] = next[i];
+            int row = parcel.row_of(batch, i), piece = parcel.piece_of(batch) ^ (row % 8);
+            product[i] = load_eight((const bf16 *)(memory + row * (FUSED_N * sizeof(bf16)) + piece * 16));
         }
-        if (batch < FUSED_BATCHES - 1)
-            load_batch(epilogue, next, spot, batch + 1, rows, columns);
-        else
-            when_read();
+        if (batch == FUSED_BATCHES - 1) when_read();
 #pragma unroll
-        for (int i = 0; i < FUSED_BATCH; i++)
-            if (spot.row + Spot::row_of(batch, i) < rows)
-                epilogue.template apply<true>(sum[i / 2], product[i], in[i], spot.at(batch, i, columns));
+        for (int i = 0; i < FUSED_BATCH; i++) {
+            parcel.apply(sum[i / 2], product[i], in[i], batch, i);
+            if (batch < FUSED_BATCHES - 1)
+                parcel.load(&in[i], batch + 1, i);
+            else
+                load_coming(&in[i], i);
+        }
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i++)
             total[i] = batch % 2 ? total[i] + (sum[0][i] + sum[1][i]) : sum[0][i] + sum[1][i];
-        if (batch % 2) epilogue.add_halves(total, spot.row, spot.column + Spot::piece_of(batch) * FUSED_VEC);
+        if (batch % 2)
+            parcel.epilogue.add_halves(total, parcel.row, parcel.column + parcel.piece_of(batch) * FUSED_VEC);
     }
 }
 
-/* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. */
-template <typename E, typename T>
+/* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. A bias is overwritten with
+ * a piece that is one tile and more behind the tile that used it, since there is one more than there are
+ * places: by then all warps have used it. */
+template <bool GATED, typename E, typename T>
 __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
                                       int columns, int pieces) {
     int group = (int)threadIdx.x / WARPGROUP - 1, thread = (int)threadIdx.x % WARPGROUP,
         warp = thread / WARP_SIZE, parcel = group * (WARPGROUP / WARP_SIZE) + warp, place = 0, round = 0,
-        staged = 0;
-    bool keeps = false; // its parcel, which is of the last tile
-    Spot spot = {};
+        staged = 0, tile = 0;
+    TeamWalk<T> last_walk = walk; // where the last tile is
+    bool keeps = false;           // its parcel, which is of the last tile
     /* thread i speaks for its group to block i */
     bool speaks = thread < T::CLUSTER && ((walk.same_row() | walk.same_column()) >> thread & 1);
     auto release = [&](int done) {
@@ -510,7 +542,7 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
         else
             barrier_arrive_at(memory.empty(done), thread);
     };
-    for (; walk.goes_on(); walk.next()) {
+    for (; walk.goes_on(); walk.next(), tile++) {
         float d[128];
         int last = -1; // the place of the piece before
         for (int piece = 0; piece < pieces; piece++) {
@@ -538,46 +570,54 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
             write_products(epilogue, d, walk.row() + parcel * FUSED_WARP_ROWS, rows, walk.column(), columns);
         } else {
             barrier_wait(memory.drained(parcel), (staged++ & 1) ^ 1);
-            stage_products(epilogue, d, memory.parcel(parcel), walk.column());
+            if (E::HAS_BIAS && epilogue.bias)
+                stage_products<true>(d, memory.parcel(parcel), memory.bias(tile % T::BIASES));
+            else
+                stage_products<false>(d, memory.parcel(parcel), nullptr);
             __syncwarp(); // all lanes have stored
-            spot = Spot{walk.row() + parcel * FUSED_WARP_ROWS, walk.column()};
-            keeps = walk.last();
+            keeps = walk.last(), last_walk = walk;
             if (!keeps && thread % WARP_SIZE == 0) barrier_arrive(memory.staged(group));
         }
     }
     if constexpr (T::WRITERS > 0) {
         if (!keeps) return;
+        Parcel<E, GATED> mine(epilogue, last_walk, parcel, rows, columns);
         typename E::Inputs in[FUSED_BATCH];
-        load_batch(epilogue, in, spot, 0, rows, columns);
-        write_parcel(epilogue, memory.parcel(parcel), in, spot, rows, columns, [] {});
+#pragma unroll
+        for (int i = 0; i < FUSED_BATCH; i++) mine.load(&in[i], 0, i);
+        write_parcel(mine, memory.parcel(parcel), in, [] {}, [](typename E::Inputs *, int) {});
     }
 }
 
 /* The writing warps take the parcels of all tiles but the last in turns. Each meets both groups in every tile,
  * so that none can miss a phase of `staged`. */
-template <typename E, typename T>
+template <bool GATED, typename E, typename T>
 __device__ inline void write_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
                                    int columns) {
-    int parcel = (int)threadIdx.x / WARP_SIZE - 1, tiles = 0;
-    Spot spot;
-    typename E::Inputs next[FUSED_BATCH];
-    auto begin = [&] { // the next tile inside, and the parcel's first batch
+    int number = (int)threadIdx.x / WARP_SIZE - 1, tiles = 0;
+    typename E::Inputs in[FUSED_BATCH];
+    auto go_inside = [&] {
         while (!walk.last() && !walk.inside()) walk.next();
-        spot = Spot{walk.row() + parcel * FUSED_WARP_ROWS, walk.column()};
-        if (!walk.last()) load_batch(epilogue, next, spot, 0, rows, columns);
     };
-    begin();
+    go_inside();
+    if (walk.last()) return;
+    Parcel<E, GATED> coming(epilogue, walk, number, rows, columns);
+#pragma unroll
+    for (int i = 0; i < FUSED_BATCH; i++) coming.load(&in[i], 0, i);
     while (!walk.last()) {
-        int mine = parcel;
-        Spot here = spot;
+        Parcel<E, GATED> parcel = coming;
+        int mine = number;
         barrier_wait(memory.staged(mine / (WARPGROUP / WARP_SIZE)), tiles & 1);
-        write_parcel(epilogue, memory.parcel(mine), next, here, rows, columns, [&] {
+        auto when_read = [&] {
             __syncwarp(); // all lanes have read the parcel
             if (threadIdx.x % WARP_SIZE == 0) barrier_arrive(memory.drained(mine));
-            parcel += T::WRITERS;
-            if (parcel >= T::PARCELS) parcel -= T::PARCELS, tiles++, walk.next();
-            begin();
-        });
+            number += T::WRITERS;
+            if (number >= T::PARCELS) number -= T::PARCELS, tiles++, walk.next(), go_inside();
+            if (!walk.last()) coming = Parcel<E, GATED>(epilogue, walk, number, rows, columns);
+        };
+        /* after the last parcel it asks for that one's numbers again */
+        write_parcel(parcel, memory.parcel(mine), in, when_read,
+                     [&](typename E::Inputs *to, int i) { coming.load(to, 0, i); });
     }
 }
 
@@ -587,13 +627,14 @@ template <typename T> __device__ inline void leave() {
 }
 
 /* computes: A B^T (B's rows along K) or A B (B's rows are K), each result handed to the epilogue
+ *           (GATED: epilogue.gated())
  * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384: a warp copies, three write,
  *           eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; from the second cache, a block takes
  *           A / T::CLUSTER_COLUMNS + B / T::CLUSTER_ROWS of a tile
  * needs:    sm_90a; columns a multiple of 256, K of 64; T::SHARED bytes of shared memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the epilogue */
-template <typename E, typename T>
+template <typename E, typename T, bool GATED>
 __global__ void __launch_bounds__(FUSED_THREADS, 1)
     team_product_kernel(const __grid_constant__ CUtensorMap A, const __grid_constant__ CUtensorMap B, E epilogue,
                         int64_t rows, int columns, int K) {
@@ -614,34 +655,42 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
     if (T::CLUSTER > 1) cluster_sync(); // the neighbours' too
     if (threadIdx.x >= WARPGROUP) {
         if (T::WRITERS == 0) more_registers<232>();
-        multiply_tiles(epilogue, memory, walk, rows, columns, pieces);
+        multiply_tiles<GATED>(epilogue, memory, walk, rows, columns, pieces);
         leave<T>();
     } else {
         if (T::WRITERS == 0) fewer_registers<40>();
         if (threadIdx.x == 0)
-            copy_pieces<E>(&A, &B, memory, walk, pieces);
+            copy_pieces(epilogue, &A, &B, memory, walk, pieces);
         else if (threadIdx.x >= WARP_SIZE && T::WRITERS > 0)
-            write_tiles(epilogue, memory, walk, rows, columns);
+            write_tiles<GATED>(epilogue, memory, walk, rows, columns);
         __syncwarp(); // the copying warp is one again
         leave<T>();
     }
 }
 
-/* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
-template <typename T, typename E>
-static void team_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
-                         int64_t columns, int64_t K) {
-    if (context->dry_run) return;
+template <typename T, bool GATED, typename E>
+static void launch_team(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
+                        int64_t columns, int64_t K) {
     static int most = 0; // clusters that run at the same time
     if (most == 0)
-        most = clusters_at_once(context, team_product_kernel<E, T>, T::CLUSTER, FUSED_THREADS, T::SHARED);
+        most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, FUSED_THREADS, T::SHARED);
     CUtensorMap A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
                                  : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
     int64_t clusters =
         ceil_div(rows, FUSED_M * T::CLUSTER_ROWS) * ceil_div(columns, FUSED_N * T::CLUSTER_COLUMNS);
-    LAUNCH_CLUSTERS((team_product_kernel<E, T>), clusters < most ? clusters : most, T::CLUSTER, FUSED_THREADS,
-                    T::SHARED, context, A, B, epilogue, rows, (int)columns, (int)K);
+    LAUNCH_CLUSTERS((team_product_kernel<E, T, GATED>), clusters < most ? clusters : most, T::CLUSTER,
+                    FUSED_THREADS, T::SHARED, context, A, B, epilogue, rows, (int)columns, (int)K);
+}
+/* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
+template <typename T, typename E>
+static void team_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
+                         int64_t columns, int64_t K) {
+    if (context->dry_run) return;
+    if (epilogue.gated())
+        launch_team<T, true>(context, epilogue, x, weight, rows, columns, K);
+    else
+        launch_team<T, false>(context, epilogue, x, weight, rows, columns, K);
 }
 
 /* ----------------------------------------------------------------------------------------------------------

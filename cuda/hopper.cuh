@@ -161,15 +161,24 @@ __device__ inline void load_tile_for(unsigned blocks, void *to, const CUtensorMa
 #endif
 }
 
+/* Asks for bytes, a multiple of 16, from a multiple of 16 on; `barrier` counts them. */
+__device__ inline void load_bytes(void *to, const void *from, int bytes, uint64_t *barrier) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+#endif
+}
+
 /* Four matrices of 8 x 8 bf16 into shared memory. A lane's word[m] is two neighbouring columns of matrix m,
  * row lane / 4, columns 2 (lane mod 4) and the next; `row`: where row (lane mod 8) of matrix lane / 8 goes,
- * 16 bytes. */
+ * 16 bytes. Loads may pass it: __syncwarp() before these bytes are read. */
 __device__ inline void store_matrices(char *row, const uint32_t (&word)[4]) {
 #if HOPPER_CODE
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                      shared_address(row)),
-                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
-                 : "memory");
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]));
 #endif
 }
 
