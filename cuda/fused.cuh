@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
 template <int ROWS, int COLUMNS, int WRITER_WARPS> struct Team {
     static constexpr int CLUSTER_ROWS = ROWS, CLUSTER_COLUMNS = COLUMNS, CLUSTER = ROWS * COLUMNS,
                          WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
-                         PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = WRITERS ? PLACES + 1 : 0,
+                         PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = PLACES + 1,
                          BARRIERS = 2 * PLACES + 2 + PARCELS,
                          SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES + BIASES * FUSED_BIAS_BYTES +
                                   BARRIERS * 8;

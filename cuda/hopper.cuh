@@ -63,34 +63,26 @@ __device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "memory");
 #endif
 }
-/* Has the phase of this parity ended? */
-__device__ inline bool barrier_passed(uint64_t *barrier, int parity) {
-    int passed = 1;
-#if HOPPER_CODE
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                 "selp.b32 %0, 1, 0, done;\n"
-                 "}"
-                 : "=r"(passed)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-#endif
-    return passed;
-}
 /* Waits for the end of the phase of this parity. With -DFUSED_WATCHDOG a wait of 2^31 clocks, more than a
  * second, ends the program with an error: for kernels that have not run yet. */
-__device__ inline void barrier_wait(uint64_t *barrier, int parity) {
 #ifdef FUSED_WATCHDOG
-    for (long long start = clock64(); !barrier_passed(barrier, parity);)
-        if (clock64() - start > 1LL << 31) __trap();
-#elif HOPPER_CODE
+#define WATCH_START "mov.u64 start, %%clock64;\n"
+#define WATCH                                                                                               \
+    "mov.u64 now, %%clock64;\n"                                                                             \
+    "sub.u64 now, now, start;\n"                                                                            \
+    "setp.gt.u64 late, now, 2147483648;\n"                                                                  \
+    "@late trap;\n"
+#else
+#define WATCH_START
+#define WATCH
+#endif
+__device__ inline void barrier_wait(uint64_t *barrier, int parity) {
+#if HOPPER_CODE
     asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
+                 ".reg .pred done, late;\n"
+                 ".reg .b64 start, now;\n" WATCH_START "again:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra ready;\n"
-                 "bra again;\n"
+                 "@done bra ready;\n" WATCH "bra again;\n"
                  "ready:\n"
                  "}" ::"r"(shared_address(barrier)),
                  "r"(parity)
