@@ -77,6 +77,7 @@ __device__ inline void gather_block(uint32_t (&word)[4]) {
 template <bool QUICK> __device__ inline float fused_sigmoid(float x) {
     return QUICK ? quick_sigmoid(x) : sigmoid(x);
 }
+template <bool QUICK> __device__ inline float fused_silu(float x) { return x * fused_sigmoid<QUICK>(x); }
 
 /* y = product + bias;  h = silu(y) other */
 struct SiluEpilogue {
@@ -100,14 +101,14 @@ struct SiluEpilogue {
     }
     /* QUICK: see fused_sigmoid; gate: gated(), or a constant of the same value; here: is there such a row? */
     template <bool QUICK>
-    __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at, bool gate,
-                          bool here) const {
+    __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at,
+                          bool gate, bool here) const {
         Eight out;
         if (here) store_eight(y + at, product);
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
-            float first = number(product, i), second = number(product, i + 1);
-            first *= fused_sigmoid<QUICK>(first), second *= fused_sigmoid<QUICK>(second);
+            float first = fused_silu<QUICK>(number(product, i)),
+                  second = fused_silu<QUICK>(number(product, i + 1));
             if (gate) first *= number(in.other, i), second *= number(in.other, i + 1);
             out.v[i / 2] = word_of(first, second);
         }
@@ -144,8 +145,8 @@ struct GateEpilogue {
         if (gate) in->a = load_eight(a + at);
     }
     template <bool QUICK>
-    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at, bool gate,
-                          bool here) const {
+    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Inputs &in, int64_t at,
+                          bool gate, bool here) const {
         Eight dx_out, da_out, y_out;
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
@@ -324,8 +325,9 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
  *     writers                       | tile 0    |    | tile 1    |
  *
  * At > a multiplying warp rounds its 16 rows of the tile to bf16 and puts them into shared memory, its parcel,
- * which a writing warp takes from there; barriers hand them to and fro: `staged`, of a group's four parcels,
- * and `drained`, of one. With the last tile, when nothing is left to multiply, each multiplying warp writes its own parcel.
+ * which a writing warp takes from there. Barriers hand them to and fro: `staged` a group's four parcels,
+ * `drained` one. With the last tile, when nothing is left to multiply, each multiplying warp writes its own
+ * parcel.
  *
  * Blocks form clusters of ROWS x COLUMNS tiles. Those of one row share the rows of A: each copies its part of
  * them to all; those of one column share B alike. So a place is free when both groups of every block that
@@ -340,8 +342,8 @@ template <int ROWS, int COLUMNS, int WRITER_WARPS> struct Team {
                          WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
                          PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = PLACES + 1,
                          BARRIERS = 2 * PLACES + 2 + PARCELS,
-                         SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES + BIASES * FUSED_BIAS_BYTES +
-                                  BARRIERS * 8;
+                         SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES +
+                                  BIASES * FUSED_BIAS_BYTES + BARRIERS * 8;
     static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
     static_assert(WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
 };
@@ -359,7 +361,8 @@ template <typename T> struct TeamMemory {
     __device__ uint64_t *drained(int i) const { return full(2 * T::PLACES + 2) + i; }
 };
 
-/* A block's walk over its tiles: the cluster takes ROWS x COLUMNS of them at a time, along the columns first. */
+/* A block's walk over its tiles: the cluster takes ROWS x COLUMNS of them at a time, along the columns first.
+ */
 template <typename T> struct TeamWalk {
     int rank, now, end, step, row_tiles, column_tiles, width; /* width: of the matrix, in clusters */
     __device__ TeamWalk(int64_t rows, int columns) {
@@ -435,7 +438,8 @@ __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, cons
 
 /* A warp's 16 rows of products, plus bias, into its parcel. Rows are 512 bytes; piece i of 16 bytes of row r
  * lies at i ^ (r mod 8), so that neither side meets a bank twice. */
-template <bool BIAS> __device__ inline void stage_products(const float (&d)[128], char *parcel, const char *bias) {
+template <bool BIAS>
+__device__ inline void stage_products(const float (&d)[128], char *parcel, const char *bias) {
     int lane = (int)threadIdx.x % WARP_SIZE;
     const uint32_t *pairs = (const uint32_t *)bias + lane % 4; // of each 8 columns, the lane has two
     char *row = parcel + lane % 16 * (FUSED_N * sizeof(bf16));
@@ -457,9 +461,9 @@ template <bool BIAS> __device__ inline void stage_products(const float (&d)[128]
     }
 }
 
-/* A parcel and where it belongs. A lane owns 8 columns of 8 rows of each half of a parcel, FUSED_BATCH rows at a
- * time: batch b is of half b / 2, and its rows are 4 (lane / 16) + 2 (b mod 2), the row 8 further, and the next
- * of both. In this order sums over rows are those of the first version. */
+/* A parcel and where it belongs. A lane owns 8 columns of 8 rows of each half of a parcel, FUSED_BATCH rows at
+ * a time: batch b is of half b / 2, and its rows are 4 (lane / 16) + 2 (b mod 2), the row 8 further, and the
+ * next of both. In this order sums over rows are those of the first version. */
 template <typename E, bool GATED> struct Parcel {
     E epilogue; /* its pointers stand at the parcel's first number */
     int64_t row;
@@ -468,20 +472,20 @@ template <typename E, bool GATED> struct Parcel {
         return (int)threadIdx.x % WARP_SIZE / 16 * 4 + batch % 2 * 2 + i / 2 + i % 2 * 8;
     }
     __device__ static int piece_of(int batch) { return batch / 2 * 16 + (int)threadIdx.x % 16; }
-    template <typename T> __device__ Parcel(const E &whole, const TeamWalk<T> &walk, int number, int64_t all_rows,
-                                            int all_columns)
+    template <typename T>
+    __device__ Parcel(const E &whole, const TeamWalk<T> &walk, int number, int64_t all_rows, int all_columns)
         : epilogue(whole) {
         row = walk.row() + number * FUSED_WARP_ROWS, column = walk.column(), columns = all_columns;
         rows = all_rows - row < FUSED_WARP_ROWS ? (int)(all_rows - row) : FUSED_WARP_ROWS;
         epilogue = whole.from(row * columns + column);
         asm volatile("" : "+r"(columns)); // so that no product of it waits in a register for the next parcel
     }
-    /* A row behind the matrix's last reads another's numbers; its products are 0, and nothing of it is written. */
+    /* A row behind the matrix's last reads the last's numbers; its products are 0, and none is written. */
     __device__ void load(typename E::Inputs *in, int batch, int i) const {
         epilogue.load(in, min(row_of(batch, i), rows - 1) * columns + piece_of(batch) * FUSED_VEC, GATED);
     }
-    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const typename E::Inputs &in, int batch,
-                          int i) const {
+    __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const typename E::Inputs &in,
+                          int batch, int i) const {
         int r = row_of(batch, i);
         epilogue.template apply<true>(sum, product, in, r * columns + piece_of(batch) * FUSED_VEC, GATED,
                                       r < rows);
@@ -518,13 +522,15 @@ __device__ inline void write_parcel(const Parcel<E, GATED> &parcel, const char *
         for (int i = 0; i < FUSED_VEC; i++)
             total[i] = batch % 2 ? total[i] + (sum[0][i] + sum[1][i]) : sum[0][i] + sum[1][i];
         if (batch % 2)
-            parcel.epilogue.add_halves(total, parcel.row, parcel.column + parcel.piece_of(batch) * FUSED_VEC);
+            parcel.epilogue.add_halves(total, parcel.row,
+                                       parcel.column + parcel.piece_of(batch) * FUSED_VEC);
     }
 }
 
-/* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. A bias is overwritten with
- * a piece that is one tile and more behind the tile that used it, since there is one more than there are
- * places: by then all warps have used it. */
+/* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. A tile's bias is
+ * overwritten with the first piece of the tile BIASES = PLACES + 1 later. That piece waits until the one PLACES
+ * before it, so one of a later tile than the bias's, has been multiplied, and by then all warps have used the
+ * bias. */
 template <bool GATED, typename E, typename T>
 __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
                                       int columns, int pieces) {
@@ -673,7 +679,8 @@ static void launch_team(Context *context, const E &epilogue, const bf16 *x, cons
                         int64_t columns, int64_t K) {
     static int most = 0; // clusters that run at the same time
     if (most == 0)
-        most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, FUSED_THREADS, T::SHARED);
+        most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, FUSED_THREADS,
+                                T::SHARED);
     CUtensorMap A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
                                  : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);

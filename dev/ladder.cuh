@@ -239,6 +239,7 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
     (poison(outputs.x, (size_t)outputs.count * sizeof(T)), ...);
     run(0);
     const char *worst = "";
+    char rate[32] = "";
     double largest = 0, ratio = 0;
     bool wrong = false;
     auto judge = [&](const char *output, double error, double tolerance) {
@@ -252,10 +253,10 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
     if (ladder->flop > 0) {
         /* after many runs once more, which is cheap there: a race does not show itself in every run */
         (judge(outputs.name, ladder_error(ladder, outputs), outputs.tolerance), ...);
-        printf("%6.0f TFLOP/s ", ladder->flop / ms * 1e-9);
+        snprintf(rate, sizeof rate, "%.0f TFLOP/s: ", ladder->flop / ms * 1e-9);
     }
-    printf("%-22s %9.4f %8.0f %5.1f%% %7.1fx %9.1e  %s\n", name, ms, bytes / ms / 1e6,
-           100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, idea);
+    printf("%-22s %9.4f %8.0f %5.1f%% %7.1fx %9.1e  %s%s\n", name, ms, bytes / ms / 1e6,
+           100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, rate, idea);
     if (wrong)
         printf("%-22s WRONG: %s is off by %.2e, %.1f times what it may\n", name, worst, largest, ratio);
     ladder->wrong = ladder->wrong || wrong;

@@ -2,8 +2,8 @@
  * clusters of multiprocessors that share operands and write one tile while they multiply the next.
  *
  * The last versions of each direction are those of cuda/fused.cuh, called, not copied: `fused` is its first
- * kernel, the others its second for several teams. The products are those of the models that the speed targets
- * name; truth is computed on the device, in double.
+ * kernel, `cluster` and `team` its second without and with warps that only write, for several clusters. The
+ * products are those of the models that the speed targets name; truth is computed on the device, in double.
  *
  * A kernel that has never run may hang. -DFUSED_WATCHDOG ends the program when a barrier is waited for longer
  * than a second.
@@ -65,8 +65,8 @@ enum { SIDE = 16 };
  * needs:    depth a multiple of 16
  * numerics: Real */
 template <typename Real, typename Out>
-__global__ void naive_kernel(Out *one, Out *two, Out *three, const bf16 *in, const bf16 *weight, const bf16 *bias,
-                             const bf16 *x, const bf16 *other, Shape s) {
+__global__ void naive_kernel(Out *one, Out *two, Out *three, const bf16 *in, const bf16 *weight,
+                             const bf16 *bias, const bf16 *x, const bf16 *other, Shape s) {
     __shared__ Real a[SIDE][SIDE + 1], b[SIDE][SIDE + 1];
     int i = (int)threadIdx.y, j = (int)threadIdx.x;
     int64_t row = (int64_t)blockIdx.y * SIDE + i, column = (int64_t)blockIdx.x * SIDE + j,
@@ -205,9 +205,10 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
     step("cublas", "tensor cores; the product is written, read, written",
          [&](const Arguments &set) { cublas_and_kernel(context, set, p, s); });
     if (!context->hopper) return;
-    fused("fused", "the gate goes into the product's epilogue", [&](const auto &epilogue, const Arguments &set) {
-        fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
-    });
+    fused("fused", "the gate goes into the product's epilogue",
+          [&](const auto &epilogue, const Arguments &set) {
+              fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
+          });
 #define X(name, ROWS, COLUMNS, WRITERS, idea)                                                               \
     fused(name, idea, [&](const auto &epilogue, const Arguments &set) {                                     \
         team_product<Team<ROWS, COLUMNS, WRITERS>>(context, epilogue, set.in, p.weight, s.rows, s.columns,  \
@@ -224,13 +225,16 @@ static void compute_truth(Ladder *ladder, const Truth &truth, const Arguments &s
     LAUNCH((naive_kernel<double, double>), grid, block, &ladder->context, truth.one, truth.two, truth.three,
            set.in, p.weight, p.bias, set.x, set.other, s);
     if (s.backward)
-        LAUNCH(column_truth_kernel, blocks_for(s.columns, 256), 256, &ladder->context, truth.dbias, truth.one, s);
+        LAUNCH(column_truth_kernel, blocks_for(s.columns, 256), 256, &ladder->context, truth.dbias, truth.one,
+               s);
 }
 
 static void climb_shape(Ladder *ladder, const Shape &s) {
     int64_t size = s.rows * s.columns;
     std::vector<void *> all;
-    auto numbers = [&](int64_t count) { return all.push_back(ladder_allocate<bf16>(count)), (bf16 *)all.back(); };
+    auto numbers = [&](int64_t count) {
+        return all.push_back(ladder_allocate<bf16>(count)), (bf16 *)all.back();
+    };
     auto truths = [&](int64_t count) {
         return all.push_back(ladder_allocate<double>(count)), (double *)all.back();
     };
@@ -258,8 +262,10 @@ int main(int argc, char **argv) {
     ladder_options(&ladder, argc, argv, "ladder_products",
                    "Times products with SiLU and gates, bf16, and checks each version against double.", options,
                    OPTION_COUNT(options), &values);
-    if (values.columns % FUSED_N) die_if(errorf("--columns %d is not a multiple of %d", values.columns, FUSED_N));
-    if (values.depth % FUSED_K) die_if(errorf("--depth %d is not a multiple of %d", values.depth, FUSED_K));
+    if (values.columns % FUSED_N)
+        die_if(errorf("--columns %d is not a multiple of %d", values.columns, (int)FUSED_N));
+    if (values.depth % FUSED_K)
+        die_if(errorf("--depth %d is not a multiple of %d", values.depth, (int)FUSED_K));
     ladder_open(&ladder, (size_t)512 << 20);
     Context *context = &ladder.context;
     CHECK_CUBLAS(cublasCreate(&context->cublas));
