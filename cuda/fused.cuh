@@ -96,6 +96,9 @@ struct SiluEpilogue {
         if (other) prefetch_bytes(other + at, bytes);
     }
     __host__ __device__ bool gated() const { return other != nullptr; }
+    __device__ void prefetch_inputs(int64_t at) const { // 64 numbers
+        if (other) prefetch_line(other + at);
+    }
     __device__ void load(Inputs *in, int64_t at, bool gate) const {
         if (gate) in->other = load_eight(other + at);
     }
@@ -140,6 +143,10 @@ struct GateEpilogue {
         if (a) prefetch_bytes(a + at, bytes);
     }
     __host__ __device__ bool gated() const { return a != nullptr; }
+    __device__ void prefetch_inputs(int64_t at) const {
+        prefetch_line(x + at);
+        if (a) prefetch_line(a + at);
+    }
     __device__ void load(Inputs *in, int64_t at, bool gate) const {
         in->x = load_eight(x + at);
         if (gate) in->a = load_eight(a + at);
@@ -336,8 +343,10 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
  */
 
 /* What a kernel is made for. WRITER_WARPS: 3, or 0: the multiplying warps do all epilogues themselves as in the
- * first version, which leaves room for a place more. */
-template <int ROWS, int COLUMNS, int WRITER_WARPS> struct Team {
+ * first version, which leaves room for a place more. PREFETCH: a parcel ahead, what the epilogue will read is
+ * brought into the second cache. */
+template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true> struct Team {
+    static constexpr bool PREFETCHES = PREFETCH && WRITER_WARPS > 0;
     static constexpr int CLUSTER_ROWS = ROWS, CLUSTER_COLUMNS = COLUMNS, CLUSTER = ROWS * COLUMNS,
                          WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
                          PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = PLACES + 1,
@@ -481,6 +490,12 @@ template <typename E, bool GATED> struct Parcel {
         asm volatile("" : "+r"(columns)); // so that no product of it waits in a register for the next parcel
     }
     /* A row behind the matrix's last reads the last's numbers; its products are 0, and none is written. */
+    /* A line is 64 numbers, a quarter of a row. */
+    __device__ void prefetch() const {
+#pragma unroll
+        for (int line = (int)threadIdx.x % WARP_SIZE; line < FUSED_WARP_ROWS * 4; line += WARP_SIZE)
+            if (line / 4 < rows) epilogue.prefetch_inputs(line / 4 * columns + line % 4 * (FUSED_N / 4));
+    }
     __device__ void load(typename E::Inputs *in, int batch, int i) const {
         epilogue.load(in, min(row_of(batch, i), rows - 1) * columns + piece_of(batch) * FUSED_VEC, GATED);
     }
@@ -551,6 +566,7 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
     for (; walk.goes_on(); walk.next(), tile++) {
         float d[128];
         int last = -1; // the place of the piece before
+        if (T::PREFETCHES && walk.last()) Parcel<E, GATED>(epilogue, walk, parcel, rows, columns).prefetch();
         for (int piece = 0; piece < pieces; piece++) {
             const char *a = memory.place(place) + group * (FUSED_A_BYTES / 2),
                        *b = memory.place(place) + FUSED_A_BYTES;
@@ -610,16 +626,18 @@ __device__ inline void write_tiles(const E &epilogue, TeamMemory<T> memory, Team
     Parcel<E, GATED> coming(epilogue, walk, number, rows, columns);
 #pragma unroll
     for (int i = 0; i < FUSED_BATCH; i++) coming.load(&in[i], 0, i);
-    while (!walk.last()) {
+    for (bool more = true; more;) {
         Parcel<E, GATED> parcel = coming;
-        int mine = number;
-        barrier_wait(memory.staged(mine / (WARPGROUP / WARP_SIZE)), tiles & 1);
+        int mine = number, parity = tiles & 1;
+        number += T::WRITERS;
+        if (number >= T::PARCELS) number -= T::PARCELS, tiles++, walk.next(), go_inside();
+        more = !walk.last();
+        if (T::PREFETCHES && more) Parcel<E, GATED>(epilogue, walk, number, rows, columns).prefetch();
+        barrier_wait(memory.staged(mine / (WARPGROUP / WARP_SIZE)), parity);
         auto when_read = [&] {
             __syncwarp(); // all lanes have read the parcel
             if (threadIdx.x % WARP_SIZE == 0) barrier_arrive(memory.drained(mine));
-            number += T::WRITERS;
-            if (number >= T::PARCELS) number -= T::PARCELS, tiles++, walk.next(), go_inside();
-            if (!walk.last()) coming = Parcel<E, GATED>(epilogue, walk, number, rows, columns);
+            if (more) coming = Parcel<E, GATED>(epilogue, walk, number, rows, columns);
         };
         /* after the last parcel it asks for that one's numbers again */
         write_parcel(parcel, memory.parcel(mine), in, when_read,

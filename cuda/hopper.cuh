@@ -181,6 +181,13 @@ __device__ inline void prefetch_bytes(const void *from, int bytes) {
 #endif
 }
 
+/* Brings the 128 bytes around an address into the second cache. */
+__device__ inline void prefetch_line(const void *at) {
+#if HOPPER_CODE
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 using EncodeTiled = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                  const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
                                  CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,

@@ -149,15 +149,16 @@ static void with_epilogue(Context *context, const Arguments &set, const Paramete
     launch(GateEpilogue{set.one, s.gated ? set.two : nullptr, set.three, set.x, gate, partial, (int)s.columns});
 }
 
-/* The teams to compare: name, rows and columns of the cluster, writing warps, idea. */
+/* The teams to compare: name, rows and columns of the cluster, writing warps, prefetching, idea. */
 #define TEAMS(X)                                                                                            \
-    X("cluster_2x1", 2, 1, 0, "pairs of multiprocessors copy the weight for each other")                    \
-    X("cluster_2x2", 2, 2, 0, "fours share rows and weight")                                                \
-    X("team_1x1", 1, 1, 3, "three warps write a tile while the next is multiplied")                         \
-    X("team_2x1", 2, 1, 3, "both: pairs, and warps that write")                                             \
-    X("team_1x2", 1, 2, 3, "pairs that share rows")                                                         \
-    X("team_4x1", 4, 1, 3, "fours that share the weight")                                                   \
-    X("team_2x2", 2, 2, 3, "fours that share rows and weight")
+    X("cluster_2x1", 2, 1, 0, true, "pairs of multiprocessors copy the weight for each other")              \
+    X("cluster_2x2", 2, 2, 0, true, "fours share rows and weight")                                          \
+    X("team_1x1", 1, 1, 3, true, "three warps write a tile while the next is multiplied")                   \
+    X("team_2x1", 2, 1, 3, true, "both: pairs, and warps that write")                                       \
+    X("team_1x2", 1, 2, 3, true, "pairs that share rows")                                                   \
+    X("team_4x1", 4, 1, 3, true, "fours that share the weight")                                             \
+    X("team_2x2", 2, 2, 3, true, "fours that share rows and weight")                                        \
+    X("team_2x1_unasked", 2, 1, 3, false, "pairs, without prefetching what the epilogue reads")
 
 /* ----------------------------------------------------------------------------------------------------------
  * The program
@@ -209,10 +210,10 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
           [&](const auto &epilogue, const Arguments &set) {
               fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
           });
-#define X(name, ROWS, COLUMNS, WRITERS, idea)                                                               \
+#define X(name, ROWS, COLUMNS, WRITERS, PREFETCH, idea)                                                     \
     fused(name, idea, [&](const auto &epilogue, const Arguments &set) {                                     \
-        team_product<Team<ROWS, COLUMNS, WRITERS>>(context, epilogue, set.in, p.weight, s.rows, s.columns,  \
-                                                   s.depth);                                                \
+        team_product<Team<ROWS, COLUMNS, WRITERS, PREFETCH>>(context, epilogue, set.in, p.weight, s.rows,   \
+                                                             s.columns, s.depth);                           \
     });
     TEAMS(X)
 #undef X
