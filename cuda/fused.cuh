@@ -10,6 +10,9 @@
  *     copies   | piece 0 | piece 1 | piece 2 | ...       a ring of 4 places in shared memory; `full` and `empty`
  *     products           | piece 0 | piece 1 | ...       barriers hand each place to and fro
  *
+ * That is the first version; the second, below, lets neighbouring blocks share what they copy and keeps the
+ * tensor cores busy during an epilogue.
+ *
  * Everything else (other devices, float, dropout, sizes that tiles do not divide) takes the product of
  * matmul.cuh and the kernel of pointwise.cuh; the results are the same but for the order of sums.
  */
