@@ -569,7 +569,8 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
     for (; walk.goes_on(); walk.next(), tile++) {
         float d[128];
         int last = -1; // the place of the piece before
-        if (T::PREFETCHES && walk.last()) Parcel<E, GATED>(epilogue, walk, parcel, rows, columns).prefetch();
+        if (T::PREFETCHES && walk.last() && walk.inside())
+            Parcel<E, GATED>(epilogue, walk, parcel, rows, columns).prefetch();
         for (int piece = 0; piece < pieces; piece++) {
             const char *a = memory.place(place) + group * (FUSED_A_BYTES / 2),
                        *b = memory.place(place) + FUSED_A_BYTES;
