@@ -269,11 +269,9 @@ int main(int argc, char **argv) {
         die_if(errorf("--depth %d is not a multiple of %d", values.depth, (int)FUSED_K));
     ladder_open(&ladder, (size_t)512 << 20);
     Context *context = &ladder.context;
-    CHECK_CUBLAS(cublasCreate(&context->cublas));
-    CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
-    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
-    context->cublas_workspace_bytes = (size_t)32 << 20;
+    start_products(context);
     context->cublas_workspace = ladder_allocate<char>((int64_t)context->cublas_workspace_bytes);
+    use_workspace(context);
     context->hopper = hopper_code(context, (int *)context->scratch);
     if (!context->hopper) printf("this device or this build knows no wgmma: the fused versions are left out\n");
     if (values.rows) {
