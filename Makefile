@@ -409,6 +409,7 @@ $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/be
 
 # Kernel ladders: versions of one kernel under one harness. They run on a GPU only and are not part of `all`.
 $(BUILD)/ladder_%: dev/ladder_%.cu $(BUILD)/flags
-	$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $@.d $< -o $@
+	$(NVCC) $(NVCCFLAGS) -MMD -MP -MF $@.d $< -o $@ $(LADDER_LIBS)
+$(BUILD)/ladder_products: LADDER_LIBS = -lcublas -lcublasLt
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/install/*.d)

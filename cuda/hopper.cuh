@@ -1,5 +1,6 @@
 /* hopper.cuh - the instructions of compute capability 9.0 that C++ has no names for: matrix products of four
- * warps out of shared memory, tiles copied into it by hardware, and the barriers that count their bytes.
+ * warps out of shared memory, tiles copied into it by hardware, the barriers that count their bytes, and
+ * clusters, whose blocks run at the same time and reach each other's shared memory.
  *
  * They exist in code for the target sm_90a only. Everything that uses them asks hopper_code() first and has
  * another way.
@@ -62,18 +63,67 @@ __device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "memory");
 #endif
 }
-/* Waits for the end of the phase of this parity. */
+/* Waits for the end of the phase of this parity. With -DFUSED_WATCHDOG a wait of 2^31 clocks, more than a
+ * second, ends the program with an error: for kernels that have not run yet. */
+#ifdef FUSED_WATCHDOG
+#define WATCH_START "mov.u64 start, %%clock64;\n"
+#define WATCH                                                                                               \
+    "mov.u64 now, %%clock64;\n"                                                                             \
+    "sub.u64 now, now, start;\n"                                                                            \
+    "setp.gt.u64 late, now, 2147483648;\n"                                                                  \
+    "@late trap;\n"
+#else
+#define WATCH_START
+#define WATCH
+#endif
 __device__ inline void barrier_wait(uint64_t *barrier, int parity) {
 #if HOPPER_CODE
     asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
+                 ".reg .pred done, late;\n"
+                 ".reg .b64 start, now;\n" WATCH_START "again:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra ready;\n"
-                 "bra again;\n"
+                 "@done bra ready;\n" WATCH "bra again;\n"
                  "ready:\n"
                  "}" ::"r"(shared_address(barrier)),
                  "r"(parity)
+                 : "memory");
+#endif
+}
+
+/* ---- clusters ---- */
+
+/* The block's number in its cluster. */
+__device__ inline int cluster_rank() {
+    int rank = 0;
+#if HOPPER_CODE
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+/* Makes initialised barriers known to the other blocks of the cluster and to what they copy. */
+__device__ inline void cluster_barriers_ready() {
+#if HOPPER_CODE
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+/* All threads of all blocks of the cluster meet, each warp as one. */
+__device__ inline void cluster_sync() {
+#if HOPPER_CODE
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+#endif
+}
+/* Arrives at the same barrier of another block of the cluster, or of this one. It hands no stores over: to do
+ * that it would have to wait for all of the thread's. */
+__device__ inline void barrier_arrive_at(uint64_t *barrier, int rank) {
+#if HOPPER_CODE
+    asm volatile("{\n"
+                 ".reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(rank)
                  : "memory");
 #endif
 }
@@ -91,10 +141,50 @@ __device__ inline void load_tile(void *to, const CUtensorMap *map, int row, int 
 #endif
 }
 
+/* The same for several blocks of a cluster at once: bit i of `blocks` is block i. The tile comes to the same
+ * address of each, and each one's barrier at the same address counts its bytes. */
+__device__ inline void load_tile_for(unsigned blocks, void *to, const CUtensorMap *map, int row, int column,
+                                     uint64_t *barrier) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)blocks)
+                 : "memory");
+#endif
+}
+
+/* Asks for bytes, a multiple of 16, from a multiple of 16 on; `barrier` counts them. */
+__device__ inline void load_bytes(void *to, const void *from, int bytes, uint64_t *barrier) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+#endif
+}
+
+/* Four matrices of 8 x 8 bf16 into shared memory. A lane's word[m] is two neighbouring columns of matrix m,
+ * row lane / 4, columns 2 (lane mod 4) and the next; `row`: where row (lane mod 8) of matrix lane / 8 goes,
+ * 16 bytes. Loads may pass it: __syncwarp() before these bytes are read. */
+__device__ inline void store_matrices(char *row, const uint32_t (&word)[4]) {
+#if HOPPER_CODE
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(row)),
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]));
+#endif
+}
+
 /* Brings bytes, a multiple of 16, into the second cache. */
 __device__ inline void prefetch_bytes(const void *from, int bytes) {
 #if HOPPER_CODE
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/* Brings the 128 bytes around an address into the second cache. */
+__device__ inline void prefetch_line(const void *at) {
+#if HOPPER_CODE
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
 }
 
@@ -198,6 +288,53 @@ __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, b
                  : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
 #endif
 }
+
+/* sigmoid of common.cuh in four instructions: without the care for exponentials under 2^-126, to which 1 is
+ * added anyway, and for quotients under 2^-126, which are 0 here. All other numbers are the same. */
+__device__ inline float quick_sigmoid(float x) {
+    float result = 0;
+#if HOPPER_CODE
+    float power = x * -1.44269504088896340736f; // log2 e
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(power));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+#endif
+    return result;
+}
+
+/* ---- launching clusters ---- */
+
+static inline cudaLaunchConfig_t cluster_launch(Context *context, cudaLaunchAttribute *attribute,
+                                                unsigned blocks, int cluster, int threads, size_t bytes) {
+    cudaLaunchConfig_t config = {};
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = (unsigned)cluster;
+    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    config.gridDim = dim3(blocks), config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = bytes, config.stream = context->stream;
+    config.attrs = attribute, config.numAttrs = 1;
+    return config;
+}
+/* How many clusters of so many blocks the device runs at the same time. */
+template <typename Kernel>
+static int clusters_at_once(Context *context, Kernel kernel, int cluster, int threads, size_t bytes) {
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config =
+        cluster_launch(context, &attribute, (unsigned)cluster, cluster, threads, bytes);
+    int count = 0;
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+    REQUIRE(count > 0);
+    return count;
+}
+/* kernel has been asked for clusters_at_once. */
+#define LAUNCH_CLUSTERS(kernel, clusters, cluster, threads, bytes, context, ...)                            \
+    do {                                                                                                    \
+        cudaLaunchAttribute attribute_;                                                                     \
+        unsigned blocks_ = (unsigned)((clusters) * (cluster));                                              \
+        cudaLaunchConfig_t config_ =                                                                        \
+            cluster_launch(context, &attribute_, blocks_, cluster, threads, bytes);                         \
+        CHECK_CUDA(cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__));                                      \
+    } while (0)
 
 /* ---- is there such code, and a device for it? ---- */
 

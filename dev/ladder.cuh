@@ -37,6 +37,7 @@ struct Ladder {
     double peak;     /* bytes of device memory a second, as rated */
     size_t cache;    /* bytes of the second-level cache */
     double first_ms; /* of the first version; 0 before it ran */
+    double flop;     /* of a run, for versions that are bound by arithmetic; 0: not told */
     bool wrong, any; /* was a version wrong; did one run */
 };
 
@@ -139,17 +140,67 @@ template <typename T> struct LadderOutput {
     int64_t count;
     const std::vector<double> *truth;
     double tolerance;
+    const double *on_device; /* the truth there instead, where it is large; NULL: truth */
 };
 
-/* RMS(x - truth) / RMS(truth) of one output; NaN is infinitely wrong. */
-template <typename T> static double ladder_error(Ladder *ladder, const LadderOutput<T> &output) {
-    std::vector<double> ours = ladder_fetch(ladder, output.x, output.count);
-    double difference = 0, size = 0;
-    for (size_t i = 0; i < ours.size(); i++) {
-        double d = ours[i] - (*output.truth)[i];
-        difference += d * d, size += (*output.truth)[i] * (*output.truth)[i];
+/* What a block finds out: sums of (x - truth)^2 and truth^2, and the largest |x - truth| / (|truth| + typical).
+ */
+struct LadderSums { double difference, size, largest; };
+enum { LADDER_SUM_BLOCKS = 1024, LADDER_SUM_THREADS = 256 };
+
+/* computes: LadderSums of each block's share
+ * launch:   grid 1024, block 256: a thread takes every 262,144th
+ * traffic:  count (sizeof(T) + 8) bytes
+ * needs:    nothing
+ * numerics: double, fixed order */
+template <typename T>
+__global__ void ladder_error_kernel(LadderSums *sums, const T *x, const double *truth, int64_t count,
+                                    double typical) {
+    __shared__ double shared[LADDER_SUM_THREADS / WARP_SIZE];
+    __shared__ float shared_largest[LADDER_SUM_THREADS / WARP_SIZE];
+    LadderSums own = {};
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
+         i += (int64_t)gridDim.x * blockDim.x) {
+        double d = (double)to_float(x[i]) - truth[i];
+        own.difference += d * d, own.size += truth[i] * truth[i];
+        own.largest = fmax(own.largest, fabs(d) / (fabs(truth[i]) + typical));
     }
-    double error = std::sqrt(difference / size);
+    own.difference = block_sum(own.difference, shared);
+    own.size = block_sum(own.size, shared);
+    own.largest = block_max((float)own.largest, shared_largest);
+    if (threadIdx.x == 0) sums[blockIdx.x] = own;
+}
+template <typename T>
+static LadderSums ladder_sums(Ladder *ladder, const T *x, const double *truth, int64_t count, double typical) {
+    ScratchScope scope(&ladder->context);
+    LadderSums *sums = take<LadderSums>(&ladder->context, LADDER_SUM_BLOCKS), all = {};
+    LAUNCH(ladder_error_kernel<T>, LADDER_SUM_BLOCKS, LADDER_SUM_THREADS, &ladder->context, sums, x, truth,
+           count, typical);
+    std::vector<double> each = ladder_fetch(ladder, (const double *)sums, 3 * LADDER_SUM_BLOCKS);
+    for (size_t i = 0; i < each.size(); i += 3) {
+        all.difference += each[i], all.size += each[i + 1];
+        all.largest = std::max(all.largest, each[i + 2]);
+    }
+    return all;
+}
+
+/* RMS(x - truth) / RMS(truth) of one output; NaN is infinitely wrong. With the truth on the device also an
+ * eighth of the largest error of a number, by its size and RMS(truth): a few wrong ones do not hide. */
+template <typename T> static double ladder_error(Ladder *ladder, const LadderOutput<T> &output) {
+    double difference = 0, size = 0, largest = 0;
+    if (output.on_device) {
+        LadderSums sums = ladder_sums(ladder, output.x, output.on_device, output.count, 1.0);
+        difference = sums.difference, size = sums.size;
+        double typical = std::sqrt(size / (double)output.count);
+        largest = ladder_sums(ladder, output.x, output.on_device, output.count, typical).largest;
+    } else {
+        std::vector<double> ours = ladder_fetch(ladder, output.x, output.count);
+        for (size_t i = 0; i < ours.size(); i++) {
+            double d = ours[i] - (*output.truth)[i];
+            difference += d * d, size += (*output.truth)[i] * (*output.truth)[i];
+        }
+    }
+    double error = std::max(std::sqrt(difference / size), largest / 8);
     return std::isfinite(error) ? error : INFINITY;
 }
 
@@ -188,6 +239,7 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
     (poison(outputs.x, (size_t)outputs.count * sizeof(T)), ...);
     run(0);
     const char *worst = "";
+    char rate[32] = "";
     double largest = 0, ratio = 0;
     bool wrong = false;
     auto judge = [&](const char *output, double error, double tolerance) {
@@ -198,8 +250,13 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
     (judge(outputs.name, ladder_error(ladder, outputs), outputs.tolerance), ...);
     double ms = ladder_time(ladder, sets, run);
     if (ladder->first_ms == 0) ladder->first_ms = ms;
-    printf("%-22s %9.4f %8.0f %5.1f%% %7.1fx %9.1e  %s\n", name, ms, bytes / ms / 1e6,
-           100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, idea);
+    if (ladder->flop > 0) {
+        /* after many runs once more, which is cheap there: a race does not show itself in every run */
+        (judge(outputs.name, ladder_error(ladder, outputs), outputs.tolerance), ...);
+        snprintf(rate, sizeof rate, "%.0f TFLOP/s: ", ladder->flop / ms * 1e-9);
+    }
+    printf("%-22s %9.4f %8.0f %5.1f%% %7.1fx %9.1e  %s%s\n", name, ms, bytes / ms / 1e6,
+           100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, rate, idea);
     if (wrong)
         printf("%-22s WRONG: %s is off by %.2e, %.1f times what it may\n", name, worst, largest, ratio);
     ladder->wrong = ladder->wrong || wrong;

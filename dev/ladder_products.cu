@@ -1,0 +1,286 @@
+/* ladder_products.cu - products with SiLU and gates in their epilogue, from cuBLAS and a kernel after it to
+ * clusters of multiprocessors that share operands and write one tile while they multiply the next.
+ *
+ * The last versions of each direction are those of cuda/fused.cuh, called, not copied: `fused` is its first
+ * kernel, `cluster` and `team` its second without and with warps that only write, for several clusters. The
+ * products are those of the models that the speed targets name; truth is computed on the device, in double.
+ *
+ * A kernel that has never run may hang. -DFUSED_WATCHDOG ends the program when a barrier is waited for longer
+ * than a second.
+ */
+#include "ladder.cuh"
+
+#include "../cuda/fused.cuh"
+
+#define OPTIONS(X)                                                                                          \
+    X(TEXT, product, NULL, 0, 0, "NAME", "Size", "only this one of the models' products")                   \
+    X(INT, rows, "0", 0, 1048576, "ROWS", "Size", "one product of other sizes, both ways: rows")            \
+    X(INT, columns, "2048", 256, 65536, "COLUMNS", "Size", "its columns, a multiple of 256")                \
+    X(INT, depth, "1024", 64, 65536, "DEPTH", "Size", "the numbers a product adds up, a multiple of 64")
+struct Values {
+    OPTIONS(OPTION_MEMBER)
+};
+static const Option options[] = {OPTIONS(OPTION_ROW)};
+
+/* A product of rows,depth and depth,columns; gated: with a second factor beside the SiLU's. */
+struct Shape {
+    const char *name;
+    int64_t rows, columns, depth;
+    bool backward, gated, biased; /* biased: adds one; in the backward, its gradient is wanted */
+};
+/* mega200M's with 8 x 4,096 tokens, mega1.3B's with 4 x 4,096. In the backward, h is wanted once more. */
+static const Shape shapes[] = {
+    {"mega200M/wv", 32768, 2048, 1024, false, false, true},
+    {"mega200M/wr", 32768, 2048, 1024, false, true, true},
+    {"mega200M/fc1", 32768, 2560, 1024, false, false, false},
+    {"mega200M/wh2", 32768, 2048, 1024, true, true, true},
+    {"mega200M/fc2", 32768, 2560, 1024, true, false, false},
+    {"mega1.3B/wv", 16384, 4096, 2048, false, false, true},
+    {"mega1.3B/wr", 16384, 4096, 2048, false, true, true},
+    {"mega1.3B/fc1", 16384, 4864, 2048, false, false, false},
+    {"mega1.3B/wh2", 16384, 4096, 2048, true, true, true},
+    {"mega1.3B/fc2", 16384, 4864, 2048, true, false, false},
+};
+
+/* One set of arguments: in (rows,depth); one, two, three (rows,columns) are written: y, h, or dx, da, h; x
+ * and other (rows,columns) are read: of x the backward's, of other the gate. */
+struct Arguments { bf16 *in, *one, *two, *three, *x, *other; };
+/* Common to all sets: weight (columns,depth) or, backward, (depth,columns); bias and dbias (columns). */
+struct Parameters {
+    bf16 *weight, *bias;
+    float *dbias;
+};
+struct Truth { double *one, *two, *three, *dbias; };
+
+/* ----------------------------------------------------------------------------------------------------------
+ * 1. naive: a thread owns a number of the product
+ */
+
+enum { SIDE = 16 };
+
+/* computes: y = in W^T + bias, h = silu(y) other; or g = in W, dx = g a silu'(x), da = g silu(x), h = a silu(x)
+ * launch:   grid (ceil(columns / 16), ceil(rows / 16)), block (16, 16): a thread owns a number; tiles of the
+ *           operands go through shared memory
+ * traffic:  a sixteenth of 2 rows columns depth sizeof(bf16) bytes, most of it from the caches
+ * needs:    depth a multiple of 16
+ * numerics: Real */
+template <typename Real, typename Out>
+__global__ void naive_kernel(Out *one, Out *two, Out *three, const bf16 *in, const bf16 *weight,
+                             const bf16 *bias, const bf16 *x, const bf16 *other, Shape s) {
+    __shared__ Real a[SIDE][SIDE + 1], b[SIDE][SIDE + 1];
+    int i = (int)threadIdx.y, j = (int)threadIdx.x;
+    int64_t row = (int64_t)blockIdx.y * SIDE + i, column = (int64_t)blockIdx.x * SIDE + j,
+            other_column = (int64_t)blockIdx.x * SIDE + i;
+    Real sum = 0;
+    for (int64_t k = 0; k < s.depth; k += SIDE) {
+        a[i][j] = row < s.rows ? (Real)to_float(in[row * s.depth + k + j]) : (Real)0;
+        b[i][j] = s.backward ? (Real)to_float(weight[(k + i) * s.columns + column])
+                             : (Real)to_float(weight[other_column * s.depth + k + j]);
+        __syncthreads(); // the tiles are there
+        for (int d = 0; d < SIDE; d++) sum += a[i][d] * (s.backward ? b[d][j] : b[j][d]);
+        __syncthreads(); // all have read them
+    }
+    if (row >= s.rows) return;
+    int64_t at = row * s.columns + column;
+    Real gate = s.gated ? (Real)to_float(other[at]) : (Real)1;
+    if (!s.backward) {
+        if (s.biased) sum += (Real)to_float(bias[column]);
+        one[at] = (Out)sum, two[at] = (Out)(sum / (1 + (Real)exp(-(double)sum)) * gate);
+        return;
+    }
+    Real v = (Real)to_float(x[at]), logistic = 1 / (1 + (Real)exp(-(double)v));
+    one[at] = (Out)(sum * gate * logistic * (1 + v * (1 - logistic)));
+    if (s.gated) two[at] = (Out)(sum * v * logistic);
+    three[at] = (Out)(gate * v * logistic);
+}
+static void naive_product(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
+    dim3 grid(blocks_for(s.columns, SIDE), blocks_for(s.rows, SIDE)), block(SIDE, SIDE);
+    LAUNCH((naive_kernel<float, bf16>), grid, block, context, set.one, set.two, set.three, set.in, p.weight,
+           p.bias, set.x, set.other, s);
+    if (s.backward && s.biased) add_column_sums(context, p.dbias, set.one, s.rows, s.columns);
+}
+
+/* computes: dbias[j] = sum over rows of dx[row, j], in double
+ * launch:   grid ceil(columns / 256), block 256: a thread owns a column
+ * traffic:  8 rows columns bytes
+ * needs:    nothing
+ * numerics: double */
+__global__ static void column_truth_kernel(double *dbias, const double *dx, Shape s) {
+    int64_t j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= s.columns) return;
+    double sum = 0;
+    for (int64_t row = 0; row < s.rows; row++) sum += dx[row * s.columns + j];
+    dbias[j] = sum;
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * 2. cuBLAS and a kernel after it; 3. one kernel
+ */
+
+static void cublas_product(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
+    if (s.backward)
+        linear_backward_input<bf16>(context, set.one, false, set.in, p.weight, s.rows, s.depth, s.columns);
+    else
+        linear_forward<bf16>(context, set.one, set.in, p.weight, s.biased ? p.bias : nullptr, nullptr, s.rows,
+                             s.columns, s.depth);
+}
+static void cublas_and_kernel(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
+    const bf16 *gate = s.gated ? set.other : nullptr;
+    cublas_product(context, set, p, s);
+    if (s.backward)
+        silu_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
+                                 s.biased ? p.dbias : nullptr, set.one, set.x, gate, s.rows, s.columns,
+                                 no_dropout());
+    else
+        silu_gate<bf16>(context, set.two, nullptr, set.one, gate, s.rows * s.columns, no_dropout());
+}
+
+/* launch(epilogue) starts one of the kernels of fused.cuh. */
+template <typename Launch>
+static void with_epilogue(Context *context, const Arguments &set, const Parameters &p, const Shape &s,
+                          const Launch &launch) {
+    const bf16 *gate = s.gated ? set.other : nullptr;
+    if (!s.backward) {
+        launch(SiluEpilogue{set.one, set.two, s.biased ? p.bias : nullptr, gate});
+        return;
+    }
+    float *partial = take_sum(context, s.biased ? p.dbias : nullptr,
+                              ceil_div(s.rows, FUSED_M) * (FUSED_M / FUSED_WARP_ROWS), s.columns);
+    launch(GateEpilogue{set.one, s.gated ? set.two : nullptr, set.three, set.x, gate, partial, (int)s.columns});
+}
+
+/* The teams to compare: name, rows and columns of the cluster, writing warps, prefetching, idea. */
+#define TEAMS(X)                                                                                            \
+    X("cluster_2x1", 2, 1, 0, true, "pairs of multiprocessors copy the weight for each other")              \
+    X("cluster_2x2", 2, 2, 0, true, "fours share rows and weight")                                          \
+    X("team_1x1", 1, 1, 3, true, "three warps write a tile while the next is multiplied")                   \
+    X("team_2x1", 2, 1, 3, true, "both: pairs, and warps that write")                                       \
+    X("team_1x2", 1, 2, 3, true, "pairs that share rows")                                                   \
+    X("team_4x1", 4, 1, 3, true, "fours that share the weight")                                             \
+    X("team_2x2", 2, 2, 3, true, "fours that share rows and weight")                                        \
+    X("team_2x1_unasked", 2, 1, 3, false, "pairs, without prefetching what the epilogue reads")
+
+/* ----------------------------------------------------------------------------------------------------------
+ * The program
+ */
+
+static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Parameters &p, const Truth &truth,
+                  const Shape &s) {
+    Context *context = &ladder->context;
+    int64_t size = s.rows * s.columns;
+    int count = (int)sets.size(), arrays = s.backward ? 3 + 2 * s.gated : 2 + s.gated;
+    double bytes = (double)sizeof(bf16) * (double)(arrays * size + s.rows * s.depth + s.columns * s.depth);
+    /* Rounding to bf16 leaves 1.7e-3 each time: the product is rounded, then what comes of it. */
+    LadderOutput<bf16> one = {s.backward ? "dx" : "y", sets[0].one, size, nullptr, 4e-3, truth.one},
+                       two = {s.backward ? "da" : "h", sets[0].two, size, nullptr, 4e-3, truth.two},
+                       three = {"h", sets[0].three, size, nullptr, 4e-3, truth.three};
+    LadderOutput<float> dbias = {"dbias", p.dbias, s.columns, nullptr, 4e-3, truth.dbias};
+    ladder->flop = 2.0 * (double)size * (double)s.depth, ladder->first_ms = 0;
+    printf("%s: %lld rows, %lld columns, depth %lld, %s\n", s.name, (long long)s.rows, (long long)s.columns,
+           (long long)s.depth, s.backward ? "backward" : "forward");
+    auto step = [&](const char *name, const char *idea, auto version) {
+        auto run = [&](int i) {
+            clear(context, p.dbias, (size_t)s.columns * sizeof(float)); // sums are added to it
+            version(sets[(size_t)i]);
+            add_sums(context);
+        };
+        if (!s.backward)
+            ladder_step(ladder, name, idea, bytes, count, run, one, two);
+        else if (s.gated && s.biased)
+            ladder_step(ladder, name, idea, bytes, count, run, one, two, three, dbias);
+        else
+            ladder_step(ladder, name, idea, bytes, count, run, one, three);
+    };
+    auto fused = [&](const char *name, const char *idea, auto launch) {
+        step(name, idea, [&](const Arguments &set) {
+            with_epilogue(context, set, p, s, [&](const auto &epilogue) { launch(epilogue, set); });
+        });
+    };
+    int repeats = ladder->options.repeats;
+    ladder->options.repeats = std::min(repeats, 3); // it takes a hundred times as long as the others
+    step("naive", "a thread owns a number, tiles in shared memory",
+         [&](const Arguments &set) { naive_product(context, set, p, s); });
+    ladder->options.repeats = repeats;
+    ladder_step(ladder, "cublas_alone", "the product, without SiLU and gate", bytes, count,
+                [&](int i) { cublas_product(context, sets[(size_t)i], p, s); });
+    step("cublas", "tensor cores; the product is written, read, written",
+         [&](const Arguments &set) { cublas_and_kernel(context, set, p, s); });
+    if (!context->hopper) return;
+    fused("fused", "the gate goes into the product's epilogue",
+          [&](const auto &epilogue, const Arguments &set) {
+              fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
+          });
+#define X(name, ROWS, COLUMNS, WRITERS, PREFETCH, idea)                                                     \
+    fused(name, idea, [&](const auto &epilogue, const Arguments &set) {                                     \
+        team_product<Team<ROWS, COLUMNS, WRITERS, PREFETCH>>(context, epilogue, set.in, p.weight, s.rows,   \
+                                                             s.columns, s.depth);                           \
+    });
+    TEAMS(X)
+#undef X
+}
+
+/* The truth of set 0. */
+static void compute_truth(Ladder *ladder, const Truth &truth, const Arguments &set, const Parameters &p,
+                          const Shape &s) {
+    dim3 grid(blocks_for(s.columns, SIDE), blocks_for(s.rows, SIDE)), block(SIDE, SIDE);
+    LAUNCH((naive_kernel<double, double>), grid, block, &ladder->context, truth.one, truth.two, truth.three,
+           set.in, p.weight, p.bias, set.x, set.other, s);
+    if (s.backward)
+        LAUNCH(column_truth_kernel, blocks_for(s.columns, 256), 256, &ladder->context, truth.dbias, truth.one,
+               s);
+}
+
+static void climb_shape(Ladder *ladder, const Shape &s) {
+    int64_t size = s.rows * s.columns;
+    std::vector<void *> all;
+    auto numbers = [&](int64_t count) {
+        return all.push_back(ladder_allocate<bf16>(count)), (bf16 *)all.back();
+    };
+    auto truths = [&](int64_t count) {
+        return all.push_back(ladder_allocate<double>(count)), (double *)all.back();
+    };
+    Parameters p = {numbers(s.columns * s.depth), numbers(s.columns), ladder_allocate<float>(s.columns)};
+    Truth truth = {truths(size), truths(size), truths(size), truths(s.columns)};
+    all.push_back(p.dbias);
+    ladder_fill(ladder, p.weight, s.columns * s.depth, 1, 0.0f, 1.0f / std::sqrt((float)s.depth));
+    ladder_fill(ladder, p.bias, s.columns, 2, 0.0f, 0.5f);
+    std::vector<Arguments> sets((size_t)ladder_sets(ladder, 2.0 * (double)size * sizeof(bf16)));
+    for (size_t i = 0; i < sets.size(); i++) {
+        sets[i] = Arguments{numbers(s.rows * s.depth), numbers(size), numbers(size),
+                            numbers(size),             numbers(size), numbers(size)};
+        ladder_fill(ladder, sets[i].in, s.rows * s.depth, 10 + 3 * i, 0.0f, 1.0f);
+        ladder_fill(ladder, sets[i].x, size, 11 + 3 * i, 0.0f, 1.0f);
+        ladder_fill(ladder, sets[i].other, size, 12 + 3 * i, 0.0f, 1.0f);
+    }
+    compute_truth(ladder, truth, sets[0], p, s);
+    climb(ladder, sets, p, truth, s);
+    for (void *memory : all) CHECK_CUDA(cudaFree(memory));
+}
+
+int main(int argc, char **argv) {
+    Ladder ladder;
+    Values values;
+    ladder_options(&ladder, argc, argv, "ladder_products",
+                   "Times products with SiLU and gates, bf16, and checks each version against double.", options,
+                   OPTION_COUNT(options), &values);
+    if (values.columns % FUSED_N)
+        die_if(errorf("--columns %d is not a multiple of %d", values.columns, (int)FUSED_N));
+    if (values.depth % FUSED_K)
+        die_if(errorf("--depth %d is not a multiple of %d", values.depth, (int)FUSED_K));
+    ladder_open(&ladder, (size_t)512 << 20);
+    Context *context = &ladder.context;
+    start_products(context);
+    context->cublas_workspace = ladder_allocate<char>((int64_t)context->cublas_workspace_bytes);
+    use_workspace(context);
+    context->hopper = hopper_code(context, (int *)context->scratch);
+    if (!context->hopper) printf("this device or this build knows no wgmma: the fused versions are left out\n");
+    if (values.rows) {
+        for (int backward = 0; backward < 2; backward++)
+            climb_shape(&ladder, Shape{"these sizes", values.rows, values.columns, values.depth, backward == 1,
+                                       true, true});
+        return ladder_close(&ladder);
+    }
+    for (const Shape &s : shapes)
+        if (!values.product || strcmp(values.product, s.name) == 0) climb_shape(&ladder, s);
+    return ladder_close(&ladder);
+}
