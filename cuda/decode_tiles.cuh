@@ -1,0 +1,588 @@
+/* decode_tiles.cuh - the products of a step of generation on the tensor cores, in bf16.
+ *
+ * What a step waits for is not its arithmetic but the way from the end of one kernel to the end of the next,
+ * so all that can be done before the wait is done there: weights lie in registers and the constants of norms
+ * in shared memory when the input comes. A block has sixteen outputs, its warps share out K in chunks of 32:
+ *
+ *     rows of mma.m16n8k16: 16 outputs (of a gated product: 8 and their 8 gates) | columns: the rows of x
+ *     lane = 4 group + part: weights of outputs group and group + 8, numbers 8 part .. 8 part + 7 of a chunk
+ *
+ * A lane so reads 16 bytes of each output at a time. Which of the product's k a number is does not matter as
+ * long as weights and inputs agree. A plain input goes from memory straight into registers; a normalised one
+ * passes through shared memory as two bf16 whose sum it is to 16 bits.
+ *
+ * With one row, a layer's first kernel also is its TimestepNorm and CEMA (an "opening"): c = Re(sum_k c_k
+ * (q_k h_k + p_k u)) + omega u = response.x + response.y u, where response depends only on the states that
+ * the step before left. Blocks beside those of the layer before's Wh2 compute it, before their wait, and
+ * move that layer's own states on after it. Each block of the opening then makes all of u and c itself.
+ */
+#ifndef CUDA_DECODE_TILES_CUH
+#define CUDA_DECODE_TILES_CUH
+
+#include "decode.cuh"
+
+/* 1: products of a step in bf16 go through these kernels, where sizes allow it. */
+#ifndef DECODE_TILES
+#define DECODE_TILES 0
+#endif
+/* 1: and with one row, layers begin with an opening. */
+#ifndef DECODE_OPENING
+#define DECODE_OPENING 0
+#endif
+
+enum {
+    TILE_OUTPUTS = 16,
+    TILE_CHUNK = 32, /* numbers of K that a warp multiplies at a time */
+    TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
+    TILE_MAX_SHARED = 100 * 1024,
+    TILE_MANY_THREADS = 704, /* so many registers as that leaves: next to 16 warps is room for the next kernel's 8 */
+    TILE_STATE_LANES = 16 /* lanes that share a channel's states */
+};
+
+/* What an opening needs of the step before. response NULL: only the norm. */
+struct DecodePrepared {
+    float2 *response; /* (D) */
+    double *moments;  /* (2G+1): means, variances, 1 / (count + 1) */
+};
+
+/* weight (D), bias (D): TimestepNorm's. mean, var (G): the state, written. u (D): for DecodeStates, where
+ * there is a response. lanes: that share a group, a power of two. */
+struct DecodeOpening {
+    DecodePrepared prepared;
+    const bf16 *weight, *bias;
+    double *mean, *var;
+    float *u;
+    int G, lanes;
+};
+
+/* The states' part of a step: prepared, of the next layer's mean, var (G), h (D,N,2) and omega (D), or of the
+ * final norm's mean and var; and own_h (D,N,2), NULL: none, which moves on by u (D). */
+struct DecodeStates {
+    DecodePrepared prepared;
+    CemaCoefficients coef, own_coef;
+    const float *h, *omega, *u;
+    float *own_h;
+    const double *mean, *var;
+    const int64_t *count;
+    int D, G, N, blocks; /* blocks: set by the launcher; 0 where D is 0 */
+};
+
+struct DecodeTiles {
+    DecodeProducts<bf16> products; /* each product's blocks: its tiles */
+    DecodeOpening opening;
+    DecodeStates states;
+    int tiles, tile_blocks, K;
+    bool opens, plain; /* plain: so are all inputs */
+    int launch; /* the kernel's number in the step, for its timeline */
+};
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Shared memory: constants of a norm, the input in two parts, and what an opening keeps between its phases
+ */
+
+struct TileShared {
+    bf16 *constants; /* (3,K) */
+    bf16 *input;     /* (inputs, 2 parts, M, K + TILE_PAD) */
+    float *x;        /* (K): from here on only in an opening */
+    float2 *response, *statistics; /* (K), (G): mean and 1 / standard deviation */
+    double *moments;               /* (2G+1) */
+};
+
+/* Bytes; with base, also the places. */
+__host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, TileShared *to) {
+    size_t K = (size_t)p.K, G = (size_t)p.opening.G, rows = (size_t)p.products.M;
+    if (p.plain) return 0;
+    size_t constants = 3 * K * sizeof(bf16), used = constants;
+    size_t input = used, inputs = p.opens ? 2 : 1;
+    used += inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16);
+    size_t response = used, x = response + K * sizeof(float2), moments = x + K * sizeof(float);
+    size_t statistics = moments + (2 * G + 2) * sizeof(double);
+    if (p.opens) used = statistics + G * sizeof(float2);
+    if (to)
+        *to = TileShared{(bf16 *)base,                  (bf16 *)(base + input),
+                         (float *)(base + x),           (float2 *)(base + response),
+                         (float2 *)(base + statistics), (double *)(base + moments)};
+    return used;
+}
+
+/* The norm's constants for K numbers, (weight, bias) or an opening's (weight, bias, RMSNorm's weight); absent
+ * ones are 0. By the whole block. */
+template <int THREADS>
+__device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
+    const bf16 *from[] = {p.opens ? p.opening.weight : q.norm_weight,
+                          p.opens ? p.opening.bias : q.norm_bias, p.opens ? q.norm_weight : nullptr};
+    for (int k = (int)threadIdx.x * 8; k < p.K; k += THREADS * 8)
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            *(uint4 *)(to + i * p.K + k) = from[i] ? *(const uint4 *)(from[i] + k) : make_uint4(0, 0, 0, 0);
+}
+
+/* Four numbers as two rows of bf16, `distance` numbers apart, whose sum they are. */
+__device__ inline void tile_split(bf16 *to, int distance, const float (&value)[4]) {
+    float rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) rest[i] = value[i] - to_float(from_float<bf16>(value[i]));
+    store<4>(to, value);
+    store<4>(to + distance, rest);
+}
+
+/* Sum over the `threads` neighbouring threads that share a row, a multiple of 32. scratch: a float a warp, not
+ * used by the call before. */
+__device__ inline float tile_row_sum(float value, int threads, float *scratch) {
+    int warps = threads / WARP_SIZE, first = (int)threadIdx.x / threads * warps;
+    value = warp_sum(value);
+    if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
+    __syncthreads(); // every warp's part is there
+    float total = 0;
+    for (int i = 0; i < warps; i++) total += scratch[first + i];
+    return total;
+}
+
+/* RMSNorm or LayerNorm of all rows, or the rows as they are. threads / (M rounded up to a power of two) threads share a row. */
+template <int WARPS>
+__device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
+                                      const TileShared &shared, float (&scratch)[2][WARPS]) {
+    int K = p.K, M = p.products.M, threads = WARPS * WARP_SIZE;
+    for (int rows = 1; rows < M; rows *= 2) threads /= 2;
+    int row = (int)threadIdx.x / threads, first = (int)threadIdx.x % threads * 4, step = threads * 4;
+    const bf16 *x = q.x + (int64_t)min(row, M - 1) * K;
+    float mean = 0, sum = 0, value[4], weight[4], bias[4];
+    if (q.input == DECODE_LAYERNORM) {
+#pragma unroll 4
+        for (int k = first; k < K; k += step) {
+            load<4>(value, x + k);
+            sum += (value[0] + value[1]) + (value[2] + value[3]);
+        }
+        mean = tile_row_sum(sum, threads, scratch[0]) / (float)K;
+        sum = 0;
+    }
+#pragma unroll 4
+    for (int k = first; k < K; k += step) {
+        load<4>(value, x + k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum = fmaf(value[i] - mean, value[i] - mean, sum);
+    }
+    float rstd = 1.0f / sqrtf(tile_row_sum(sum, threads, scratch[1]) / (float)K + p.products.eps);
+#pragma unroll 1
+    for (int k = first; row < M && k < K; k += step) {
+        load<4>(value, x + k);
+        load<4>(weight, shared.constants + k);
+        load<4>(bias, shared.constants + K + k);
+#pragma unroll
+        for (int i = 0; i < 4 && q.input != DECODE_PLAIN; i++)
+            value[i] = (value[i] - mean) * rstd * (1.0f + weight[i]) + bias[i];
+        tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * The opening of a layer, for one row
+ */
+
+/* Statistics of each group with this step, from x in shared memory; the first block writes them. */
+template <int THREADS> __device__ inline void opening_statistics(const DecodeTiles &p, const TileShared &s) {
+    const DecodeOpening &o = p.opening;
+    int size = p.K / o.G, lane = (int)threadIdx.x % o.lanes;
+    /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
+    for (int first = 0; first < o.G; first += THREADS / o.lanes) {
+        int g = min(first + (int)threadIdx.x / o.lanes, o.G - 1);
+        const float *x = s.x + g * size;
+        float sum = 0, squares = 0;
+        for (int i = lane; i < size; i += o.lanes) sum += x[i];
+        float mean = lanes_sum(sum, o.lanes) / (float)size;
+        for (int i = lane; i < size; i += o.lanes) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+        float var = lanes_sum(squares, o.lanes) / (float)size;
+        if (lane != 0) continue;
+        double share = s.moments[2 * o.G], before = s.moments[g], spread = s.moments[o.G + g];
+        double difference = (double)mean - before, all_mean = before + share * difference;
+        double all_var =
+            spread + share * ((double)var - spread) + share * (1 - share) * difference * difference;
+        s.statistics[g] = make_float2((float)all_mean, 1.0f / sqrtf((float)all_var + p.products.eps));
+        if (blockIdx.x == 0) o.mean[g] = all_mean, o.var[g] = all_var;
+    }
+}
+
+/* Two inputs: u, and c (1 + RMSNorm's weight) without RMSNorm's own factor, which is one number and comes in
+ * at the end. squares[warp]: the sum of the warp's c^2. */
+template <int WARPS>
+__device__ inline void tile_open(const DecodeTiles &p, const bf16 *x, const TileShared &s, float *squares) {
+    constexpr int THREADS = WARPS * WARP_SIZE;
+    const DecodeOpening &o = p.opening;
+    int K = p.K, size = K / o.G;
+    for (int i = (int)threadIdx.x; i < 2 * o.G + 1; i += THREADS) s.moments[i] = o.prepared.moments[i];
+    const bool averages = o.prepared.response != nullptr;
+#pragma unroll 2
+    for (int k = (int)threadIdx.x * 4; k < K; k += THREADS * 4) {
+        float value[4];
+        float4 response[2] = {};
+        if (averages)
+            response[0] = *(const float4 *)(o.prepared.response + k),
+            response[1] = *(const float4 *)(o.prepared.response + k + 2);
+        load<4>(value, x + k);
+        store<4>(s.x + k, value);
+        *(float4 *)(s.response + k) = response[0], *(float4 *)(s.response + k + 2) = response[1];
+    }
+    __syncthreads(); // x, the moments and the response are there
+    opening_statistics<THREADS>(p, s);
+    __syncthreads(); // all groups' statistics are there
+    float sum = 0;
+#pragma unroll 1
+    for (int k = (int)threadIdx.x * 4; k < K; k += THREADS * 4) {
+        float weight[4], bias[4], value[4];
+        load<4>(weight, s.constants + k);
+        load<4>(bias, s.constants + K + k);
+        load<4>(value, s.x + k);
+        int g = k / size, end = (g + 1) * size;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (k + i >= end) g++, end += size;
+            float2 statistics = s.statistics[g];
+            value[i] = (value[i] - statistics.x) * statistics.y * (1.0f + weight[i]) + bias[i];
+        }
+        tile_split(s.input + k, K + TILE_PAD, value);
+        if (!averages) continue;
+        if (blockIdx.x == 0) store<4>(o.u + k, value);
+        load<4>(weight, s.constants + 2 * K + k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 response = s.response[k + i];
+            float c = fmaf(response.y, value[i], response.x);
+            sum = fmaf(c, c, sum);
+            value[i] = c * (1.0f + weight[i]);
+        }
+        tile_split(s.input + 2 * (K + TILE_PAD) + k, K + TILE_PAD, value);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
+}
+
+/* The blocks beside the tiles: see DecodeStates. */
+template <int THREADS> __device__ inline void decode_states(const DecodeStates &p, int block) {
+    int thread = (int)threadIdx.x, lane = thread % TILE_STATE_LANES;
+    int d = (block * THREADS + thread) / TILE_STATE_LANES, channel = min(d, p.D - 1);
+    if (p.prepared.response) {
+        float constant = 0, factor = 0;
+        for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
+            int64_t i = (int64_t)channel * p.N + k;
+            float q_re = p.coef.q_re[i], q_im = p.coef.q_im[i], re = p.h[2 * i], im = p.h[2 * i + 1];
+            constant += p.coef.c_re[i] * (q_re * re - q_im * im) - p.coef.c_im[i] * (q_im * re + q_re * im);
+            factor += p.coef.c_re[i] * p.coef.p[i];
+        }
+        constant = lanes_sum(constant, TILE_STATE_LANES), factor = lanes_sum(factor, TILE_STATE_LANES);
+        if (lane == 0 && d < p.D) p.prepared.response[d] = make_float2(constant, p.omega[d] + factor);
+    }
+    if (block == 0) {
+        for (int g = thread; g < p.G; g += THREADS)
+            p.prepared.moments[g] = p.mean[g], p.prepared.moments[p.G + g] = p.var[g];
+        if (thread == 0) p.prepared.moments[2 * p.G] = 1 / ((double)p.count[0] + 1);
+    }
+    if (p.own_h) {
+        int channels = THREADS / TILE_STATE_LANES;
+        int64_t first = (int64_t)block * channels * p.N, states = min(channels, p.D - block * channels) * p.N;
+        prefetch_bytes(p.own_coef.p + first, states * 4, thread, THREADS);
+        prefetch_bytes(p.own_coef.q_re + first, states * 4, thread, THREADS);
+        prefetch_bytes(p.own_coef.q_im + first, states * 4, thread, THREADS);
+        prefetch_bytes(p.own_h + 2 * first, states * 8, thread, THREADS);
+    }
+    follow_previous_kernel();
+    if (p.own_h && d < p.D) {
+        int64_t at = (int64_t)d * p.N;
+        float u = p.u[d];
+        for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
+            int64_t i = at + k;
+            float q_re = p.own_coef.q_re[i], q_im = p.own_coef.q_im[i];
+            float re = p.own_h[2 * i], im = p.own_h[2 * i + 1];
+            p.own_h[2 * i] = fmaf(-q_im, im, fmaf(q_re, re, p.own_coef.p[i] * u));
+            p.own_h[2 * i + 1] = fmaf(q_im, re, q_re * im);
+        }
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * The products
+ */
+
+/* A tile: its product, its number in it, and a lane's two rows of weights. */
+struct TilePlace {
+    const DecodeProduct<bf16> *q;
+    int unit;
+    const bf16 *row[2];
+};
+
+__device__ inline TilePlace tile_place_of(const DecodeTiles &p, int tile) {
+    int which = 0, group = (int)threadIdx.x % WARP_SIZE / 4;
+    while (tile >= p.products.product[which].blocks) tile -= p.products.product[which++].blocks;
+    TilePlace place = {&p.products.product[which], tile, {}};
+    const DecodeProduct<bf16> &q = *place.q;
+#pragma unroll
+    for (int r = 0; r < 2; r++) { // past the end the last output again, which is not written
+        int j = q.second ? tile * 8 + group : tile * TILE_OUTPUTS + r * 8 + group;
+        place.row[r] = (q.second && r ? q.second : q.weight) + (int64_t)min(j, q.N - 1) * q.K;
+    }
+    return place;
+}
+
+/* A lane's weights in HELD of the warp's chunks, from chunk `first` on. */
+template <int WARPS, int HELD>
+__device__ inline void tile_weights(uint4 (&held)[HELD][2], const TilePlace &place, int K, int first) {
+    int part = (int)threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = (first + i * WARPS) * TILE_CHUNK;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (k < K) held[i][r] = *(const uint4 *)(place.row[r] + k + part * 8);
+    }
+}
+
+/* Asks for the weights of the warp's chunks that its registers do not hold. */
+template <int WARPS>
+__device__ inline void tile_prefetch(const TilePlace &place, int K, int first) {
+    int part = (int)threadIdx.x % 4;
+    for (int k = first * TILE_CHUNK; k < K; k += WARPS * TILE_CHUNK)
+        if (part < 2) prefetch_bytes((part ? place.row[1] : place.row[0]) + k, 1, 0, 1);
+}
+
+/* sum += weights x of a chunk; two sums, so that products need not wait for one another */
+__device__ inline void tile_multiply(float (&sum)[2][4], const uint4 (&w)[2], const uint4 &x) {
+    const uint32_t a[2][4] = {{w[0].x, w[1].x, w[0].y, w[1].y}, {w[0].z, w[1].z, w[0].w, w[1].w}};
+    const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
+    tensor_product(sum[0], a[0], b[0]);
+    tensor_product(sum[1], a[1], b[1]);
+}
+
+/* The sums of the held chunks, and then, HELD at a time, of the others. input: in shared memory, NULL: the
+ * product's own. */
+template <int WARPS, int HELD, bool PLAIN>
+__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const TilePlace &place,
+                                 const DecodeTiles &p, const bf16 *input) {
+    int warp = (int)threadIdx.x / WARP_SIZE, row = (int)threadIdx.x % WARP_SIZE / 4;
+    int part = (int)threadIdx.x % 4, K = p.K, M = p.products.M;
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
+    const bf16 *x = PLAIN ? place.q->x + (int64_t)row * K : input + row * (K + TILE_PAD);
+    for (int first = warp; first * TILE_CHUNK < K; first += WARPS * HELD) {
+        if (first != warp) tile_weights<WARPS>(held, place, K, first);
+        uint4 value[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD && PLAIN; i++) { // all on their way at the same time
+            int k = (first + i * WARPS) * TILE_CHUNK;
+            value[i] = row < M && k < K ? *(const uint4 *)(x + k + part * 8) : nothing;
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            int k = (first + i * WARPS) * TILE_CHUNK;
+            if (k >= K) break;
+            if (PLAIN) {
+                tile_multiply(sum, held[i], value[i]);
+                continue;
+            }
+            const bf16 *at = x + k + part * 8;
+            tile_multiply(sum, held[i], row < M ? *(const uint4 *)at : nothing);
+            tile_multiply(sum, held[i], row < M ? *(const uint4 *)(at + M * (K + TILE_PAD)) : nothing);
+        }
+    }
+}
+
+/* What the thread that ends an output of a row knows of it before the sum is there. Threads 0, 1, .. end the
+ * tile's outputs of row 0, then those of row 1, and so on. */
+struct TileEnd {
+    bool active;
+    float bias, scale, add;
+    int64_t at;
+};
+
+__device__ inline TileEnd tile_end(const TilePlace &place, int M) {
+    const DecodeProduct<bf16> &q = *place.q;
+    int output = (int)threadIdx.x % TILE_OUTPUTS, outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+    int j = place.unit * outputs + output, m = (int)threadIdx.x / TILE_OUTPUTS;
+    TileEnd end = {m < M && output < outputs && j < q.N, 0, 1, 0, 0};
+    if (!end.active) return end;
+    if (q.bias) end.bias = to_float(q.bias[j]);
+    if (q.scale) end.scale = to_float(q.scale[j]);
+    end.at = (q.count ? (int64_t)m * q.C + q.count[m] % q.C : m) * q.N + j;
+    return end;
+}
+
+/* After the wait: what is added to the outputs comes from a kernel before. */
+__device__ inline void tile_add(TileEnd *end, const TilePlace &place) {
+    const DecodeProduct<bf16> &q = *place.q;
+    if (!end->active || !q.add) return;
+    int outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+    int j = place.unit * outputs + (int)threadIdx.x % TILE_OUTPUTS;
+    end->add = to_float(q.add[(int64_t)(threadIdx.x / TILE_OUTPUTS) * q.N + j]);
+}
+
+/* sums of all warps: (warps, outputs, rows). factor: of all sums. */
+template <int WARPS>
+__device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &end, float factor,
+                                   const float (*sums)[TILE_OUTPUTS][DECODE_ROWS + 1]) {
+    int output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
+    float total = 0, gate = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        total += sums[i][output][m];
+        if (q.second) gate += sums[i][output + 8][m];
+    }
+    float value = fmaf(total, factor, end.bias);
+    if (q.silu) value = silu(value);
+    if (q.second) value *= gate;
+    value = fmaf(end.scale, value, end.add);
+    if (q.wide_out) q.wide_out[end.at] = value;
+    else q.out[end.at] = from_float<bf16>(value);
+}
+
+__device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProduct<bf16> &b) {
+    return a.x == b.x && a.input == b.input && a.norm_weight == b.norm_weight && a.norm_bias == b.norm_bias;
+}
+
+/* computes: each of the products (see DecodeProduct), in the opening after TimestepNorm and CEMA; and beside
+ *           them the states' part (see DecodeStates)
+ * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns 16 outputs at a time, a warp every
+ *           WARPS-th chunk of K
+ * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
+ * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory
+ * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
+template <int WARPS, int HELD, bool OPENS, bool PLAIN>
+__global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS, WARPS == 8 ? 3 : 1)
+    decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
+    constexpr int THREADS = WARPS * WARP_SIZE;
+    extern __shared__ uint4 tile_memory[];
+    __shared__ float sums[WARPS][TILE_OUTPUTS][DECODE_ROWS + 1];
+    __shared__ float scratch[2][WARPS];
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
+    if ((int)blockIdx.x >= p.tile_blocks) {
+        decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
+        return;
+    }
+    int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, M = p.products.M, K = p.K;
+    int tile = (int)blockIdx.x;
+    TileShared shared = {};
+    if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
+    uint4 held[HELD][2];
+    TilePlace place = tile_place_of(p, tile);
+    tile_weights<WARPS>(held, place, K, warp);
+    tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
+    const DecodeProduct<bf16> *constants = place.q, *ready = nullptr; // whose are in shared memory
+    if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
+    TileEnd end = tile_end(place, M);
+    follow_previous_kernel();
+    mark(p.launch, STAGE_WAITED);
+    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < M)
+        p.products.advance[threadIdx.x]++;
+
+    for (;;) {
+        const DecodeProduct<bf16> &q = *place.q;
+        tile_add(&end, place);
+        bool averaged = OPENS && q.input == DECODE_AVERAGED;
+        if (OPENS && !ready) {
+            __syncthreads(); // the constants are there
+            tile_open<WARPS>(p, q.x, shared, scratch[0]);
+            ready = &q;
+            __syncthreads(); // the input is there
+        }
+        if (!OPENS && !PLAIN && !(ready && same_input(*ready, q))) {
+            if (constants != &q) {
+                __syncthreads(); // nobody reads another input and its constants any more
+                tile_constants<THREADS>(shared.constants, p, q);
+            }
+            __syncthreads(); // the constants are there
+            tile_normalise<WARPS>(p, q, shared, scratch);
+            ready = &q;
+            __syncthreads(); // the input is there
+        }
+        mark(p.launch, STAGE_INPUT);
+        float sum[2][4] = {};
+        tile_sums<WARPS, HELD, PLAIN>(sum, held, place, p,
+                                      shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
+        mark(p.launch, STAGE_MULTIPLIED);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sums[warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
+        tile += p.tile_blocks;
+        bool last = WARPS > 8 || tile >= p.tiles; // with many warps there is a block for each tile
+        if (!last) { // the next tile's weights are on their way while this one's sums are added up
+            place = tile_place_of(p, tile);
+            tile_weights<WARPS>(held, place, K, warp);
+            tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
+        }
+        __syncthreads(); // all warps' sums are there
+        if (end.active) {
+            float squares = 0;
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
+            tile_finish<WARPS>(q, end, averaged ? 1.0f / sqrtf(squares / (float)K + p.products.eps) : 1.0f,
+                               sums);
+        }
+        if (last) break;
+        end = tile_end(place, M);
+        __syncthreads(); // all have read the sums
+    }
+    mark(p.launch, STAGE_ENDED);
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Launchers
+ */
+
+template <int WARPS, int HELD, bool OPENS, bool PLAIN>
+static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
+    p.tile_blocks = min(p.tiles, context->num_sms * (WARPS == 8 ? 3 : 1));
+    int channels = WARPS * WARP_SIZE / TILE_STATE_LANES;
+    p.states.blocks = (int)ceil_div(p.states.D, channels);
+    size_t bytes = tile_shared(p, nullptr, nullptr);
+    if (bytes > 32 * 1024 && !context->dry_run)
+        CHECK_CUDA(cudaFuncSetAttribute(decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_MAX_SHARED));
+    launch_step(context, name, decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>,
+                dim3((unsigned)(p.tile_blocks + p.states.blocks)), (unsigned)(WARPS * WARP_SIZE), p, false,
+                bytes);
+}
+
+/* Completes p: are these products, with this opening, what the kernel takes? */
+static inline bool tiles_fit(DecodeTiles *p) {
+    bool fit = p->products.M <= DECODE_ROWS;
+    p->plain = true;
+    p->K = p->products.product[0].K;
+    p->tiles = 0;
+    for (int i = 0; i < p->products.number; i++) {
+        DecodeProduct<bf16> &q = p->products.product[i];
+        fit = fit && q.K % TILE_CHUNK == 0 &&
+              vectorises<bf16>(q.K, q.weight, q.second, q.x, q.norm_weight, q.norm_bias);
+        p->plain = p->plain && q.input == DECODE_PLAIN;
+        q.blocks = (int)ceil_div(q.N, q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS);
+        p->tiles += q.blocks;
+    }
+    if (p->opens) {
+        DecodeOpening *o = &p->opening;
+        fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
+        for (o->lanes = WARP_SIZE; o->lanes > 1 && o->lanes * o->G > 8 * WARP_SIZE;) o->lanes /= 2;
+    }
+    return fit && tile_shared(*p, nullptr, nullptr) <= TILE_MAX_SHARED;
+}
+
+/* Few tiles are worked on by more warps each, since a tile stays with its processor. */
+static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
+    bool few = p.tiles <= context->num_sms;
+    if (p.opens) launch_tiles<8, 4, true, false>(context, name, p);
+    else if (few && p.plain) launch_tiles<16, 5, false, true>(context, name, p);
+    else if (few) launch_tiles<16, 5, false, false>(context, name, p);
+    else if (p.plain) launch_tiles<8, 4, false, true>(context, name, p);
+    else launch_tiles<8, 4, false, false>(context, name, p);
+}
+
+/* decode_products, in bf16 by tiles where they fit. */
+template <typename T>
+static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products) {
+    if constexpr (std::is_same<T, bf16>::value) {
+        DecodeTiles tiles = {};
+        tiles.products = products;
+        if (DECODE_TILES && tiles_fit(&tiles)) {
+            decode_tiles(context, name, tiles);
+            return;
+        }
+    }
+    decode_products(context, products);
+}
+
+#endif
