@@ -423,7 +423,7 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     if (has_openings(m)) m->prepared.resize((size_t)c->num_layers + 1);
     for (DecodePrepared &prepared : m->prepared) {
         prepared.response = take<float2>(arena, c->model_dim);
-        prepared.moments = take<double>(arena, 2 * c->norm_num_groups + 1);
+        prepared.moments = take<double>(arena, 2 * c->norm_num_groups + 2);
     }
     m->upload_bytes = upload.used;
 }

@@ -42,17 +42,18 @@ enum {
 /* What an opening needs of the step before. response NULL: only the norm. */
 struct DecodePrepared {
     float2 *response; /* (D) */
-    double *moments;  /* (2G+1): means, variances, 1 / (count + 1) */
+    double *moments;  /* (2G+2): means, variances, 1 / (count + 1), nothing */
 };
 
 /* weight (D), bias (D): TimestepNorm's. mean, var (G): the state, written. u (D): for DecodeStates, where
- * there is a response. lanes: that share a group, a power of two. */
+ * there is a response. 2^lane_bits lanes share a group. */
 struct DecodeOpening {
     DecodePrepared prepared;
     const bf16 *weight, *bias;
     double *mean, *var;
     float *u;
-    int G, lanes;
+    int G, lane_bits;
+    float inverse_size; /* 1 / (D/G) */
 };
 
 /* The states' part of a step: prepared, of the next layer's mean, var (G), h (D,N,2) and omega (D), or of the
@@ -83,38 +84,42 @@ struct DecodeTiles {
 struct TileShared {
     bf16 *constants; /* (3,K) */
     bf16 *input;     /* (inputs, 2 parts, M, K + TILE_PAD) */
-    float *x;        /* (K): from here on only in an opening */
+    bf16 *x;         /* (K): from here on only in an opening */
     float2 *response, *statistics; /* (K), (G): mean and 1 / standard deviation */
-    double *moments;               /* (2G+1) */
+    double *moments;               /* (2G+2) */
 };
 
 /* Bytes; with base, also the places. */
 __host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, TileShared *to) {
     size_t K = (size_t)p.K, G = (size_t)p.opening.G, rows = (size_t)p.products.M;
     if (p.plain) return 0;
-    size_t constants = 3 * K * sizeof(bf16), used = constants;
-    size_t input = used, inputs = p.opens ? 2 : 1;
-    used += inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16);
-    size_t response = used, x = response + K * sizeof(float2), moments = x + K * sizeof(float);
-    size_t statistics = moments + (2 * G + 2) * sizeof(double);
-    if (p.opens) used = statistics + G * sizeof(float2);
+    size_t input = 3 * K * sizeof(bf16), inputs = p.opens ? 2 : 1;
+    size_t x = input + inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16), response = x + K * sizeof(bf16);
+    size_t moments = response + K * sizeof(float2), statistics = moments + (2 * G + 2) * sizeof(double);
     if (to)
-        *to = TileShared{(bf16 *)base,                  (bf16 *)(base + input),
-                         (float *)(base + x),           (float2 *)(base + response),
-                         (float2 *)(base + statistics), (double *)(base + moments)};
-    return used;
+        *to = TileShared{(bf16 *)base,
+                         (bf16 *)(base + input),
+                         (bf16 *)(base + x),
+                         (float2 *)(base + response),
+                         (float2 *)(base + statistics),
+                         (double *)(base + moments)};
+    return p.opens ? statistics + G * sizeof(float2) : x;
 }
 
-/* The norm's constants for K numbers, (weight, bias) or an opening's (weight, bias, RMSNorm's weight); absent
- * ones are 0. By the whole block. */
+/* Sends for `bytes` bytes, a multiple of 16, by the whole block; wait_for_copies and a barrier follow. */
+template <int THREADS> __device__ inline void tile_send_for(void *to, const void *from, int bytes) {
+#pragma unroll 1
+    for (int at = (int)threadIdx.x * 16; at < bytes; at += THREADS * 16)
+        copy_early((char *)to + at, (const char *)(from ? from : to) + at, from != nullptr); // NULL: zeros
+}
+
+/* Sends for the norm's constants, K numbers each: (weight, bias), in an opening and RMSNorm's weight. */
 template <int THREADS>
 __device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
-    const bf16 *from[] = {p.opens ? p.opening.weight : q.norm_weight,
-                          p.opens ? p.opening.bias : q.norm_bias, p.opens ? q.norm_weight : nullptr};
-    for (int k = (int)threadIdx.x * 8; k < p.K; k += THREADS * 8)
-#pragma unroll
-        for (int i = 0; i < 3; i++)
-            *(uint4 *)(to + i * p.K + k) = from[i] ? *(const uint4 *)(from[i] + k) : make_uint4(0, 0, 0, 0);
+    int bytes = p.K * (int)sizeof(bf16);
+    tile_send_for<THREADS>(to, p.opens ? p.opening.weight : q.norm_weight, bytes);
+    tile_send_for<THREADS>(to + p.K, p.opens ? p.opening.bias : q.norm_bias, bytes);
+    if (p.opens) tile_send_for<THREADS>(to + 2 * p.K, q.norm_weight, bytes);
 }
 
 /* Four numbers as two rows of bf16, `distance` numbers apart, whose sum they are. */
@@ -182,16 +187,22 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
 /* Statistics of each group with this step, from x in shared memory; the first block writes them. */
 template <int THREADS> __device__ inline void opening_statistics(const DecodeTiles &p, const TileShared &s) {
     const DecodeOpening &o = p.opening;
-    int size = p.K / o.G, lane = (int)threadIdx.x % o.lanes;
+    int size = p.K / o.G, lanes = 1 << o.lane_bits, lane = (int)threadIdx.x & (lanes - 1);
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
-    for (int first = 0; first < o.G; first += THREADS / o.lanes) {
-        int g = min(first + (int)threadIdx.x / o.lanes, o.G - 1);
-        const float *x = s.x + g * size;
+#pragma unroll 1
+    for (int first = 0; first < o.G; first += THREADS >> o.lane_bits) {
+        int g = min(first + ((int)threadIdx.x >> o.lane_bits), o.G - 1);
+        const bf16 *x = s.x + g * size;
         float sum = 0, squares = 0;
-        for (int i = lane; i < size; i += o.lanes) sum += x[i];
-        float mean = lanes_sum(sum, o.lanes) / (float)size;
-        for (int i = lane; i < size; i += o.lanes) squares = fmaf(x[i] - mean, x[i] - mean, squares);
-        float var = lanes_sum(squares, o.lanes) / (float)size;
+#pragma unroll 4
+        for (int i = lane; i < size; i += lanes) sum += to_float(x[i]);
+        float mean = lanes_sum(sum, lanes) * o.inverse_size;
+#pragma unroll 4
+        for (int i = lane; i < size; i += lanes) {
+            float difference = to_float(x[i]) - mean;
+            squares = fmaf(difference, difference, squares);
+        }
+        float var = lanes_sum(squares, lanes) * o.inverse_size;
         if (lane != 0) continue;
         double share = s.moments[2 * o.G], before = s.moments[g], spread = s.moments[o.G + g];
         double difference = (double)mean - before, all_mean = before + share * difference;
@@ -208,21 +219,13 @@ template <int WARPS>
 __device__ inline void tile_open(const DecodeTiles &p, const bf16 *x, const TileShared &s, float *squares) {
     constexpr int THREADS = WARPS * WARP_SIZE;
     const DecodeOpening &o = p.opening;
-    int K = p.K, size = K / o.G;
-    for (int i = (int)threadIdx.x; i < 2 * o.G + 1; i += THREADS) s.moments[i] = o.prepared.moments[i];
     const bool averages = o.prepared.response != nullptr;
-#pragma unroll 2
-    for (int k = (int)threadIdx.x * 4; k < K; k += THREADS * 4) {
-        float value[4];
-        float4 response[2] = {};
-        if (averages)
-            response[0] = *(const float4 *)(o.prepared.response + k),
-            response[1] = *(const float4 *)(o.prepared.response + k + 2);
-        load<4>(value, x + k);
-        store<4>(s.x + k, value);
-        *(float4 *)(s.response + k) = response[0], *(float4 *)(s.response + k + 2) = response[1];
-    }
-    __syncthreads(); // x, the moments and the response are there
+    int K = p.K, size = K / o.G;
+    tile_send_for<THREADS>(s.x, x, K * (int)sizeof(bf16));
+    tile_send_for<THREADS>(s.moments, o.prepared.moments, (2 * o.G + 2) * (int)sizeof(double));
+    if (averages) tile_send_for<THREADS>(s.response, o.prepared.response, K * (int)sizeof(float2));
+    wait_for_copies();
+    __syncthreads(); // x, the moments, the response and the constants are there
     opening_statistics<THREADS>(p, s);
     __syncthreads(); // all groups' statistics are there
     float sum = 0;
@@ -232,7 +235,7 @@ __device__ inline void tile_open(const DecodeTiles &p, const bf16 *x, const Tile
         load<4>(weight, s.constants + k);
         load<4>(bias, s.constants + K + k);
         load<4>(value, s.x + k);
-        int g = k / size, end = (g + 1) * size;
+        int g = (int)(((float)k + 0.5f) * o.inverse_size), end = (g + 1) * size; // g = k / size
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (k + i >= end) g++, end += size;
@@ -256,45 +259,50 @@ __device__ inline void tile_open(const DecodeTiles &p, const bf16 *x, const Tile
     if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
 }
 
+/* One state's part in h = q h + p u. */
+struct StateMove {
+    float p, q_re, q_im, re, im;
+    __device__ StateMove(const CemaCoefficients &coef, const float *h, int64_t i)
+        : p(coef.p[i]), q_re(coef.q_re[i]), q_im(coef.q_im[i]), re(h[2 * i]), im(h[2 * i + 1]) {}
+};
+
 /* The blocks beside the tiles: see DecodeStates. */
 template <int THREADS> __device__ inline void decode_states(const DecodeStates &p, int block) {
     int thread = (int)threadIdx.x, lane = thread % TILE_STATE_LANES;
     int d = (block * THREADS + thread) / TILE_STATE_LANES, channel = min(d, p.D - 1);
+    int64_t first = (int64_t)channel * p.N;
     if (p.prepared.response) {
         float constant = 0, factor = 0;
+#pragma unroll 1
         for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
-            int64_t i = (int64_t)channel * p.N + k;
-            float q_re = p.coef.q_re[i], q_im = p.coef.q_im[i], re = p.h[2 * i], im = p.h[2 * i + 1];
-            constant += p.coef.c_re[i] * (q_re * re - q_im * im) - p.coef.c_im[i] * (q_im * re + q_re * im);
-            factor += p.coef.c_re[i] * p.coef.p[i];
+            StateMove s(p.coef, p.h, first + k);
+            float c_re = p.coef.c_re[first + k], c_im = p.coef.c_im[first + k];
+            constant += c_re * (s.q_re * s.re - s.q_im * s.im) - c_im * (s.q_im * s.re + s.q_re * s.im);
+            factor += c_re * s.p;
         }
         constant = lanes_sum(constant, TILE_STATE_LANES), factor = lanes_sum(factor, TILE_STATE_LANES);
         if (lane == 0 && d < p.D) p.prepared.response[d] = make_float2(constant, p.omega[d] + factor);
     }
     if (block == 0) {
+#pragma unroll 1
         for (int g = thread; g < p.G; g += THREADS)
             p.prepared.moments[g] = p.mean[g], p.prepared.moments[p.G + g] = p.var[g];
         if (thread == 0) p.prepared.moments[2 * p.G] = 1 / ((double)p.count[0] + 1);
     }
-    if (p.own_h) {
-        int channels = THREADS / TILE_STATE_LANES;
-        int64_t first = (int64_t)block * channels * p.N, states = min(channels, p.D - block * channels) * p.N;
-        prefetch_bytes(p.own_coef.p + first, states * 4, thread, THREADS);
-        prefetch_bytes(p.own_coef.q_re + first, states * 4, thread, THREADS);
-        prefetch_bytes(p.own_coef.q_im + first, states * 4, thread, THREADS);
-        prefetch_bytes(p.own_h + 2 * first, states * 8, thread, THREADS);
+    if (!p.own_h || d >= p.D || lane >= p.N) {
+        follow_previous_kernel();
+        return;
     }
+    StateMove s(p.own_coef, p.own_h, first + lane);
     follow_previous_kernel();
-    if (p.own_h && d < p.D) {
-        int64_t at = (int64_t)d * p.N;
-        float u = p.u[d];
-        for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
-            int64_t i = at + k;
-            float q_re = p.own_coef.q_re[i], q_im = p.own_coef.q_im[i];
-            float re = p.own_h[2 * i], im = p.own_h[2 * i + 1];
-            p.own_h[2 * i] = fmaf(-q_im, im, fmaf(q_re, re, p.own_coef.p[i] * u));
-            p.own_h[2 * i + 1] = fmaf(q_im, re, q_re * im);
-        }
+    float u = p.u[d];
+#pragma unroll 1
+    for (int k = lane;;) {
+        float *h = p.own_h + 2 * (first + k);
+        h[0] = fmaf(-s.q_im, s.im, fmaf(s.q_re, s.re, s.p * u)), h[1] = fmaf(s.q_im, s.re, s.q_re * s.im);
+        k += TILE_STATE_LANES;
+        if (k >= p.N) break;
+        s = StateMove(p.own_coef, p.own_h, first + k);
     }
 }
 
@@ -339,6 +347,7 @@ __device__ inline void tile_weights(uint4 (&held)[HELD][2], const TilePlace &pla
 template <int WARPS>
 __device__ inline void tile_prefetch(const TilePlace &place, int K, int first) {
     int part = (int)threadIdx.x % 4;
+#pragma unroll 1
     for (int k = first * TILE_CHUNK; k < K; k += WARPS * TILE_CHUNK)
         if (part < 2) prefetch_bytes((part ? place.row[1] : place.row[0]) + k, 1, 0, 1);
 }
@@ -383,52 +392,53 @@ __device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], con
     }
 }
 
-/* What the thread that ends an output of a row knows of it before the sum is there. Threads 0, 1, .. end the
- * tile's outputs of row 0, then those of row 1, and so on. */
-struct TileEnd {
-    bool active;
-    float bias, scale, add;
-    int64_t at;
+/* What the ends of a tile's outputs want that no kernel of the step writes: in shared memory. */
+struct TileEnds {
+    float bias[TILE_OUTPUTS], scale[TILE_OUTPUTS];
+    int64_t row[DECODE_ROWS]; /* of the output, for each row of the input */
 };
 
-__device__ inline TileEnd tile_end(const TilePlace &place, int M) {
+/* A thread ends an output of a row: threads 0, 1, .. those of row 0, threads 16, 17, .. those of row 1. */
+struct TileEnd {
+    int output, j, m;
+    bool active;
+    __device__ TileEnd(const DecodeProduct<bf16> &q, int unit, int M) {
+        int outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+        output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
+        j = unit * outputs + output;
+        active = m < M && output < outputs && j < q.N;
+    }
+};
+
+__device__ inline void tile_ends(TileEnds *ends, const TilePlace &place, int M) {
     const DecodeProduct<bf16> &q = *place.q;
-    int output = (int)threadIdx.x % TILE_OUTPUTS, outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
-    int j = place.unit * outputs + output, m = (int)threadIdx.x / TILE_OUTPUTS;
-    TileEnd end = {m < M && output < outputs && j < q.N, 0, 1, 0, 0};
-    if (!end.active) return end;
-    if (q.bias) end.bias = to_float(q.bias[j]);
-    if (q.scale) end.scale = to_float(q.scale[j]);
-    end.at = (q.count ? (int64_t)m * q.C + q.count[m] % q.C : m) * q.N + j;
-    return end;
+    TileEnd end(q, place.unit, M);
+    if (end.m == 0 && end.active) {
+        ends->bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
+        ends->scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
+    }
+    if ((int)threadIdx.x < M)
+        ends->row[threadIdx.x] =
+            q.count ? (int64_t)threadIdx.x * q.C + q.count[threadIdx.x] % q.C : (int)threadIdx.x;
 }
 
-/* After the wait: what is added to the outputs comes from a kernel before. */
-__device__ inline void tile_add(TileEnd *end, const TilePlace &place) {
-    const DecodeProduct<bf16> &q = *place.q;
-    if (!end->active || !q.add) return;
-    int outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
-    int j = place.unit * outputs + (int)threadIdx.x % TILE_OUTPUTS;
-    end->add = to_float(q.add[(int64_t)(threadIdx.x / TILE_OUTPUTS) * q.N + j]);
-}
-
-/* sums of all warps: (warps, outputs, rows). factor: of all sums. */
+/* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the output. */
 template <int WARPS>
-__device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &end, float factor,
-                                   const float (*sums)[TILE_OUTPUTS][DECODE_ROWS + 1]) {
-    int output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
+__device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &end, const TileEnds &ends,
+                                   float factor, bf16 add, const float (*sums)[TILE_OUTPUTS][DECODE_ROWS + 1]) {
     float total = 0, gate = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-        total += sums[i][output][m];
-        if (q.second) gate += sums[i][output + 8][m];
-    }
-    float value = fmaf(total, factor, end.bias);
+    for (int i = 0; i < WARPS; i++) total += sums[i][end.output][end.m];
+    if (q.second)
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) gate += sums[i][end.output + 8][end.m];
+    float value = fmaf(total, factor, ends.bias[end.output]);
     if (q.silu) value = silu(value);
     if (q.second) value *= gate;
-    value = fmaf(end.scale, value, end.add);
-    if (q.wide_out) q.wide_out[end.at] = value;
-    else q.out[end.at] = from_float<bf16>(value);
+    value = fmaf(ends.scale[end.output], value, to_float(add));
+    int64_t at = ends.row[end.m] * q.N + end.j;
+    if (q.wide_out) q.wide_out[at] = value;
+    else q.out[at] = from_float<bf16>(value);
 }
 
 __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProduct<bf16> &b) {
@@ -449,6 +459,7 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
     extern __shared__ uint4 tile_memory[];
     __shared__ float sums[WARPS][TILE_OUTPUTS][DECODE_ROWS + 1];
     __shared__ float scratch[2][WARPS];
+    __shared__ TileEnds ends;
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
@@ -465,7 +476,7 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
     tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
     const DecodeProduct<bf16> *constants = place.q, *ready = nullptr; // whose are in shared memory
     if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
-    TileEnd end = tile_end(place, M);
+    tile_ends(&ends, place, M);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
     if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < M)
@@ -473,10 +484,8 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
 
     for (;;) {
         const DecodeProduct<bf16> &q = *place.q;
-        tile_add(&end, place);
         bool averaged = OPENS && q.input == DECODE_AVERAGED;
         if (OPENS && !ready) {
-            __syncthreads(); // the constants are there
             tile_open<WARPS>(p, q.x, shared, scratch[0]);
             ready = &q;
             __syncthreads(); // the input is there
@@ -486,12 +495,15 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
                 __syncthreads(); // nobody reads another input and its constants any more
                 tile_constants<THREADS>(shared.constants, p, q);
             }
-            __syncthreads(); // the constants are there
+            wait_for_copies(); // of the constants, which are read after a barrier
             tile_normalise<WARPS>(p, q, shared, scratch);
             ready = &q;
             __syncthreads(); // the input is there
         }
         mark(p.launch, STAGE_INPUT);
+        TileEnd end(q, place.unit, M);
+        bf16 add = from_float<bf16>(0.0f); // what an opening adds is its own x
+        if (end.active && q.add) add = OPENS ? shared.x[end.j] : q.add[(int64_t)end.m * q.N + end.j];
         float sum[2][4] = {};
         tile_sums<WARPS, HELD, PLAIN>(sum, held, place, p,
                                       shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
@@ -511,12 +523,12 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
             float squares = 0;
 #pragma unroll
             for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
-            tile_finish<WARPS>(q, end, averaged ? 1.0f / sqrtf(squares / (float)K + p.products.eps) : 1.0f,
-                               sums);
+            tile_finish<WARPS>(q, end, ends,
+                               averaged ? 1.0f / sqrtf(squares / (float)K + p.products.eps) : 1.0f, add, sums);
         }
         if (last) break;
-        end = tile_end(place, M);
-        __syncthreads(); // all have read the sums
+        __syncthreads(); // all have read the sums and the ends
+        tile_ends(&ends, place, M);
     }
     mark(p.launch, STAGE_ENDED);
 }
@@ -556,7 +568,10 @@ static inline bool tiles_fit(DecodeTiles *p) {
     if (p->opens) {
         DecodeOpening *o = &p->opening;
         fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
-        for (o->lanes = WARP_SIZE; o->lanes > 1 && o->lanes * o->G > 8 * WARP_SIZE;) o->lanes /= 2;
+        for (o->lane_bits = 5; o->lane_bits > 0 && o->G << o->lane_bits > 8 * WARP_SIZE;) o->lane_bits--;
+        o->inverse_size = (float)o->G / (float)p->K;
+        for (int i = 0; i < p->products.number; i++)
+            fit = fit && (!p->products.product[i].add || p->products.product[i].add == p->products.product[i].x);
     }
     return fit && tile_shared(*p, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
