@@ -113,6 +113,14 @@ template <int THREADS> __device__ inline void tile_send_for(void *to, const void
         copy_early((char *)to + at, (const char *)(from ? from : to) + at, from != nullptr); // NULL: zeros
 }
 
+/* Sends for the word of memory in which number `at` of an array lies: its half at % 2. */
+__device__ inline void tile_send_for_word(void *to, const bf16 *from, int64_t at) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from + (at & ~1))
+                 : "memory");
+}
+
 /* Sends for the norm's constants, K numbers each: (weight, bias), in an opening and RMSNorm's weight. */
 template <int THREADS>
 __device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
@@ -186,6 +194,7 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
 
 /* Statistics of each group with this step, from x in shared memory; the first block writes them. */
 template <int THREADS> __device__ inline void opening_statistics(const DecodeTiles &p, const TileShared &s) {
+    constexpr int AHEAD = 4; // numbers that are read at the same time
     const DecodeOpening &o = p.opening;
     int size = p.K / o.G, lanes = 1 << o.lane_bits, lane = (int)threadIdx.x & (lanes - 1);
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
@@ -193,14 +202,21 @@ template <int THREADS> __device__ inline void opening_statistics(const DecodeTil
     for (int first = 0; first < o.G; first += THREADS >> o.lane_bits) {
         int g = min(first + ((int)threadIdx.x >> o.lane_bits), o.G - 1);
         const bf16 *x = s.x + g * size;
-        float sum = 0, squares = 0;
-#pragma unroll 4
-        for (int i = lane; i < size; i += lanes) sum += to_float(x[i]);
-        float mean = lanes_sum(sum, lanes) * o.inverse_size;
-#pragma unroll 4
-        for (int i = lane; i < size; i += lanes) {
-            float difference = to_float(x[i]) - mean;
-            squares = fmaf(difference, difference, squares);
+        float mean = 0, sum = 0, squares = 0;
+#pragma unroll
+        for (int round = 0; round < 2; round++) { // the mean, then the squares of the differences to it
+#pragma unroll 1
+            for (int i = lane; i < size; i += AHEAD * lanes) {
+                float value[AHEAD];
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++) value[j] = to_float(x[min(i + j * lanes, size - 1)]);
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++) {
+                    float difference = i + j * lanes < size ? value[j] - mean : 0.0f;
+                    sum += difference, squares = fmaf(difference, difference, squares);
+                }
+            }
+            if (round == 0) mean = lanes_sum(sum, lanes) * o.inverse_size, squares = 0;
         }
         float var = lanes_sum(squares, lanes) * o.inverse_size;
         if (lane != 0) continue;
@@ -392,10 +408,11 @@ __device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], con
     }
 }
 
-/* What the ends of a tile's outputs want that no kernel of the step writes: in shared memory. */
+/* What the ends of a tile's outputs want, in shared memory. add: for each thread that ends an output. */
 struct TileEnds {
     float bias[TILE_OUTPUTS], scale[TILE_OUTPUTS];
-    int64_t row[DECODE_ROWS]; /* of the output, for each row of the input */
+    bf16 add[DECODE_ROWS * TILE_OUTPUTS][2]; /* what is added to it, or its neighbour */
+    int64_t row[DECODE_ROWS];                /* of the output, for each row of the input */
 };
 
 /* A thread ends an output of a row: threads 0, 1, .. those of row 0, threads 16, 17, .. those of row 1. */
@@ -410,6 +427,7 @@ struct TileEnd {
     }
 };
 
+/* Before the wait: what no kernel of the step writes. */
 __device__ inline void tile_ends(TileEnds *ends, const TilePlace &place, int M) {
     const DecodeProduct<bf16> &q = *place.q;
     TileEnd end(q, place.unit, M);
@@ -422,7 +440,7 @@ __device__ inline void tile_ends(TileEnds *ends, const TilePlace &place, int M) 
             q.count ? (int64_t)threadIdx.x * q.C + q.count[threadIdx.x] % q.C : (int)threadIdx.x;
 }
 
-/* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the output. */
+/* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the sum. */
 template <int WARPS>
 __device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &end, const TileEnds &ends,
                                    float factor, bf16 add, const float (*sums)[TILE_OUTPUTS][DECODE_ROWS + 1]) {
@@ -502,8 +520,8 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
         }
         mark(p.launch, STAGE_INPUT);
         TileEnd end(q, place.unit, M);
-        bf16 add = from_float<bf16>(0.0f); // what an opening adds is its own x
-        if (end.active && q.add) add = OPENS ? shared.x[end.j] : q.add[(int64_t)end.m * q.N + end.j];
+        int64_t added = (int64_t)end.m * q.N + end.j; // an opening adds its own x, which is in shared memory
+        if (!OPENS && end.active && q.add) tile_send_for_word(ends.add[threadIdx.x], q.add, added);
         float sum[2][4] = {};
         tile_sums<WARPS, HELD, PLAIN>(sum, held, place, p,
                                       shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
@@ -518,8 +536,11 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
             tile_weights<WARPS>(held, place, K, warp);
             tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
         }
+        wait_for_copies();
         __syncthreads(); // all warps' sums are there
         if (end.active) {
+            bf16 add = from_float<bf16>(0.0f);
+            if (q.add) add = OPENS ? shared.x[end.j] : ends.add[threadIdx.x][added & 1];
             float squares = 0;
 #pragma unroll
             for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
@@ -560,7 +581,7 @@ static inline bool tiles_fit(DecodeTiles *p) {
     for (int i = 0; i < p->products.number; i++) {
         DecodeProduct<bf16> &q = p->products.product[i];
         fit = fit && q.K % TILE_CHUNK == 0 &&
-              vectorises<bf16>(q.K, q.weight, q.second, q.x, q.norm_weight, q.norm_bias);
+              vectorises<bf16>(q.K, q.weight, q.second, q.x, q.norm_weight, q.norm_bias, q.add);
         p->plain = p->plain && q.input == DECODE_PLAIN;
         q.blocks = (int)ceil_div(q.N, q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS);
         p->tiles += q.blocks;
