@@ -497,8 +497,6 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
     tile_ends(&ends, place, M);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
-    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < M)
-        p.products.advance[threadIdx.x]++;
 
     for (;;) {
         const DecodeProduct<bf16> &q = *place.q;
@@ -551,6 +549,7 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
         __syncthreads(); // all have read the sums and the ends
         tile_ends(&ends, place, M);
     }
+    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < M) p.products.advance[threadIdx.x]++;
     mark(p.launch, STAGE_ENDED);
 }
 
