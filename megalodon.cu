@@ -904,10 +904,11 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
 /* Products with an opening, or with the states' part beside them. */
 template <typename T>
 static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
-                              const DecodeOpening *opening, const DecodeStates *states) {
+                              const DecodeAhead &ahead, const DecodeOpening *opening,
+                              const DecodeStates *states) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products;
+        tiles.products = products, tiles.ahead = ahead;
         if (opening) tiles.opening = *opening, tiles.opens = true;
         if (states) tiles.states = *states;
         REQUIRE(tiles_fit(&tiles));
@@ -954,25 +955,30 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
     if (opens(m, l)) {
         DecodeOpening opening = decode_opening(m, l, wide_u);
-        decode_step_tiles<T>(m, "opening z r h1 v", p, &opening, nullptr);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr);
     } else {
         decode_step_products<T>(context, "z r h1 v", p);
     }
 
+    DecodeAhead ahead = {};
+    ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
     decode_step_attention(context,
                           DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
                                              w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                             (int)e, c->chunk_size, (float)c->norm_eps},
+                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead},
                           B);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
     p.product[0].out = a->y, p.product[0].add = h;
+    ahead = {};
+    if (w->fc3_weight) ahead.add(w->fc3_weight, c->ffn_hidden_dim * D);
+    ahead.add(w->fc2_weight, D * c->ffn_hidden_dim);
     if (opens(m, l + 1)) {
         DecodeStates states = decode_states_of(m, l, opens(m, l) ? wide_u : nullptr);
-        decode_step_tiles<T>(m, "h2, states", p, nullptr, &states);
+        decode_step_tiles<T>(m, "h2, states", p, ahead, nullptr, &states);
     } else {
-        decode_step_products<T>(context, "h2", p);
+        decode_step_products<T>(context, "h2", p, ahead);
     }
     return a->y;
 }
@@ -991,12 +997,18 @@ template <typename T> static void ffn_step(Model<T> *m, int l, T *out, const T *
     p.product[0].out = hidden, p.product[0].silu = true, p.product[0].second = w->fc3_weight;
     p.product[0].input = DECODE_LAYERNORM;
     p.product[0].norm_weight = w->ffnnorm_weight, p.product[0].norm_bias = w->ffnnorm_bias;
-    decode_step_products<T>(context, "fc1", p);
+    DecodeAhead ahead = {}, ahead_too = {}; // the next layer's first products
+    if (l + 1 < c->num_layers) {
+        const LayerParams<T> *next = w + 1;
+        ahead.add(next->wz_weight, (int64_t)c->z_dim * D), ahead.add(next->wr_weight, c->value_dim * D);
+        ahead.add(next->wh1_weight, D * D), ahead_too.add(next->wv_weight, c->value_dim * D);
+    }
+    decode_step_products<T>(context, "fc1", p, ahead);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->fc2_weight, nullptr, hidden, D, F);
     p.product[0].out = out, p.product[0].scale = w->ffn_alpha, p.product[0].add = x;
-    decode_step_products<T>(context, "fc2", p);
+    decode_step_products<T>(context, "fc2", p, ahead_too);
 }
 
 /* forward_pass for a step, and the logits, which are what a step is made for. */
@@ -1030,7 +1042,7 @@ template <typename T> static void decode_pass(Model<T> *m) {
     if (opening) {
         DecodeOpening final_norm = decode_opening(m, c->num_layers, nullptr);
         p.product[0].input = DECODE_NORMED;
-        decode_step_tiles<T>(m, "final norm, logits", p, &final_norm, nullptr);
+        decode_step_tiles<T>(m, "final norm, logits", p, {}, &final_norm, nullptr);
     } else {
         decode_step_products<T>(context, "logits", p);
     }

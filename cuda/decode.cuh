@@ -29,6 +29,11 @@
 #ifndef DECODE_EARLY
 #define DECODE_EARLY 0
 #endif
+/* Not 0: a kernel of a step also asks for at most so many MiB of the weights of the kernels after it, so that
+ * they are in the L2 cache when those come, which may have to wait for registers until then. */
+#ifndef DECODE_AHEAD
+#define DECODE_AHEAD 0
+#endif
 
 enum {
     DECODE_ROWS = 8, /* largest batch */
@@ -70,6 +75,37 @@ __device__ inline void prefetch_bytes(const void *memory, int64_t bytes, int thr
 #ifdef __CUDA_ARCH__
     for (int64_t at = (int64_t)thread * DECODE_LINE; at < bytes; at += (int64_t)threads * DECODE_LINE)
         asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)memory + at));
+#endif
+}
+
+/* Weights of later kernels. */
+enum { AHEAD_PARTS = 3 };
+struct DecodeAhead {
+    const void *memory[AHEAD_PARTS]; /* NULL: none */
+    int64_t bytes[AHEAD_PARTS];
+    template <typename T> void add(const T *weights, int64_t count) {
+        int64_t left = (int64_t)DECODE_AHEAD << 20;
+        for (int i = 0; i < AHEAD_PARTS; i++) {
+            if (!memory[i]) {
+                memory[i] = weights, bytes[i] = count * (int64_t)sizeof(T) < left ? count * (int64_t)sizeof(T) : left;
+                return;
+            }
+            left -= bytes[i];
+        }
+    }
+};
+
+/* By all threads of the grid, before the wait. */
+__device__ inline void ask_ahead(const DecodeAhead &ahead) {
+#if DECODE_AHEAD && defined(__CUDA_ARCH__)
+    int64_t threads = (int64_t)gridDim.x * gridDim.y * gridDim.z * blockDim.x;
+    int64_t block = blockIdx.x + (int64_t)gridDim.x * (blockIdx.y + (int64_t)gridDim.y * blockIdx.z);
+#pragma unroll 1
+    for (int i = 0; i < AHEAD_PARTS; i++)
+#pragma unroll 1
+        for (int64_t at = (block * blockDim.x + threadIdx.x) * DECODE_LINE; at < ahead.bytes[i];
+             at += threads * DECODE_LINE)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)ahead.memory[i] + at));
 #endif
 }
 
@@ -504,6 +540,7 @@ template <typename T> struct DecodeAttention {
     const int64_t *count;  /* (B) */
     int H, z, e, C;
     float eps;
+    DecodeAhead ahead;
     int launch; /* the kernel's number in the step, for its timeline */
 };
 

@@ -25,7 +25,8 @@
 #ifndef DECODE_TILES
 #define DECODE_TILES 0
 #endif
-/* 1: and with one row, layers begin with an opening. */
+/* 1: and with one row, layers begin with an opening, in blocks of 8 warps that have a tile each; 2: in blocks of
+ * 16 warps, one a processor, that have three tiles at a time and so make u and c less often. */
 #ifndef DECODE_OPENING
 #define DECODE_OPENING 0
 #endif
@@ -72,6 +73,7 @@ struct DecodeTiles {
     DecodeProducts<bf16> products; /* each product's blocks: its tiles */
     DecodeOpening opening;
     DecodeStates states;
+    DecodeAhead ahead;
     int tiles, tile_blocks, K;
     bool opens, plain; /* plain: so are all inputs */
     int launch; /* the kernel's number in the step, for its timeline */
@@ -229,15 +231,16 @@ template <int THREADS> __device__ inline void opening_statistics(const DecodeTil
     }
 }
 
-/* Two inputs: u, and c (1 + RMSNorm's weight) without RMSNorm's own factor, which is one number and comes in
+/* Two inputs: u, and, unless the block's first and so all of its tiles take u, c (1 + RMSNorm's weight) without RMSNorm's own factor, which is one number and comes in
  * at the end. squares[warp]: the sum of the warp's c^2. */
 template <int WARPS>
-__device__ inline void tile_open(const DecodeTiles &p, const bf16 *x, const TileShared &s, float *squares) {
+__device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16> &first, const TileShared &s,
+                                 float *squares) {
     constexpr int THREADS = WARPS * WARP_SIZE;
     const DecodeOpening &o = p.opening;
-    const bool averages = o.prepared.response != nullptr;
+    const bool averages = first.input == DECODE_AVERAGED;
     int K = p.K, size = K / o.G;
-    tile_send_for<THREADS>(s.x, x, K * (int)sizeof(bf16));
+    tile_send_for<THREADS>(s.x, first.x, K * (int)sizeof(bf16));
     tile_send_for<THREADS>(s.moments, o.prepared.moments, (2 * o.G + 2) * (int)sizeof(double));
     if (averages) tile_send_for<THREADS>(s.response, o.prepared.response, K * (int)sizeof(float2));
     wait_for_copies();
@@ -415,35 +418,44 @@ struct TileEnds {
     int64_t row[DECODE_ROWS];                /* of the output, for each row of the input */
 };
 
-/* A thread ends an output of a row: threads 0, 1, .. those of row 0, threads 16, 17, .. those of row 1. */
-struct TileEnd {
-    int output, j, m;
+/* A thread ends an output of a row: of 128 threads that end a tile, threads 0, 1, .. those of row 0, threads 16,
+ * 17, .. those of row 1. The next 128 threads end the next of the block's TILES tiles. */
+enum { TILE_ENDS = TILE_OUTPUTS * DECODE_ROWS };
+template <int TILES> struct TileEnd {
+    const DecodeProduct<bf16> *q;
+    int which, output, j, m;
     bool active;
-    __device__ TileEnd(const DecodeProduct<bf16> &q, int unit, int M) {
-        int outputs = q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
-        output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
-        j = unit * outputs + output;
-        active = m < M && output < outputs && j < q.N;
+    __device__ TileEnd(const DecodeTiles &p, int tile) {
+        which = (int)threadIdx.x / TILE_ENDS, output = (int)threadIdx.x % TILE_OUTPUTS;
+        m = (int)threadIdx.x % TILE_ENDS / TILE_OUTPUTS;
+        int own = tile + which * p.tile_blocks;
+        active = which < TILES && own < p.tiles && m < p.products.M;
+        TilePlace place = tile_place_of(p, active ? own : tile);
+        q = place.q;
+        int outputs = q->second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+        j = place.unit * outputs + output;
+        active = active && output < outputs && j < q->N;
     }
 };
 
 /* Before the wait: what no kernel of the step writes. */
-__device__ inline void tile_ends(TileEnds *ends, const TilePlace &place, int M) {
-    const DecodeProduct<bf16> &q = *place.q;
-    TileEnd end(q, place.unit, M);
-    if (end.m == 0 && end.active) {
-        ends->bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
-        ends->scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
+template <int TILES> __device__ inline void tile_ends(TileEnds (&ends)[TILES], const DecodeTiles &p, int tile) {
+    TileEnd<TILES> end(p, tile);
+    if (!end.active) return;
+    const DecodeProduct<bf16> &q = *end.q;
+    if (end.m == 0) {
+        ends[end.which].bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
+        ends[end.which].scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
     }
-    if ((int)threadIdx.x < M)
-        ends->row[threadIdx.x] =
-            q.count ? (int64_t)threadIdx.x * q.C + q.count[threadIdx.x] % q.C : (int)threadIdx.x;
+    if (end.output == 0)
+        ends[end.which].row[end.m] = q.count ? (int64_t)end.m * q.C + q.count[end.m] % q.C : end.m;
 }
 
 /* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the sum. */
-template <int WARPS>
-__device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &end, const TileEnds &ends,
-                                   float factor, bf16 add, const float (*sums)[TILE_OUTPUTS][DECODE_ROWS + 1]) {
+template <int TILES, int WARPS, int ROWS>
+__device__ inline void tile_finish(const TileEnd<TILES> &end, const TileEnds &ends, float factor, bf16 add,
+                                   const float (&sums)[WARPS][TILE_OUTPUTS][ROWS + 1]) {
+    const DecodeProduct<bf16> &q = *end.q;
     float total = 0, gate = 0;
 #pragma unroll
     for (int i = 0; i < WARPS; i++) total += sums[i][end.output][end.m];
@@ -459,97 +471,119 @@ __device__ inline void tile_finish(const DecodeProduct<bf16> &q, const TileEnd &
     else q.out[at] = from_float<bf16>(value);
 }
 
+/* The block's next TILES tiles: asks for their weights. */
+template <int WARPS, int TILES, int HELD>
+__device__ inline void tile_request(uint4 (&held)[TILES][HELD][2], const DecodeTiles &p, int tile) {
+    int warp = (int)threadIdx.x / WARP_SIZE;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        if (t > 0 && tile + t * p.tile_blocks >= p.tiles) break;
+        TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
+        tile_weights<WARPS>(held[t], place, p.K, warp);
+        tile_prefetch<WARPS>(place, p.K, warp + WARPS * HELD);
+    }
+}
+
 __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProduct<bf16> &b) {
     return a.x == b.x && a.input == b.input && a.norm_weight == b.norm_weight && a.norm_bias == b.norm_bias;
 }
 
 /* computes: each of the products (see DecodeProduct), in the opening after TimestepNorm and CEMA; and beside
  *           them the states' part (see DecodeStates)
- * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns 16 outputs at a time, a warp every
- *           WARPS-th chunk of K
+ * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns TILES times 16 outputs at a time, a
+ *           warp every WARPS-th chunk of K
  * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
- * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory
+ * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory; TILES > 1
+ *           wants an opening
  * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
-template <int WARPS, int HELD, bool OPENS, bool PLAIN>
-__global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS, WARPS == 8 ? 3 : 1)
-    decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
-    constexpr int THREADS = WARPS * WARP_SIZE;
+template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
+__global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS : WARPS * WARP_SIZE,
+                                  WARPS == 8 ? 3 : 1) decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
+    static_assert(TILES == 1 || (OPENS && TILES * TILE_ENDS <= WARPS * WARP_SIZE));
+    constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : (int)DECODE_ROWS;
     extern __shared__ uint4 tile_memory[];
-    __shared__ float sums[WARPS][TILE_OUTPUTS][DECODE_ROWS + 1];
+    __shared__ float sums[TILES][WARPS][TILE_OUTPUTS][ROWS + 1];
     __shared__ float scratch[2][WARPS];
-    __shared__ TileEnds ends;
+    __shared__ TileEnds ends[TILES];
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
+        ask_ahead(p.ahead);
         decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
         return;
     }
-    int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, M = p.products.M, K = p.K;
+    int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, K = p.K;
     int tile = (int)blockIdx.x;
     TileShared shared = {};
     if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
-    uint4 held[HELD][2];
-    TilePlace place = tile_place_of(p, tile);
-    tile_weights<WARPS>(held, place, K, warp);
-    tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
-    const DecodeProduct<bf16> *constants = place.q, *ready = nullptr; // whose are in shared memory
+    uint4 held[TILES][HELD][2];
+    tile_request<WARPS>(held, p, tile);
+    const DecodeProduct<bf16> *constants = tile_place_of(p, tile).q; // whose are in shared memory
+    const DecodeProduct<bf16> *ready = nullptr;                      // whose input is
     if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
-    tile_ends(&ends, place, M);
+    tile_ends(ends, p, tile);
+    ask_ahead(p.ahead);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
     for (;;) {
-        const DecodeProduct<bf16> &q = *place.q;
-        bool averaged = OPENS && q.input == DECODE_AVERAGED;
+        const DecodeProduct<bf16> &first = *tile_place_of(p, tile).q;
         if (OPENS && !ready) {
-            tile_open<WARPS>(p, q.x, shared, scratch[0]);
-            ready = &q;
+            tile_open<WARPS>(p, first, shared, scratch[0]);
+            ready = &first;
             __syncthreads(); // the input is there
         }
-        if (!OPENS && !PLAIN && !(ready && same_input(*ready, q))) {
-            if (constants != &q) {
+        if (!OPENS && !PLAIN && !(ready && same_input(*ready, first))) {
+            if (constants != &first) {
                 __syncthreads(); // nobody reads another input and its constants any more
-                tile_constants<THREADS>(shared.constants, p, q);
+                tile_constants<THREADS>(shared.constants, p, first);
             }
             wait_for_copies(); // of the constants, which are read after a barrier
-            tile_normalise<WARPS>(p, q, shared, scratch);
-            ready = &q;
+            tile_normalise<WARPS>(p, first, shared, scratch);
+            ready = &first;
             __syncthreads(); // the input is there
         }
         mark(p.launch, STAGE_INPUT);
-        TileEnd end(q, place.unit, M);
-        int64_t added = (int64_t)end.m * q.N + end.j; // an opening adds its own x, which is in shared memory
-        if (!OPENS && end.active && q.add) tile_send_for_word(ends.add[threadIdx.x], q.add, added);
-        float sum[2][4] = {};
-        tile_sums<WARPS, HELD, PLAIN>(sum, held, place, p,
-                                      shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
-        mark(p.launch, STAGE_MULTIPLIED);
+        TileEnd<TILES> end(p, tile);
+        int64_t added = (int64_t)end.m * end.q->N + end.j; // an opening adds its x, which is in shared memory
+        if (!OPENS && end.active && end.q->add)
+            tile_send_for_word(ends[0].add[threadIdx.x], end.q->add, added);
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            sums[warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
-        tile += p.tile_blocks;
-        bool last = WARPS > 8 || tile >= p.tiles; // with many warps there is a block for each tile
-        if (!last) { // the next tile's weights are on their way while this one's sums are added up
-            place = tile_place_of(p, tile);
-            tile_weights<WARPS>(held, place, K, warp);
-            tile_prefetch<WARPS>(place, K, warp + WARPS * HELD);
+        for (int t = 0; t < TILES; t++) {
+            if (t > 0 && tile + t * p.tile_blocks >= p.tiles) break;
+            TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
+            bool averaged = OPENS && place.q->input == DECODE_AVERAGED;
+            float sum[2][4] = {};
+            tile_sums<WARPS, HELD, PLAIN>(sum, held[t], place, p,
+                                          shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (lane % 4 * 2 + i % 2 < ROWS)
+                    sums[t][warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
         }
+        mark(p.launch, STAGE_MULTIPLIED);
+        tile += TILES * p.tile_blocks;
+        bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
+        if (!last) tile_request<WARPS>(held, p, tile); // on their way while this turn's sums are added up
         wait_for_copies();
         __syncthreads(); // all warps' sums are there
         if (end.active) {
             bf16 add = from_float<bf16>(0.0f);
-            if (q.add) add = OPENS ? shared.x[end.j] : ends.add[threadIdx.x][added & 1];
-            float squares = 0;
+            if (end.q->add) add = OPENS ? shared.x[end.j] : ends[0].add[threadIdx.x][added & 1];
+            float squares = 0, factor = 1;
+            if (OPENS && end.q->input == DECODE_AVERAGED) {
 #pragma unroll
-            for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
-            tile_finish<WARPS>(q, end, ends,
-                               averaged ? 1.0f / sqrtf(squares / (float)K + p.products.eps) : 1.0f, add, sums);
+                for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
+                factor = 1.0f / sqrtf(squares / (float)K + p.products.eps);
+            }
+            tile_finish<TILES, WARPS, ROWS>(end, ends[end.which], factor, add, sums[end.which]);
         }
         if (last) break;
         __syncthreads(); // all have read the sums and the ends
-        tile_ends(&ends, place, M);
+        tile_ends(ends, p, tile);
     }
-    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < M) p.products.advance[threadIdx.x]++;
+    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < p.products.M)
+        p.products.advance[threadIdx.x]++;
     mark(p.launch, STAGE_ENDED);
 }
 
@@ -557,18 +591,18 @@ __global__ void __launch_bounds__(WARPS == 8 ? 8 * WARP_SIZE : TILE_MANY_THREADS
  * Launchers
  */
 
-template <int WARPS, int HELD, bool OPENS, bool PLAIN>
+template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
 static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
+    auto kernel = decode_tiles_kernel<WARPS, TILES, HELD, OPENS, PLAIN>;
     p.tile_blocks = min(p.tiles, context->num_sms * (WARPS == 8 ? 3 : 1));
     int channels = WARPS * WARP_SIZE / TILE_STATE_LANES;
     p.states.blocks = (int)ceil_div(p.states.D, channels);
     size_t bytes = tile_shared(p, nullptr, nullptr);
-    if (bytes > 32 * 1024 && !context->dry_run)
-        CHECK_CUDA(cudaFuncSetAttribute(decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_MAX_SHARED));
-    launch_step(context, name, decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>,
-                dim3((unsigned)(p.tile_blocks + p.states.blocks)), (unsigned)(WARPS * WARP_SIZE), p, false,
-                bytes);
+    if (bytes > 16 * 1024 && !context->dry_run)
+        CHECK_CUDA(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_MAX_SHARED));
+    launch_step<DecodeTiles>(context, name, kernel, dim3((unsigned)(p.tile_blocks + p.states.blocks)),
+                             (unsigned)(WARPS * WARP_SIZE), p, false, bytes);
 }
 
 /* Completes p: are these products, with this opening, what the kernel takes? */
@@ -599,19 +633,21 @@ static inline bool tiles_fit(DecodeTiles *p) {
 /* Few tiles are worked on by more warps each, since a tile stays with its processor. */
 static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
     bool few = p.tiles <= context->num_sms;
-    if (p.opens) launch_tiles<8, 4, true, false>(context, name, p);
-    else if (few && p.plain) launch_tiles<16, 5, false, true>(context, name, p);
-    else if (few) launch_tiles<16, 5, false, false>(context, name, p);
-    else if (p.plain) launch_tiles<8, 4, false, true>(context, name, p);
-    else launch_tiles<8, 4, false, false>(context, name, p);
+    if (p.opens && DECODE_OPENING == 2) launch_tiles<16, 3, 2, true, false>(context, name, p);
+    else if (p.opens) launch_tiles<8, 1, 4, true, false>(context, name, p);
+    else if (few && p.plain) launch_tiles<16, 1, 5, false, true>(context, name, p);
+    else if (few) launch_tiles<16, 1, 5, false, false>(context, name, p);
+    else if (p.plain) launch_tiles<8, 1, 4, false, true>(context, name, p);
+    else launch_tiles<8, 1, 4, false, false>(context, name, p);
 }
 
-/* decode_products, in bf16 by tiles where they fit. */
+/* decode_products, in bf16 by tiles where they fit. ahead: see DecodeAhead. */
 template <typename T>
-static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products) {
+static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products,
+                                 const DecodeAhead &ahead = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products;
+        tiles.products = products, tiles.ahead = ahead;
         if (DECODE_TILES && tiles_fit(&tiles)) {
             decode_tiles(context, name, tiles);
             return;

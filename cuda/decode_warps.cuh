@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
         if (in_head && d % (DECODE_LINE / (int)sizeof(T)) == 0) prefetch_bytes(keys + j * k_width, 1, 0, 1);
         if (in_row && d % (DECODE_LINE / (int)sizeof(T)) == 0) prefetch_bytes(values + j * v_width, 1, 0, 1);
     }
+    ask_ahead(p.ahead);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
