@@ -235,7 +235,7 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
     int *arrivals;      /* decode_attention's counters, zero between steps */
-    std::vector<DecodePrepared> prepared; /* for each layer's opening, and for the final norm (see decode_tiles.cuh) */
+    std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
@@ -378,7 +378,8 @@ static int64_t few_rows(const MegalodonModel *m) {
 template <typename T> static bool has_openings(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     DecodeTiles opening = {};
-    opening.products.M = 1, opening.K = c->model_dim, opening.opening.G = c->norm_num_groups, opening.opens = true;
+    opening.products.M = 1, opening.K = c->model_dim;
+    opening.opens = true, opening.opening.G = c->norm_num_groups;
     return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
            c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 &&
            tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
@@ -865,10 +866,12 @@ template <typename T> static DecodeProducts<T> decode_group(const MegalodonModel
     return p;
 }
 
-/* Does layer l (num_layers: the final norm) begin with an opening? The first one brings the token in instead. */
-static bool opens(const MegalodonModel *m, int l) { return l > 0 && m->batch.B == 1 && !m->prepared.empty(); }
+/* Does layer l (num_layers: the final norm) begin with an opening? The first one brings in the token. */
+static bool opens(const MegalodonModel *m, int l) {
+    return l > 0 && m->batch.B == 1 && !m->prepared.empty();
+}
 
-/* What the opening of layer l, or the final norm, reads and writes. u (D): scratch, NULL for the final norm. */
+/* What the opening of layer l, or the final norm, reads and writes. u (D): scratch, NULL: the final norm. */
 template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int l, float *u) {
     DecodeOpening opening = {};
     if constexpr (std::is_same<T, bf16>::value) {
@@ -884,7 +887,7 @@ template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int
     return opening;
 }
 
-/* The states' part of layer l: what layer l + 1 opens with, and, where u (D) is given, the move of its own. */
+/* The states' part of layer l: what layer l + 1 opens with and, where u (D) is given, the move of its own. */
 template <typename T> static DecodeStates decode_states_of(const Model<T> *m, int l, const float *u) {
     const MegalodonConfig *c = &m->config;
     DecodeStates states = {};

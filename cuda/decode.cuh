@@ -24,8 +24,8 @@
 #include "timeline.cuh"
 #include "timestepnorm.cuh"
 
-/* 1: a kernel of a step lets the next one start as soon as all of its own blocks have begun, not only when the
- * kernel before it has ended: several are then in their first part, where they ask for weights. */
+/* 1: a kernel of a step lets the next one start as soon as all of its own blocks have begun, not only when
+ * the kernel before it has ended: several are then in their first part, where they ask for weights. */
 #ifndef DECODE_EARLY
 #define DECODE_EARLY 0
 #endif
@@ -87,7 +87,8 @@ struct DecodeAhead {
         int64_t left = (int64_t)DECODE_AHEAD << 20;
         for (int i = 0; i < AHEAD_PARTS; i++) {
             if (!memory[i]) {
-                memory[i] = weights, bytes[i] = count * (int64_t)sizeof(T) < left ? count * (int64_t)sizeof(T) : left;
+                int64_t all = count * (int64_t)sizeof(T);
+                memory[i] = weights, bytes[i] = all < left ? all : left;
                 return;
             }
             left -= bytes[i];

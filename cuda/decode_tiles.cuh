@@ -25,8 +25,8 @@
 #ifndef DECODE_TILES
 #define DECODE_TILES 0
 #endif
-/* 1: and with one row, layers begin with an opening, in blocks of 8 warps that have a tile each; 2: in blocks of
- * 16 warps, one a processor, that have three tiles at a time and so make u and c less often. */
+/* 1: and with one row, layers begin with an opening, in blocks of 8 warps that have a tile each; 2: in blocks
+ * of 16 warps, one a processor, that have three tiles at a time and so make u and c less often. */
 #ifndef DECODE_OPENING
 #define DECODE_OPENING 0
 #endif
@@ -36,7 +36,7 @@ enum {
     TILE_CHUNK = 32, /* numbers of K that a warp multiplies at a time */
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
-    TILE_MANY_THREADS = 704, /* so many registers as that leaves: next to 16 warps is room for the next kernel's 8 */
+    TILE_MANY_THREADS = 704, /* the registers that this leaves let the next kernel's blocks in beside 16 warps */
     TILE_STATE_LANES = 16 /* lanes that share a channel's states */
 };
 
@@ -141,8 +141,8 @@ __device__ inline void tile_split(bf16 *to, int distance, const float (&value)[4
     store<4>(to + distance, rest);
 }
 
-/* Sum over the `threads` neighbouring threads that share a row, a multiple of 32. scratch: a float a warp, not
- * used by the call before. */
+/* Sum over the `threads` neighbouring threads that share a row, a multiple of 32. scratch: a float a warp,
+ * not used by the call before. */
 __device__ inline float tile_row_sum(float value, int threads, float *scratch) {
     int warps = threads / WARP_SIZE, first = (int)threadIdx.x / threads * warps;
     value = warp_sum(value);
@@ -153,7 +153,8 @@ __device__ inline float tile_row_sum(float value, int threads, float *scratch) {
     return total;
 }
 
-/* RMSNorm or LayerNorm of all rows, or the rows as they are. threads / (M rounded up to a power of two) threads share a row. */
+/* RMSNorm or LayerNorm of all rows, or the rows as they are. A row has as many threads as there are for each of
+ * M rows, M rounded up to a power of two. */
 template <int WARPS>
 __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
                                       const TileShared &shared, float (&scratch)[2][WARPS]) {
@@ -231,8 +232,9 @@ template <int THREADS> __device__ inline void opening_statistics(const DecodeTil
     }
 }
 
-/* Two inputs: u, and, unless the block's first and so all of its tiles take u, c (1 + RMSNorm's weight) without RMSNorm's own factor, which is one number and comes in
- * at the end. squares[warp]: the sum of the warp's c^2. */
+/* Two inputs: u, and, unless the block's first and so all of its tiles take u, c (1 + RMSNorm's weight)
+ * without RMSNorm's own factor, which is one number and comes in at the end. squares[warp]: the sum of the
+ * warp's c^2. */
 template <int WARPS>
 __device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16> &first, const TileShared &s,
                                  float *squares) {
@@ -418,8 +420,8 @@ struct TileEnds {
     int64_t row[DECODE_ROWS];                /* of the output, for each row of the input */
 };
 
-/* A thread ends an output of a row: of 128 threads that end a tile, threads 0, 1, .. those of row 0, threads 16,
- * 17, .. those of row 1. The next 128 threads end the next of the block's TILES tiles. */
+/* A thread ends an output of a row: of 128 threads that end a tile, threads 0, 1, .. those of row 0, threads
+ * 16, 17, .. those of row 1. The next 128 threads end the next of the block's TILES tiles. */
 enum { TILE_ENDS = TILE_OUTPUTS * DECODE_ROWS };
 template <int TILES> struct TileEnd {
     const DecodeProduct<bf16> *q;
@@ -439,7 +441,8 @@ template <int TILES> struct TileEnd {
 };
 
 /* Before the wait: what no kernel of the step writes. */
-template <int TILES> __device__ inline void tile_ends(TileEnds (&ends)[TILES], const DecodeTiles &p, int tile) {
+template <int TILES>
+__device__ inline void tile_ends(TileEnds (&ends)[TILES], const DecodeTiles &p, int tile) {
     TileEnd<TILES> end(p, tile);
     if (!end.active) return;
     const DecodeProduct<bf16> &q = *end.q;
@@ -490,15 +493,16 @@ __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProd
 
 /* computes: each of the products (see DecodeProduct), in the opening after TimestepNorm and CEMA; and beside
  *           them the states' part (see DecodeStates)
- * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns TILES times 16 outputs at a time, a
- *           warp every WARPS-th chunk of K
+ * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns TILES times 16 outputs at a time,
+ *           a warp every WARPS-th chunk of K
  * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
  * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory; TILES > 1
  *           wants an opening
  * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
 template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
 __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS : WARPS * WARP_SIZE,
-                                  WARPS == 8 ? 3 : 1) decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
+                                  WARPS == 8 ? 3 : 1)
+    decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
     static_assert(TILES == 1 || (OPENS && TILES * TILE_ENDS <= WARPS * WARP_SIZE));
     constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : (int)DECODE_ROWS;
     extern __shared__ uint4 tile_memory[];
@@ -624,8 +628,10 @@ static inline bool tiles_fit(DecodeTiles *p) {
         fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
         for (o->lane_bits = 5; o->lane_bits > 0 && o->G << o->lane_bits > 8 * WARP_SIZE;) o->lane_bits--;
         o->inverse_size = (float)o->G / (float)p->K;
-        for (int i = 0; i < p->products.number; i++)
-            fit = fit && (!p->products.product[i].add || p->products.product[i].add == p->products.product[i].x);
+        for (int i = 0; i < p->products.number; i++) {
+            const DecodeProduct<bf16> &q = p->products.product[i];
+            fit = fit && (!q.add || q.add == q.x);
+        }
     }
     return fit && tile_shared(*p, nullptr, nullptr) <= TILE_MAX_SHARED;
 }

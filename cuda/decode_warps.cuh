@@ -15,10 +15,12 @@
 #define DECODE_ATTENTION_WARPS 0
 #endif
 
-/* A lane's numbers of the query (which 0, with 1/sqrt z) or the key (1), turned and rounded as they are kept. */
+/* A lane's numbers of the query or the key, from those that are normalised: turned, and rounded as they are
+ * kept. inverse: 1/sqrt z. */
 template <typename T, int VEC>
-__device__ inline void turn_numbers(float (&to)[VEC], const float (&normed)[VEC], const Words<T, VEC> &gamma,
-                                    const Words<T, VEC> &beta, const float2 (&angle)[VEC / 2], float inverse) {
+__device__ inline void turn_numbers(float (&to)[VEC], const float (&normed)[VEC],
+                                    const Words<T, VEC> &gamma, const Words<T, VEC> &beta,
+                                    const float2 (&angle)[VEC / 2], float inverse) {
     float factor[VEC], shift[VEC];
     unpack<T, VEC>(factor, gamma);
     unpack<T, VEC>(shift, beta);
@@ -112,8 +114,9 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 int j = first + i * DECODE_WARPS;
-                key[i] = j < end && j != n && in_head ? *(const Words<T, VEC> *)(keys + j * k_width) : nothing;
-                value[i] = j < end && in_row ? *(const Words<T, VEC> *)(values + j * v_width) : nothing;
+                key[i] = value[i] = nothing;
+                if (j < end && j != n && in_head) key[i] = *(const Words<T, VEC> *)(keys + j * k_width);
+                if (j < end && in_row) value[i] = *(const Words<T, VEC> *)(values + j * v_width);
             }
         }
         float score[EACH], largest = own.top;

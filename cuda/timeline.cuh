@@ -113,8 +113,7 @@ static void timeline_print_layer(const std::vector<TimelineTimes> &times) {
         if (timeline_launches[i].layer != timeline_launches[i - 1].layer) starts.push_back(i);
     if (starts.size() < 2) return;
     size_t layers = starts.size() - 1, kernels = starts[1] - starts[0];
-    printf("one layer, mean of %zu; microseconds since the layer before ended, first and last of the blocks\n",
-           layers);
+    printf("one layer, mean of %zu; microseconds since the layer before ended, first and last block\n", layers);
     printf("%-18s %6s %7s", "kernel", "blocks", "gap");
     for (const char *stage : stages) printf(" %15s", stage);
     printf("\n");
@@ -131,8 +130,8 @@ static void timeline_print_layer(const std::vector<TimelineTimes> &times) {
                 last[stage] += (times[i].last[stage] - origin) / (double)layers;
             }
         }
-        printf("%-18s %6d %7.2f", timeline_launches[starts[0] + k].name, timeline_launches[starts[0] + k].blocks,
-               gap);
+        const TimelineLaunch &launch = timeline_launches[starts[0] + k];
+        printf("%-18s %6d %7.2f", launch.name, launch.blocks, gap);
         for (int stage = 0; stage < NUM_STAGES; stage++) {
             if (noted[stage]) printf(" %7.2f %7.2f", first[stage], last[stage]);
             else printf(" %7s %7s", "-", "-");
