@@ -108,11 +108,14 @@ __host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, 
     return p.opens ? statistics + G * sizeof(float2) : x;
 }
 
-/* Sends for `bytes` bytes, a multiple of 16, by the whole block; wait_for_copies and a barrier follow. */
+/* Sends for `bytes` bytes, a multiple of 16, by the whole block; wait_for_copies and a barrier follow. NULL:
+ * zeros. */
 template <int THREADS> __device__ inline void tile_send_for(void *to, const void *from, int bytes) {
 #pragma unroll 1
-    for (int at = (int)threadIdx.x * 16; at < bytes; at += THREADS * 16)
-        copy_early((char *)to + at, (const char *)(from ? from : to) + at, from != nullptr); // NULL: zeros
+    for (int at = (int)threadIdx.x * 16; at < bytes; at += THREADS * 16) {
+        if (from) copy_early((char *)to + at, (const char *)from + at, true);
+        else *(uint4 *)((char *)to + at) = make_uint4(0, 0, 0, 0);
+    }
 }
 
 /* Sends for the word of memory in which number `at` of an array lies: its half at % 2. */
