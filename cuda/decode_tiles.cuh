@@ -53,8 +53,8 @@ struct DecodeOpening {
     const bf16 *weight, *bias;
     double *mean, *var;
     float *u;
-    int G, lane_bits;
-    float inverse_size; /* 1 / (D/G) */
+    int G, size, lane_bits; /* size D/G */
+    float inverse_size;
 };
 
 /* The states' part of a step: prepared, of the next layer's mean, var (G), h (D,N,2) and omega (D), or of the
@@ -202,7 +202,7 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
 template <int THREADS> __device__ inline void opening_statistics(const DecodeTiles &p, const TileShared &s) {
     constexpr int AHEAD = 4; // numbers that are read at the same time
     const DecodeOpening &o = p.opening;
-    int size = p.K / o.G, lanes = 1 << o.lane_bits, lane = (int)threadIdx.x & (lanes - 1);
+    int size = o.size, lanes = 1 << o.lane_bits, lane = (int)threadIdx.x & (lanes - 1);
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
 #pragma unroll 1
     for (int first = 0; first < o.G; first += THREADS >> o.lane_bits) {
@@ -244,7 +244,7 @@ __device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16>
     constexpr int THREADS = WARPS * WARP_SIZE;
     const DecodeOpening &o = p.opening;
     const bool averages = first.input == DECODE_AVERAGED;
-    int K = p.K, size = K / o.G;
+    int K = p.K, size = o.size;
     tile_send_for<THREADS>(s.x, first.x, K * (int)sizeof(bf16));
     tile_send_for<THREADS>(s.moments, o.prepared.moments, (2 * o.G + 2) * (int)sizeof(double));
     if (averages) tile_send_for<THREADS>(s.response, o.prepared.response, K * (int)sizeof(float2));
@@ -384,17 +384,17 @@ __device__ inline void tile_multiply(float (&sum)[2][4], const uint4 (&w)[2], co
     tensor_product(sum[1], a[1], b[1]);
 }
 
-/* The sums of the held chunks, and then, HELD at a time, of the others. input: in shared memory, NULL: the
- * product's own. */
+/* The sums of the held chunks, and then, HELD at a time, of the others. q: the tile's product. input: in
+ * shared memory, unless it is PLAIN. */
 template <int WARPS, int HELD, bool PLAIN>
-__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const TilePlace &place,
-                                 const DecodeTiles &p, const bf16 *input) {
+__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const DecodeProduct<bf16> &q,
+                                 const DecodeTiles &p, int tile, const bf16 *input) {
     int warp = (int)threadIdx.x / WARP_SIZE, row = (int)threadIdx.x % WARP_SIZE / 4;
     int part = (int)threadIdx.x % 4, K = p.K, M = p.products.M;
     const uint4 nothing = make_uint4(0, 0, 0, 0);
-    const bf16 *x = PLAIN ? place.q->x + (int64_t)row * K : input + row * (K + TILE_PAD);
+    const bf16 *x = PLAIN ? q.x + (int64_t)row * K : input + row * (K + TILE_PAD);
     for (int first = warp; first * TILE_CHUNK < K; first += WARPS * HELD) {
-        if (first != warp) tile_weights<WARPS>(held, place, K, first);
+        if (first != warp) tile_weights<WARPS>(held, tile_place_of(p, tile), K, first);
         uint4 value[HELD];
 #pragma unroll
         for (int i = 0; i < HELD && PLAIN; i++) { // all on their way at the same time
@@ -445,8 +445,7 @@ template <int TILES> struct TileEnd {
 
 /* Before the wait: what no kernel of the step writes. */
 template <int TILES>
-__device__ inline void tile_ends(TileEnds (&ends)[TILES], const DecodeTiles &p, int tile) {
-    TileEnd<TILES> end(p, tile);
+__device__ inline void tile_ends(TileEnds (&ends)[TILES], const TileEnd<TILES> &end) {
     if (!end.active) return;
     const DecodeProduct<bf16> &q = *end.q;
     if (end.m == 0) {
@@ -477,16 +476,19 @@ __device__ inline void tile_finish(const TileEnd<TILES> &end, const TileEnds &en
     else q.out[at] = from_float<bf16>(value);
 }
 
-/* The block's next TILES tiles: asks for their weights. */
+/* The block's next TILES tiles: their products, NULL where there is none, and asks for their weights. */
 template <int WARPS, int TILES, int HELD>
-__device__ inline void tile_request(uint4 (&held)[TILES][HELD][2], const DecodeTiles &p, int tile) {
+__device__ inline void tile_request(uint4 (&held)[TILES][HELD][2], const DecodeProduct<bf16> *(&q)[TILES],
+                                    const DecodeTiles &p, int tile) {
     int warp = (int)threadIdx.x / WARP_SIZE;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        if (t > 0 && tile + t * p.tile_blocks >= p.tiles) break;
+        q[t] = nullptr;
+        if (t > 0 && tile + t * p.tile_blocks >= p.tiles) continue;
         TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
         tile_weights<WARPS>(held[t], place, p.K, warp);
         tile_prefetch<WARPS>(place, p.K, warp + WARPS * HELD);
+        q[t] = place.q;
     }
 }
 
@@ -524,17 +526,18 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     TileShared shared = {};
     if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
     uint4 held[TILES][HELD][2];
-    tile_request<WARPS>(held, p, tile);
-    const DecodeProduct<bf16> *constants = tile_place_of(p, tile).q; // whose are in shared memory
-    const DecodeProduct<bf16> *ready = nullptr;                      // whose input is
+    const DecodeProduct<bf16> *q[TILES];
+    tile_request<WARPS>(held, q, p, tile);
+    const DecodeProduct<bf16> *constants = q[0], *ready = nullptr; // whose are, whose input is in shared memory
     if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
-    tile_ends(ends, p, tile);
+    TileEnd<TILES> end(p, tile);
+    tile_ends(ends, end);
     ask_ahead(p.ahead);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
     for (;;) {
-        const DecodeProduct<bf16> &first = *tile_place_of(p, tile).q;
+        const DecodeProduct<bf16> &first = *q[0];
         if (OPENS && !ready) {
             tile_open<WARPS>(p, first, shared, scratch[0]);
             ready = &first;
@@ -551,17 +554,15 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
             __syncthreads(); // the input is there
         }
         mark(p.launch, STAGE_INPUT);
-        TileEnd<TILES> end(p, tile);
         int64_t added = (int64_t)end.m * end.q->N + end.j; // an opening adds its x, which is in shared memory
         if (!OPENS && end.active && end.q->add)
             tile_send_for_word(ends[0].add[threadIdx.x], end.q->add, added);
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            if (t > 0 && tile + t * p.tile_blocks >= p.tiles) break;
-            TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
-            bool averaged = OPENS && place.q->input == DECODE_AVERAGED;
+            if (!q[t]) break;
+            bool averaged = OPENS && q[t]->input == DECODE_AVERAGED;
             float sum[2][4] = {};
-            tile_sums<WARPS, HELD, PLAIN>(sum, held[t], place, p,
+            tile_sums<WARPS, HELD, PLAIN>(sum, held[t], *q[t], p, tile + t * p.tile_blocks,
                                           shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -571,7 +572,7 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
         mark(p.launch, STAGE_MULTIPLIED);
         tile += TILES * p.tile_blocks;
         bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
-        if (!last) tile_request<WARPS>(held, p, tile); // on their way while this turn's sums are added up
+        if (!last) tile_request<WARPS>(held, q, p, tile); // on their way while this turn's sums are added up
         wait_for_copies();
         __syncthreads(); // all warps' sums are there
         if (end.active) {
@@ -587,7 +588,8 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
         }
         if (last) break;
         __syncthreads(); // all have read the sums and the ends
-        tile_ends(ends, p, tile);
+        end = TileEnd<TILES>(p, tile);
+        tile_ends(ends, end);
     }
     if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < p.products.M)
         p.products.advance[threadIdx.x]++;
@@ -630,7 +632,7 @@ static inline bool tiles_fit(DecodeTiles *p) {
         DecodeOpening *o = &p->opening;
         fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
         for (o->lane_bits = 5; o->lane_bits > 0 && o->G << o->lane_bits > 8 * WARP_SIZE;) o->lane_bits--;
-        o->inverse_size = (float)o->G / (float)p->K;
+        o->size = p->K / o->G, o->inverse_size = 1.0f / (float)o->size;
         for (int i = 0; i < p->products.number; i++) {
             const DecodeProduct<bf16> &q = p->products.product[i];
             fit = fit && (!q.add || q.add == q.x);
