@@ -968,7 +968,7 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     decode_step_attention(context,
                           DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
                                              w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead},
+                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0},
                           B);
 
     p = decode_group<T>(m);
