@@ -3,6 +3,7 @@
 # Variables that one may set on the command line:
 #   CC=clang        another C compiler
 #   ARCH=           portable code instead of this machine's instructions (default -march=native)
+#   OPT=-O1         another optimisation than -O3, MODEL_OPT=... another one for megalodon.c alone
 #   OPENMP=0        one thread, even where the compiler knows OpenMP
 #   LIBOMP=...      libomp for a clang that has none of its own, as Apple's (default: where Homebrew puts it)
 #   CUDA=0          no CUDA, even where nvcc and megalodon.cu are there
@@ -23,6 +24,8 @@ CFLAGS ?=
 ALL_CFLAGS := -std=c11 $(OPT) $(ARCH) -ffp-contract=fast -Wall -Wextra -Werror $(CFLAGS)
 # Files past 2 GB and the inodes of large disks, also on machines of 32 bits.
 ALL_CFLAGS += -D_FILE_OFFSET_BITS=64
+# The oldest way to compute on an x86 of 32 bits keeps 80 bits of some numbers and not of others; SSE rounds them all.
+ALL_CFLAGS += $(if $(filter i386-% i486-% i586-% i686-%,$(shell $(CC) -dumpmachine 2> /dev/null)),-msse2 -mfpmath=sse)
 LDLIBS := -lm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,44 +97,56 @@ GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
 TEST_PROGRAMS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
 TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 
+# What the tests of faults preload into the programs.
+SHIMS := $(BUILD)/shim.so $(if $(CUDA_OBJECT),$(BUILD)/gpu.so)
+
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 .PHONY: all test test-cross test-programs build-tests test-python test-install test-kill test-large soak demo asan bench \
+        sanitize sanitize-programs \
         golden lib install uninstall fuzz lint lint-tidy lint-cppcheck lint-gcc coverage test-musl integer clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
-	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
+# `make -j2 test` runs two of them at a time (a make before 4.2 does not tell its number: one then).
+JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## prove every number: all tests, ends in "N passed, N failed"
+	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_COMMANDS)
+
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
 
-# Shorter cases, the same programs: the sanitizers make everything several times slower.
+# Shorter cases, the same programs: the sanitizers make everything several times slower. What is not the model is quicker
+# to compile without optimisation than it is to run with it.
 asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
-	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
-	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O0 -g1" \
+	    MODEL_OPT="-O1 -g" CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 # Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
 # emulator needs no libraries of the other machine.
 CROSS ?= aarch64-linux-gnu
-EMULATOR ?= qemu-$(firstword $(subst -, ,$(CROSS)))
+EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu
+# All tests, or some: CROSS_TESTS="json golden". EMULATOR= where this machine runs the other one's programs itself.
+CROSS_TESTS ?=
+test-cross: ## run the C tests as another machine would: CROSS=aarch64-linux-gnu, s390x-linux-gnu, i686-linux-gnu ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
-	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O1 MODEL_OPT=-O2 OPENMP=0 CUDA=0 \
+	    CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
+	    $(if $(CROSS_TESTS),TESTS="$(addprefix $(BUILD)/$(CROSS)/test_,$(CROSS_TESTS))")
 
 test-programs: $(TESTS)
-	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
+	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_PROGRAMS)
 
 test-musl: ## run the C tests with another C library, linked statically: musl-gcc
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/musl BIN=$(BUILD)/musl \
-	    CC=musl-gcc ARCH= OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static"
+	    CC=musl-gcc ARCH= OPT=-O1 MODEL_OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static"
 
 # Unsigned arithmetic that wraps and shifts that lose bits are what hashes and random numbers are made of, and the kind of
 # a number changes on purpose where bytes are packed: these checks of the group "integer" are left out. What remains:
@@ -156,16 +171,18 @@ SECONDS ?= 30
 FUZZ_CC ?= clang
 FUZZ_FLAGS := -std=c11 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=address,undefined \
     -fno-sanitize-recover=all -fno-omit-frame-pointer -I.
+# Watching each comparison of two numbers costs half of the speed and tells little about texts.
+FUZZ_COVER := -fno-sanitize-coverage=trace-cmp
 FUZZERS := $(sort $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c)))
 
-fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang)
+fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang), two at a time
 	@sh tests/fuzz/run.sh $(SECONDS) $(BUILD)/fuzz $(FUZZERS)
 
 $(BUILD)/fuzz/megalodon.o: megalodon.c megalodon.h
 	@mkdir -p $(@D)
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
-$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(BUILD)/fuzz/megalodon.o -lm -o $@
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $(FUZZ_COVER) -c $< -o $@
+$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c tokenize.c
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $(FUZZ_COVER) $< $(BUILD)/fuzz/megalodon.o -lm -o $@
 
 # ---- analysis: three programs that read the source; what they look for, and what not, is in .clang-tidy ----
 
@@ -203,6 +220,15 @@ test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes 
 
 test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
 	@$(BUILD)/test_large --large
+
+# Every product by our own kernel (see cuda/plain.cuh): the tools see all that a step does, and no instruction of
+# Hopper's that they cannot follow.
+SANITIZE_ARCH ?= -arch=native
+sanitize: ## run the GPU tests, short, under compute-sanitizer: memory, races, uninitialised values, barriers
+	@$(MAKE) --no-print-directory sanitize-programs BUILD=$(BUILD)/sanitize BIN=$(BUILD)/sanitize \
+	    NVCCFLAGS="-O3 -std=c++17 -lineinfo $(SANITIZE_ARCH) -DPLAIN_PRODUCTS=1"
+	@sh tests/sanitize.sh $(BUILD)/sanitize
+sanitize-programs: $(addprefix $(BUILD)/test_,golden backends components)
 
 SOAK_MINUTES ?= 60
 SOAK_TOKENS ?= 1000000
@@ -299,12 +325,14 @@ uninstall: ## remove what `make install` with the same PREFIX put there
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Objects depend on the headers that the compiler saw (-MMD) and on the flags, so that a changed flag rebuilds.
 
-FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(NVCC) $(NVCCFLAGS)
+FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(MODEL_OPT) | $(NVCC) $(NVCCFLAGS)
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
 	@printf '%s\n' '$(FLAGS_LINE)' | cmp -s - $@ || printf '%s\n' '$(FLAGS_LINE)' > $@
 .PHONY: FORCE
 FORCE:
+
+$(addprefix $(BUILD)/,megalodon.o megalodon_double.o megalodon_pic.o test_gradcheck.o): ALL_CFLAGS += $(MODEL_OPT)
 
 COMPILE = $(CC) $(ALL_CFLAGS) -I. -MMD -MP -c $< -o $@
 LINK = $(CC) $(ALL_CFLAGS) $(filter %.o,$^) $(CUDA_LDLIBS) $(LDLIBS) -o $@
@@ -371,6 +399,9 @@ $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 # A disk that fails on purpose, for tests/test_fault*.sh, which do without it where it cannot be built.
 $(BUILD)/shim.so: tests/faults/shim.c $(BUILD)/flags
 	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl || : > $@
+# A GPU that is none and that fails on purpose, for tests/test_gpu_faults.sh.
+$(BUILD)/gpu.so: tests/faults/gpu.c $(BUILD)/flags
+	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -isystem $(CUDA_HOME)/include $< -o $@ || : > $@
 
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)

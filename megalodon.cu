@@ -4,7 +4,7 @@
  * come in the same order. The kernels stand in cuda/, in the order of that file:
  *
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
- *   cuda/matmul.cuh        cuBLAS, the linear layer
+ *   cuda/matmul.cuh        cuBLAS, the linear layer; cuda/plain.cuh: products without cuBLAS
  *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
@@ -198,7 +198,6 @@ enum Kept { SAVED, CHEAP, LOGITS };
 /* Memory for logits. In training each block of them reads and writes the gradient of the whole output matrix,
  * so that few large blocks are faster. */
 constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t)512 << 20;
-constexpr size_t CUBLAS_WORKSPACE = (size_t)32 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
 /* What the launches of a pass without a backward depend on. n: tokens before in the chunk. */
@@ -1133,9 +1132,12 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     size_t size = measure(m, layout);
     if (size == 0) return nullptr;
     if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
+        size_t free_bytes = 0, all = 0;
         cudaGetLastError(); // the refusal is reported here and must not be found again later
-        return errorf("out of device memory: asked for %.2f GiB (%zu bytes); a smaller batch needs less",
-                      (double)size / (1 << 30), size);
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+        return errorf("out of device memory: asked for %.2f GiB (%zu bytes) in one piece, and %.2f GiB (%zu "
+                      "bytes) are free; a smaller batch needs less, and other programs may use the device",
+                      (double)size / (1 << 30), size, (double)free_bytes / (1 << 30), free_bytes);
     }
     m->arenas.push_back(arena.base);
     CHECK_CUDA(cudaMemset(arena.base, 0, size));
@@ -1229,8 +1231,7 @@ template <typename T> static const char *build(Model<T> *m) {
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
                               (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
-    CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
-                                    m->context.cublas_workspace_bytes));
+    use_workspace(&m->context);
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
@@ -1241,14 +1242,7 @@ static void start_context(Context *context, bool own_stream) {
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&context->num_sms, cudaDevAttrMultiProcessorCount, device));
     if (own_stream) CHECK_CUDA(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking));
-    CHECK_CUBLAS(cublasCreate(&context->cublas));
-    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
-    CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
-    /* No TF32, and partial sums of a product split over K stay float. */
-    CHECK_CUBLAS(cublasSetMathMode(
-        context->cublas,
-        (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+    start_products(context);
     int *answer = nullptr;
     CHECK_CUDA(cudaMalloc((void **)&answer, sizeof *answer));
     context->hopper = hopper_code(context, answer);
@@ -1261,8 +1255,7 @@ static void cuda_destroy(MegalodonModel *m) {
 #if DECODE_TIMELINE
     if (m->recorded.B && m->recorded.T == 1 && !m->recorded.targets) timeline_report(&m->context, m->graph);
 #endif
-    CHECK_CUBLAS(cublasDestroy(m->context.cublas));
-    CHECK_CUBLAS(cublasLtDestroy(m->context.cublas_lt));
+    end_products(&m->context);
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
     if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
     CHECK_CUDA(cudaStreamDestroy(m->context.stream));
@@ -1304,6 +1297,8 @@ static const char *cuda_unavailable(void) {
                      "the driver knows CUDA %d.%d and this program was built for %d.%d: update the "
                      "driver",
                      driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        else if (driver == 0)
+            snprintf(message, sizeof message, "no CUDA device was found: this machine has no NVIDIA driver");
         else
             snprintf(message, sizeof message, "no CUDA device was found (%s)",
                      status == cudaSuccess ? "none is visible" : cudaGetErrorString(status));
@@ -1803,7 +1798,12 @@ static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
     ON_MODEL(m, state_shape_of, B, n);
 }
 
-static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
+static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) {
+    size_t free_bytes = 0, all = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+    *memory = m->memory;
+    memory->device_used = (int64_t)(all - free_bytes);
+}
 
 /* ----------------------------------------------------------------------------------------------------------
  * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the
@@ -2046,7 +2046,7 @@ static Context *component_context(void) {
     if (!started) {
         start_context(&context, false);
         CHECK_CUDA(cudaMalloc(&context.cublas_workspace, CUBLAS_WORKSPACE));
-        CHECK_CUBLAS(cublasSetWorkspace(context.cublas, context.cublas_workspace, CUBLAS_WORKSPACE));
+        use_workspace(&context);
         started = true;
     }
     return &context;

@@ -1,19 +1,23 @@
 /* matmul.cuh - matrix products through cuBLAS, a small kernel for a few rows, and the linear layer on top.
  *
  * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here;
- * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory.
+ * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory. All that knows
+ * of cuBLAS stands in the first half of this file, behind five functions; -DPLAIN_PRODUCTS=1 takes others.
  */
 #ifndef CUDA_MATMUL_CUH
 #define CUDA_MATMUL_CUH
 
 #include "common.cuh"
 
+#if PLAIN_PRODUCTS
+#include "plain.cuh"
+#else
 #include <map>
 #include <tuple>
+#endif
 
-template <typename T> constexpr cudaDataType_t cuda_type() {
-    return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-}
+/* Bytes of the memory that cuBLAS works in. */
+constexpr size_t CUBLAS_WORKSPACE = PLAIN_PRODUCTS ? 0 : (size_t)32 << 20;
 
 /* A matrix as a product reads it: elements, distance between rows, distance between the matrices of a batch.
  * */
@@ -23,6 +27,64 @@ template <typename T> struct Matrix {
 };
 template <typename T> static Matrix<T> matrix(T *data, int64_t row_stride, int64_t batch_stride = 0) {
     return Matrix<T>{data, row_stride, batch_stride};
+}
+
+#if PLAIN_PRODUCTS
+
+static inline void start_products(Context *) {}
+static inline void use_workspace(Context *) {}
+static inline void end_products(Context *) {}
+
+template <typename T, typename O>
+static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t M, int64_t N, int64_t K,
+                   float alpha, Matrix<const T> A, Matrix<const T> B, float beta, Matrix<O> C,
+                   int64_t batch = 1) {
+    if (M == 0 || N == 0 || batch == 0) return;
+    PlainProduct<T, O> p = {};
+    p.out = C.data, p.add = beta != 0 ? C.data : nullptr, p.beta = beta, p.alpha = alpha;
+    int64_t a = A.row_stride, b = B.row_stride;
+    p.a = PlainOperand<T>{A.data, transpose_a ? 1 : a, transpose_a ? a : 1, A.batch_stride};
+    p.b = PlainOperand<T>{B.data, transpose_b ? b : 1, transpose_b ? 1 : b, B.batch_stride};
+    p.M = M, p.N = N, p.K = K, p.row_stride = C.row_stride, p.batch_stride = C.batch_stride;
+    plain_product(context, p, batch);
+}
+
+template <typename T>
+static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                           int64_t M, int64_t N, int64_t K) {
+    PlainProduct<T, T> p = {};
+    p.out = y, p.add = add, p.bias = bias, p.alpha = p.beta = 1;
+    p.a = PlainOperand<T>{x, K, 1, 0}, p.b = PlainOperand<T>{weight, K, 1, 0};
+    p.M = M, p.N = N, p.K = K, p.row_stride = N;
+    plain_product(context, p, 1);
+    return true;
+}
+
+#else
+
+/* cuBLAS for a context that has its stream. */
+static inline void start_products(Context *context) {
+    CHECK_CUBLAS(cublasCreate(&context->cublas));
+    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
+    CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
+    /* No TF32, and partial sums of a product split over K stay float. */
+    CHECK_CUBLAS(cublasSetMathMode(
+        context->cublas,
+        (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+}
+/* After context->cublas_workspace, of so many bytes, was set. */
+static inline void use_workspace(Context *context) {
+    CHECK_CUBLAS(
+        cublasSetWorkspace(context->cublas, context->cublas_workspace, context->cublas_workspace_bytes));
+}
+static inline void end_products(Context *context) {
+    CHECK_CUBLAS(cublasDestroy(context->cublas));
+    CHECK_CUBLAS(cublasLtDestroy(context->cublas_lt));
+}
+
+template <typename T> constexpr cudaDataType_t cuda_type() {
+    return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
 }
 
 /* C[i] = alpha op(A[i]) op(B[i]) + beta C[i] for i < batch; op(A) is M,K, op(B) is K,N, C is M,N; op
@@ -67,8 +129,8 @@ static inline unsigned alignment_of(const void *pointer) {
 
 /* Returns false if cuBLASLt has no way to do it; then nothing was written. */
 template <typename T>
-static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
-                         int64_t M, int64_t N, int64_t K) {
+static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                           int64_t M, int64_t N, int64_t K) {
     static std::map<PlanKey, Plan> plans;
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t layout_w, layout_x, layout_y;
@@ -127,6 +189,8 @@ static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, co
                                 context->stream));
     return true;
 }
+
+#endif
 
 /* computes: y[row, j] = y[row, j] + bias[j] (if any) + add[row, j] (if any)
  * launch:   grid ceil(rows columns / 256), block 256: a thread owns one element
@@ -207,7 +271,7 @@ static void linear_forward(Context *context, T *y, const T *x, const T *weight, 
         linear_few_rows(context, y, x, weight, bias, add, (int)M, (int)N, (int)K);
         return;
     }
-    if ((bias || add) && linear_by_lt(context, y, x, weight, bias, add, M, N, K)) return;
+    if ((bias || add) && linear_at_once(context, y, x, weight, bias, add, M, N, K)) return;
     bool in_place = add == y; // then beta adds it; another add comes after
     matmul(context, false, true, M, N, K, 1.0f, matrix(x, K), matrix(weight, K), in_place ? 1.0f : 0.0f,
            matrix(y, N));

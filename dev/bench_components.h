@@ -209,8 +209,8 @@ static void *exact_argument(const Piece *piece, const Port *port, int i, bool gr
     return values;
 }
 
-/* RMS of the difference between what lies on the device and `exact`, over the RMS of exact; NAN if there is
- * one. */
+/* RMS of the difference between what lies on the device and `exact`, over the RMS of exact; infinity if there
+ * is a NaN. */
 static double piece_difference(const Piece *piece, const Port *port, int i, const void *device,
                                const double *exact) {
     MegalodonDType type = port_dtype(port, piece->call.component->args[i].type);
@@ -228,11 +228,12 @@ static double piece_difference(const Piece *piece, const Port *port, int i, cons
         total += exact[j] * exact[j];
     }
     free(found);
-    return sqrt(difference / (total > 0 ? total : 1));
+    difference = sqrt(difference / (total > 0 ? total : 1));
+    return isfinite(difference) ? difference : INFINITY;
 }
 
 /* Runs copy 0 once, forward and backward, and the same call in double on the CPU. Returns the largest
- * relative error of all outputs and gradients; NAN if one of them has a NaN. */
+ * relative error of all outputs and gradients; infinity if one of them has a NaN. */
 static double piece_check(Piece *piece, const Port *port) {
     Call *call = &piece->call;
     const MegalodonComponentFunctions *exact = &megalodon_cpu_double.components[call->id];
@@ -250,15 +251,11 @@ static double piece_check(Piece *piece, const Port *port) {
     exact->backward(grads, args, &call->shape);
     for (int i = 0; i < call->num_args; i++) {
         MegalodonRole role = call->component->args[i].role;
-        double errors[2] = {0, 0};
         if (call->present[i] && call_is_output(role))
-            errors[0] = piece_difference(piece, port, i, piece->args[0][i], args[i]);
+            worst = fmax(worst, piece_difference(piece, port, i, piece->args[0][i], args[i]));
         if (call->grad_present[i] && call_has_gradient(role))
-            errors[1] = piece_difference(piece, port, i, piece->grads[0][i], grads[i]);
-        for (int part = 0; part < 2; part++)
-            if (!(errors[part] <= worst)) worst = errors[part];      /* also takes NaN, and keeps it below */
+            worst = fmax(worst, piece_difference(piece, port, i, piece->grads[0][i], grads[i]));
         free(args[i]), free(grads[i]);
-        if (isnan(worst)) worst = INFINITY;
     }
     return worst;
 }

@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 
 enum { TEST_MAX_SHOWN = 30 };        /* failures printed; the rest are only counted */
 
@@ -58,6 +59,14 @@ static inline void test_skip(const char *why) {
     printf("skip: %s\n", why);
 }
 
+/* Is `name` among `names`, which commas separate? All are among NULL. */
+static inline bool test_among(const char *names, const char *name) {
+    size_t length = strlen(name);
+    for (const char *at = names; at; at = strchr(at, ','), at += at != NULL)
+        if (!strncmp(at, name, length) && (at[length] == ',' || !at[length])) return true;
+    return !names;
+}
+
 /* Root of the mean square; NaN or infinite where an element is. */
 static inline double test_rms(const double *x, size_t n) {
     double sum = 0;
@@ -79,6 +88,9 @@ static inline double relative_rms(const double *ours, const double *want, size_t
     if (size < 1e-6) return test_rms(ours, n) < 1e-6 ? 0 : INFINITY;
     return error / size;
 }
+
+/* The larger of two errors, for which NaN is infinitely large: fmax would drop it. */
+static inline double worse(double worst, double error) { return isnan(error) ? INFINITY : fmax(worst, error); }
 
 /* Prints the verdict; main returns what this returns. A program that checked nothing has failed. */
 static inline int test_end(void) {

@@ -132,12 +132,29 @@ static void test_config(void) {
     free(w.text);
 }
 
+/* A model file whose tensors are not floating ones, and one without a configuration. */
+static void test_wrong_model(const char *path, MegalodonModel *model, const MegalodonConfig *config) {
+    Safetensors file;
+    const char *other = in_folder("other");
+    must(safetensors_open(&file, path));
+    SafetensorsPair metadata[] = {{"format", CHECKPOINT_MODEL_FORMAT}, {NULL, NULL}, {NULL, NULL}};
+    must(safetensors_write(other, file.tensors, file.count, metadata, NULL, NULL));
+    expect_error(checkpoint_load(other, backend, model, config), "expected \"config\" in __metadata__, found none");
+    metadata[1] = (SafetensorsPair){"config", safetensors_metadata(&file, "config")};
+    file.tensors[file.count - 1].dtype = SAFETENSORS_I32;
+    must(safetensors_write(other, file.tensors, file.count, metadata, NULL, NULL));
+    expect_error(checkpoint_load(other, backend, model, config), "expected dtype F32 (or F64, F16, BF16), found I32");
+    safetensors_close(&file);
+    unlink(other);
+}
+
 /* A model file: the same bits come back; a model of other sizes and damaged files are refused and change nothing. */
 static void test_model(void) {
     MegalodonConfig config = small_config(), other = config, read;
     MegalodonModel *model = new_model(&config, 1), *copy = new_model(&config, 2);
     const char *path = in_folder("model.safetensors");
     must(checkpoint_save(path, backend, model, &config));
+    test_wrong_model(path, copy, &config);
     must(checkpoint_read_config(path, &read));
     check(read.model_dim == config.model_dim && read.vocab_size == config.vocab_size, "the configuration");
     size_t size;
@@ -196,6 +213,10 @@ static void test_state(void) {
     tensors[1].dims[0] = 2;
     tensors[1].dims[1] = 4;
     tensors[1].size = 8;
+    tensors[0].dims[0] = tensors[0].size = 0;
+    must(safetensors_write(path, tensors, 2, metadata, NULL, NULL));
+    expect_error(checkpoint_state_load(path, backend, copy, &config), "tensor count: expected shape [2] or [1]");
+    tensors[0].dims[0] = tensors[0].size = 1;
     must(safetensors_write(path, tensors, 2, metadata, NULL, NULL));
     expect_error(checkpoint_state_load(path, backend, copy, &config), "found no such tensor");
     tensors[0].dims[0] = tensors[0].size = 2;
@@ -228,7 +249,7 @@ static void test_resume(void) {
     MegalodonConfig config = small_config();
     MegalodonModel *straight = new_model(&config, 5), *resumed = new_model(&config, 6);
     SafetensorsPair facts[] = {{"seed", "18446744073709551615"}, {"best", "0.10000000000000001"}, {"note", "x 1"},
-                               {NULL, NULL}};
+                               {"debt", "-1"}, {NULL, NULL}};
     const char *run = in_folder("a/b/run"), *text;
     Safetensors trainer;
     for (int64_t step = 1; step <= 3; step++) {
@@ -248,6 +269,10 @@ static void test_resume(void) {
     expect_error(checkpoint_fact_int64(&trainer, "seed", &step), "to be an integer, found");
     expect_error(checkpoint_fact_int64(&trainer, "note", &step), "to be an integer, found");
     expect_error(checkpoint_fact_double(&trainer, "none", &best), "found none");
+    check(!checkpoint_fact_count(&trainer, "step", 3, &step) && step == 3, "step 3 of 3");
+    expect_error(checkpoint_fact_count(&trainer, "step", 2, &step), "to be from 0 to 2, found 3");
+    expect_error(checkpoint_fact_count(&trainer, "seed", 2, &step), "to be an integer, found");
+    expect_error(checkpoint_fact_count(&trainer, "debt", 2, &step), "to be from 0 to 2, found -1");
     safetensors_close(&trainer);
     for (step = 4; step <= 6; step++) {
         train(straight, &config, step);

@@ -97,7 +97,7 @@ static void check_case(const MegalodonBackend *backend, MegalodonModel *model, M
                     count++;
                 }
                 wrong += count != sums.count[block * e.series + s];
-                worst = fmax(worst, fabs(sum - sums.nll[block * e.series + s]) / fmax((double)count, 1));
+                worst = worse(worst, fabs(sum - sums.nll[block * e.series + s]) / fmax((double)count, 1));
             }
         }
     }

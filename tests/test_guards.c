@@ -220,6 +220,60 @@ static void check_save(void) {
     backend->destroy(again);
 }
 
+/* ---- requests that a model cannot answer ---- */
+
+static void check_requests(const MegalodonBackend *backend) {
+    MegalodonConfig config = small_config();
+    MegalodonOptions options = {.max_batch = 2, .max_length = 8, .training = true}, wrong = options;
+    MegalodonModel *model = model_create(backend, &config, &options, 3), *none = NULL;
+    int32_t tokens[16];
+    float three[3] = {1, -0.1f, NAN}, *embed = must_allocate(sizeof *embed * 8192);
+    uint16_t half[8192];
+    const bool rows[2] = {true, false};
+    random_tokens(tokens, 16, config.vocab_size, 1);
+    MegalodonBatch batch = {.tokens = tokens, .B = 2, .T = 8};
+    must(backend->forward(model, &batch, NULL));
+    batch.carry = true;
+    expect_error(backend->forward(model, &batch, NULL), "made without `carry`");
+    expect_error(backend->reset_rows(model, rows), "no state whose rows could start anew");
+    expect_error(backend->set(model, MEGALODON_ACT, "embed", embed, MEGALODON_F32), "is a result and cannot be set");
+    expect_error(backend->get(model, MEGALODON_STATE, "count", embed, MEGALODON_I64), "made without carry");
+    expect_error(backend->get(model, MEGALODON_PARAM, "embed.weight", embed, MEGALODON_I64), "not of the type asked for");
+    expect_error(backend->set(model, MEGALODON_PARAM, "embed.weight", embed, MEGALODON_I64), "cannot be set from");
+    /* bfloat16: what comes out goes in again and is the same; a NaN stays one. */
+    size_t size = (size_t)config.vocab_size * (size_t)config.model_dim;
+    check(size <= 8192, "the model is larger than this test");
+    must(backend->get(model, MEGALODON_PARAM, "embed.weight", embed, MEGALODON_F32));
+    memcpy(embed, three, sizeof three);
+    must(backend->set(model, MEGALODON_PARAM, "embed.weight", embed, MEGALODON_F32));
+    must(backend->get(model, MEGALODON_PARAM, "embed.weight", half, MEGALODON_BF16));
+    check(half[0] == 0x3F80 && half[1] == 0xBDCD && (half[2] & 0x7FFF) > 0x7F80, "1, -0.1 and NaN are %04x %04x %04x",
+          half[0], half[1], half[2]);
+    must(backend->set(model, MEGALODON_PARAM, "embed.weight", half, MEGALODON_BF16));
+    must(backend->get(model, MEGALODON_PARAM, "embed.weight", embed, MEGALODON_F32));
+    check(embed[0] == 1 && embed[1] == -0.10009765625f && isnan(embed[2]), "they come back as %g %.9g %g",
+          (double)embed[0], (double)embed[1], (double)embed[2]);
+    backend->destroy(model);
+    options.carry = true;
+    model = model_create(backend, &config, &options, 3);
+    expect_error(backend->reset_rows(model, rows), "no state whose rows could start anew");
+    batch.carry = false;
+    must(backend->forward(model, &batch, NULL));
+    batch.carry = true;
+    batch.B = 1;
+    expect_error(backend->forward(model, &batch, NULL), "the state has 2 rows and the batch 1");
+    expect_error(backend->get(model, MEGALODON_STATE, "count", embed, MEGALODON_F32), "not of the type asked for");
+    const int64_t count[3] = {0, 0, 0};
+    expect_error(backend->start_state(model, 3, count), "a state of 3 rows does not fit a model made for 2");
+    backend->destroy(model);
+    wrong.max_batch = 0;
+    expect_error(backend->create(&none, &config, &wrong), "both must be at least 1");
+    wrong = options;
+    wrong.precision = MEGALODON_BF16_MIXED;
+    expect_error(backend->create(&none, &config, &wrong), "computes in fp32; bf16 needs the CUDA backend");
+    free(embed);
+}
+
 /* ---- the lock ---- */
 
 static int lock_in_child(const char *run) {
@@ -277,6 +331,8 @@ int main(void) {
         check_max_norm(backend_list()[i]);
         check_max_bytes(backend_list()[i]);
     }
+    check_requests(&megalodon_cpu);
+    check_requests(&megalodon_cpu_double);
     check_save();
     check_lock();
     char command[64];

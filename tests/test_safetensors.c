@@ -173,6 +173,7 @@ static void test_lengths(void) {
         const char *error = read_all();
         check(error != NULL, "a header's length with bit %d changed was accepted", bit);
         if (bit > 26 && error) check(strstr(error, "the limit is") != NULL, "bit %d: <%s>", bit, error);
+        else if (bit != 1 && error) check(strstr(error, "the file ends after 2") != NULL, "bit %d: <%s>", bit, error);
     }
     Safetensors file;
     check(safetensors_open(&file, "/nonexistent/file") != NULL, "a missing file was opened");
@@ -248,6 +249,10 @@ static void test_round_trip(void) {
     int64_t whole[3];
     check(!safetensors_to_int64(safetensors_find(&file, "longs"), whole), "longs are integers");
     check(!memcmp(whole, longs, sizeof longs), "longs are exact");
+    SafetensorsTensor in_memory = {.dtype = SAFETENSORS_I64, .ndim = 1, .dims = {3}, .size = 3, .bytes = 24};
+    in_memory.data = longs;
+    memset(whole, 0, sizeof whole);
+    check(!safetensors_to_int64(&in_memory, whole) && !memcmp(whole, longs, sizeof longs), "longs in memory are exact");
     check(safetensors_to_int64(found, whole) != NULL, "halves were read as integers");
     check(!strcmp(safetensors_metadata(&file, "hard"), metadata[1].value), "metadata");
     check(!safetensors_metadata(&file, "none") && !safetensors_find(&file, "none"), "what is not there");
