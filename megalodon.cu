@@ -9,6 +9,9 @@
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
  *   cuda/decode.cuh        one token a row, the kernels of generation
+ *   cuda/decode_tiles.cuh  its products on the tensor cores, a layer's first kernel
+ *   cuda/decode_warps.cuh  its attention by warps
+ *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
@@ -24,6 +27,8 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_tiles.cuh"
+#include "cuda/decode_warps.cuh"
 #include "cuda/fused.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/megalodon_cuda.h"
@@ -229,6 +234,7 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
     int *arrivals;      /* decode_attention's counters, zero between steps */
+    std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
@@ -367,6 +373,17 @@ static int64_t few_rows(const MegalodonModel *m) {
     return m->options.max_batch < DECODE_ROWS ? m->options.max_batch : (int)DECODE_ROWS;
 }
 
+/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? */
+template <typename T> static bool has_openings(const Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    DecodeTiles opening = {};
+    opening.products.M = 1, opening.K = c->model_dim;
+    opening.opens = true, opening.opening.G = c->norm_num_groups;
+    return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
+           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 &&
+           tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
+}
+
 /* Training keeps the incoming state for the backward; inference moves one state on in place. */
 template <typename T> static void layout_state(Model<T> *m, Arena *arena) {
     if (!keeps_state(m)) return;
@@ -403,6 +420,11 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
         m->plan.groups = take<SegmentGroup>(&upload, max_partials(rows));
     }
     m->device_upload = take<char>(arena, (int64_t)upload.used);
+    if (has_openings(m)) m->prepared.resize((size_t)c->num_layers + 1);
+    for (DecodePrepared &prepared : m->prepared) {
+        prepared.response = take<float2>(arena, c->model_dim);
+        prepared.moments = take<double>(arena, 2 * c->norm_num_groups + 2);
+    }
     m->upload_bytes = upload.used;
 }
 
@@ -806,7 +828,18 @@ template <typename T> static void forward_pass(Model<T> *m) {
     head_forward<T>(m, head, final);
 }
 
+/* Where `device` memory of the upload lies on the host. */
+template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
+    return (P *)(m->host_upload + ((char *)device - m->device_upload));
+}
+
 /* ---- one token a row ---- */
+
+/* 1: the first kernel of a step reads its tokens from the host's memory and the last one writes the logits
+ * there, so that nothing is copied. */
+#ifndef DECODE_PINNED
+#define DECODE_PINNED 0
+#endif
 
 /* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the
  * state stays where it is, so that the same launches serve every token. */
@@ -832,6 +865,59 @@ template <typename T> static DecodeProducts<T> decode_group(const MegalodonModel
     return p;
 }
 
+/* Does layer l (num_layers: the final norm) begin with an opening? The first one brings in the token. */
+static bool opens(const MegalodonModel *m, int l) {
+    return l > 0 && m->batch.B == 1 && !m->prepared.empty();
+}
+
+/* What the opening of layer l, or the final norm, reads and writes. u (D): scratch, NULL: the final norm. */
+template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int l, float *u) {
+    DecodeOpening opening = {};
+    if constexpr (std::is_same<T, bf16>::value) {
+        bool final_norm = l == m->config.num_layers;
+        opening.prepared = m->prepared[l];
+        if (final_norm) opening.prepared.response = nullptr;
+        opening.weight = final_norm ? m->top.final_weight : m->layers[l].timenorm_weight;
+        opening.bias = final_norm ? m->top.final_bias : m->layers[l].timenorm_bias;
+        opening.mean = final_norm ? m->state.final_mean : m->state.layers[l].norm_mean;
+        opening.var = final_norm ? m->state.final_var : m->state.layers[l].norm_var;
+        opening.u = u, opening.G = m->config.norm_num_groups;
+    }
+    return opening;
+}
+
+/* The states' part of layer l: what layer l + 1 opens with and, where u (D) is given, the move of its own. */
+template <typename T> static DecodeStates decode_states_of(const Model<T> *m, int l, const float *u) {
+    const MegalodonConfig *c = &m->config;
+    DecodeStates states = {};
+    bool last = l + 1 == c->num_layers;
+    states.prepared = m->prepared[l + 1];
+    if (last) states.prepared.response = nullptr;
+    else states.coef = m->coef[l + 1], states.h = m->state.layers[l + 1].cema,
+         states.omega = m->masters[l + 1].cema_omega;
+    states.mean = last ? m->state.final_mean : m->state.layers[l + 1].norm_mean;
+    states.var = last ? m->state.final_var : m->state.layers[l + 1].norm_var;
+    states.count = m->state.count;
+    if (u) states.own_coef = m->coef[l], states.own_h = m->state.layers[l].cema, states.u = u;
+    states.D = c->model_dim, states.G = c->norm_num_groups, states.N = c->cema_ndim;
+    return states;
+}
+
+/* Products with an opening, or with the states' part beside them. */
+template <typename T>
+static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
+                              const DecodeAhead &ahead, const DecodeOpening *opening,
+                              const DecodeStates *states) {
+    if constexpr (std::is_same<T, bf16>::value) {
+        DecodeTiles tiles = {};
+        tiles.products = products, tiles.ahead = ahead;
+        if (opening) tiles.opening = *opening, tiles.opens = true;
+        if (states) tiles.states = *states;
+        REQUIRE(tiles_fit(&tiles));
+        decode_tiles(&m->context, name, tiles);
+    }
+}
+
 /* mega_forward for a step. norm: what this block's TimestepNorm and CEMA read and write. Returns y. */
 template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, DecodeNorm<T> norm) {
     const MegalodonConfig *c = &m->config;
@@ -843,39 +929,59 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     int64_t B = m->batch.B, D = c->model_dim, Z = c->z_dim, E = c->value_dim, H = c->num_heads, e = E / H;
     DecodeAttentionSizes sizes = decode_attention_sizes(B, H, e);
     T *u = take<T>(context, B * D), *h = take<T>(context, B * D), *ar = take<T>(context, B * E);
-    float *partial = take<float>(context, sizes.partial);
+    float *partial = take<float>(context, sizes.partial), *wide_u = take<float>(context, D);
     float2 *parts = take<float2>(context, sizes.parts);
 
     norm.u = u, norm.c = a->c, norm.h = state->cema, norm.coef = m->coef[l];
     norm.omega = m->masters[l].cema_omega, norm.mean = state->norm_mean, norm.var = state->norm_var;
     norm.weight = w->timenorm_weight, norm.bias = w->timenorm_bias;
-    decode_norm(context, norm, B);
+    if (!opens(m, l)) decode_norm(context, norm, B);
 
     /* zz, r = silu(rr) and h = m Wh1^T + bh1 + x read m = rmsnorm(c); v = silu(vv) reads u */
+    const T *average = opens(m, l) ? x : a->c, *normed = opens(m, l) ? x : u;
     DecodeProducts<T> p = decode_group<T>(m);
-    p.product[p.number++] = decode_product<T>(w->wz_weight, w->wz_bias, a->c, Z, D);
-    p.product[p.number++] = decode_product<T>(w->wr_weight, w->wr_bias, a->c, E, D);
-    p.product[p.number++] = decode_product<T>(w->wh1_weight, w->wh1_bias, a->c, D, D);
-    for (int i = 0; i < p.number; i++)
-        p.product[i].input = DECODE_RMSNORM, p.product[i].norm_weight = w->rmsnorm_weight;
-    p.product[p.number++] = decode_product<T>(w->wv_weight, w->wv_bias, u, E, D);
+    p.product[p.number++] = decode_product<T>(w->wz_weight, w->wz_bias, average, Z, D);
+    p.product[p.number++] = decode_product<T>(w->wr_weight, w->wr_bias, average, E, D);
+    p.product[p.number++] = decode_product<T>(w->wh1_weight, w->wh1_bias, average, D, D);
+    p.product[p.number++] = decode_product<T>(w->wv_weight, w->wv_bias, normed, E, D);
+    for (int i = 0; i < p.number; i++) {
+        bool is_v = i == p.number - 1;
+        if (opens(m, l)) p.product[i].input = is_v ? DECODE_NORMED : DECODE_AVERAGED;
+        else p.product[i].input = is_v ? DECODE_PLAIN : DECODE_RMSNORM;
+        if (opens(m, l) || !is_v) p.product[i].norm_weight = w->rmsnorm_weight;
+    }
     DecodeProduct<T> *zz = p.product, *r = p.product + 1, *h1 = p.product + 2, *v = p.product + 3;
     zz->out = a->zz;
     r->out = a->rr, r->silu = true;
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
-    decode_products(context, p);
+    if (opens(m, l)) {
+        DecodeOpening opening = decode_opening(m, l, wide_u);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr);
+    } else {
+        decode_step_products<T>(context, "z r h1 v", p);
+    }
 
-    decode_attention(context,
-                     DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
-                                        w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                        (int)e, c->chunk_size, (float)c->norm_eps},
-                     B);
+    DecodeAhead ahead = {};
+    ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
+    decode_step_attention(context,
+                          DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
+                                             w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
+                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0},
+                          B);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
     p.product[0].out = a->y, p.product[0].add = h;
-    decode_products(context, p);
+    ahead = {};
+    if (w->fc3_weight) ahead.add(w->fc3_weight, c->ffn_hidden_dim * D);
+    ahead.add(w->fc2_weight, D * c->ffn_hidden_dim);
+    if (opens(m, l + 1)) {
+        DecodeStates states = decode_states_of(m, l, opens(m, l) ? wide_u : nullptr);
+        decode_step_tiles<T>(m, "h2, states", p, ahead, nullptr, &states);
+    } else {
+        decode_step_products<T>(context, "h2", p, ahead);
+    }
     return a->y;
 }
 
@@ -893,12 +999,18 @@ template <typename T> static void ffn_step(Model<T> *m, int l, T *out, const T *
     p.product[0].out = hidden, p.product[0].silu = true, p.product[0].second = w->fc3_weight;
     p.product[0].input = DECODE_LAYERNORM;
     p.product[0].norm_weight = w->ffnnorm_weight, p.product[0].norm_bias = w->ffnnorm_bias;
-    decode_products(context, p);
+    DecodeAhead ahead = {}, ahead_too = {}; // the next layer's first products
+    if (l + 1 < c->num_layers) {
+        const LayerParams<T> *next = w + 1;
+        ahead.add(next->wz_weight, (int64_t)c->z_dim * D), ahead.add(next->wr_weight, c->value_dim * D);
+        ahead.add(next->wh1_weight, D * D), ahead_too.add(next->wv_weight, c->value_dim * D);
+    }
+    decode_step_products<T>(context, "fc1", p, ahead);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->fc2_weight, nullptr, hidden, D, F);
     p.product[0].out = out, p.product[0].scale = w->ffn_alpha, p.product[0].add = x;
-    decode_products(context, p);
+    decode_step_products<T>(context, "fc2", p, ahead_too);
 }
 
 /* forward_pass for a step, and the logits, which are what a step is made for. */
@@ -907,25 +1019,36 @@ template <typename T> static void decode_pass(Model<T> *m) {
     Context *context = &m->context;
     int64_t B = m->batch.B, V = c->vocab_size;
     DecodeNorm<T> norm = {};
-    norm.embed = m->top.embed_weight, norm.tokens = m->tokens, norm.embedded = m->top_acts.embed;
+    norm.embed = m->top.embed_weight, norm.embedded = m->top_acts.embed;
+    norm.tokens = DECODE_PINNED && !context->dry_run ? on_host(m, m->tokens) : m->tokens;
     norm.scale = embedding_scale(c), norm.count = m->state.count, norm.eps = (float)c->norm_eps;
     norm.D = c->model_dim, norm.G = c->norm_num_groups, norm.N = c->cema_ndim;
     T *x = m->top_acts.embed;
+    timeline_begin();
     for (int l = 0; l < c->num_layers; l++) {
         T *y = mega_step(m, l, x, norm);
         ffn_step(m, l, m->acts[l].out, x, y);
         norm.tokens = nullptr, norm.x = x = m->acts[l].out;
+        timeline_next_layer();
     }
+    bool opening = opens(m, c->num_layers);
     norm.u = m->last, norm.mean = m->state.final_mean, norm.var = m->state.final_var;
     norm.weight = m->top.final_weight, norm.bias = m->top.final_bias;
-    decode_norm(context, norm, B);
+    if (!opening) decode_norm(context, norm, B);
 
     DecodeProducts<T> p = decode_group<T>(m);
-    p.product[p.number++] = decode_product<T>(m->top.output_weight, nullptr, m->last, V, c->model_dim);
-    p.product[0].wide_out = m->last_logits;
+    p.product[p.number++] =
+        decode_product<T>(m->top.output_weight, nullptr, opening ? x : m->last, V, c->model_dim);
+    p.product[0].wide_out = DECODE_PINNED ? m->host_logits : m->last_logits;
     p.advance = m->state.count; // all that read the counts have ended when this kernel writes
-    decode_products(context, p);
-    if (!context->dry_run)
+    if (opening) {
+        DecodeOpening final_norm = decode_opening(m, c->num_layers, nullptr);
+        p.product[0].input = DECODE_NORMED;
+        decode_step_tiles<T>(m, "final norm, logits", p, {}, &final_norm, nullptr);
+    } else {
+        decode_step_products<T>(context, "logits", p);
+    }
+    if (!DECODE_PINNED && !context->dry_run)
         CHECK_CUDA(cudaMemcpyAsync(m->host_logits, m->last_logits, (size_t)(B * V) * sizeof(float),
                                    cudaMemcpyDeviceToHost, context->stream));
 }
@@ -1024,11 +1147,6 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     *bytes += (int64_t)size;
     layout(m, &arena);
     return nullptr;
-}
-
-/* Where `device` memory of the upload lies on the host. */
-template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
-    return (P *)(m->host_upload + ((char *)device - m->device_upload));
 }
 
 /* Is the gradient one matrix product? Then the first one after zero_gradients need not be added to zeros. */
@@ -1137,6 +1255,9 @@ static void start_context(Context *context, bool own_stream) {
 static void cuda_destroy(MegalodonModel *m) {
     if (!m) return;
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+#if DECODE_TIMELINE
+    if (m->recorded.B && m->recorded.T == 1 && !m->recorded.targets) timeline_report(&m->context, m->graph);
+#endif
     end_products(&m->context);
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
     if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
@@ -1259,11 +1380,12 @@ static void upload(MegalodonModel *m, size_t from, size_t bytes) {
     CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
 }
 
-/* Sends tokens and targets. */
+/* Sends tokens and targets; a step may read them where they are. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
+    if (DECODE_PINNED && is_decode_step(m)) return;
     size_t used = rows * sizeof(int32_t);
     if (m->batch.targets) {
         memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
@@ -1342,6 +1464,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     else
         forward_pass(m);
     m->logits_sent = is_decode_step(m);
+    if (DECODE_PINNED && m->logits_sent) CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
     m->can_backward = m->options.training && batch->targets;
     if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;

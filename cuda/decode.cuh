@@ -21,7 +21,19 @@
 #include "cema.cuh"
 #include "matmul.cuh"
 #include "queries.cuh"
+#include "timeline.cuh"
 #include "timestepnorm.cuh"
+
+/* 1: a kernel of a step lets the next one start as soon as all of its own blocks have begun, not only when
+ * the kernel before it has ended: several are then in their first part, where they ask for weights. */
+#ifndef DECODE_EARLY
+#define DECODE_EARLY 0
+#endif
+/* Not 0: a kernel of a step also asks for at most so many MiB of the weights of the kernels after it, so that
+ * they are in the L2 cache when those come, which may have to wait for registers until then. */
+#ifndef DECODE_AHEAD
+#define DECODE_AHEAD 0
+#endif
 
 enum {
     DECODE_ROWS = 8, /* largest batch */
@@ -37,13 +49,24 @@ enum {
     DECODE_MAX_PRODUCTS = 4
 };
 
+/* The first thing in a kernel of a step. */
+__device__ inline void start_next_kernel() {
+#if DECODE_EARLY && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /* Waits for the kernel before, whose results (and those of all kernels before it) can be read from here on,
  * and lets the next kernel start. Whatever a kernel does before this call may only read what no kernel of
- * the step writes: weights, counts, and the state as the last step left it. */
+ * the step writes before it: weights, counts, and the state as the last step left it. It may write what no
+ * kernel of the step reads but later ones, after their own wait. Each kernel has a block that waits, so that
+ * the end of a kernel is also the end of all kernels before it. */
 __device__ inline void follow_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !DECODE_EARLY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 #endif
 }
 
@@ -52,6 +75,38 @@ __device__ inline void prefetch_bytes(const void *memory, int64_t bytes, int thr
 #ifdef __CUDA_ARCH__
     for (int64_t at = (int64_t)thread * DECODE_LINE; at < bytes; at += (int64_t)threads * DECODE_LINE)
         asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)memory + at));
+#endif
+}
+
+/* Weights of later kernels. */
+enum { AHEAD_PARTS = 3 };
+struct DecodeAhead {
+    const void *memory[AHEAD_PARTS]; /* NULL: none */
+    int64_t bytes[AHEAD_PARTS];
+    template <typename T> void add(const T *weights, int64_t count) {
+        int64_t left = (int64_t)DECODE_AHEAD << 20;
+        for (int i = 0; i < AHEAD_PARTS; i++) {
+            if (!memory[i]) {
+                int64_t all = count * (int64_t)sizeof(T);
+                memory[i] = weights, bytes[i] = all < left ? all : left;
+                return;
+            }
+            left -= bytes[i];
+        }
+    }
+};
+
+/* By all threads of the grid, before the wait. */
+__device__ inline void ask_ahead(const DecodeAhead &ahead) {
+#if DECODE_AHEAD && defined(__CUDA_ARCH__)
+    int64_t threads = (int64_t)gridDim.x * gridDim.y * gridDim.z * blockDim.x;
+    int64_t block = blockIdx.x + (int64_t)gridDim.x * (blockIdx.y + (int64_t)gridDim.y * blockIdx.z);
+#pragma unroll 1
+    for (int i = 0; i < AHEAD_PARTS; i++)
+#pragma unroll 1
+        for (int64_t at = (block * blockDim.x + threadIdx.x) * DECODE_LINE; at < ahead.bytes[i];
+             at += threads * DECODE_LINE)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)ahead.memory[i] + at));
 #endif
 }
 
@@ -75,19 +130,21 @@ template <typename T, int VEC> __device__ inline void unpack(float (&to)[VEC], c
     }
 }
 
-/* Launches a kernel of a step, which may start before the one before it has ended. Code for an older device
- * has no way to wait, so it starts in the usual order. */
+/* Launches a kernel of a step, which may start before the one before it has ended, but for the first one: it
+ * reads counts that the last kernel of the step before moves on. Code for an older device has no way to wait,
+ * so it starts in the usual order. bytes: of shared memory whose size is known only here. */
 template <typename P>
-static void launch_step(Context *context, void (*kernel)(const P), dim3 grid, unsigned threads,
-                        const P &arguments) {
+static void launch_step(Context *context, const char *name, void (*kernel)(const P), dim3 grid,
+                        unsigned threads, P arguments, bool is_first = false, size_t bytes = 0) {
     if (context->dry_run) return;
+    arguments.launch = timeline_number(context, name, grid);
     cudaFuncAttributes code;
     CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {grid, dim3(threads), 0, context->stream, &early,
-                                 code.ptxVersion >= 90 ? 1u : 0u};
+    cudaLaunchConfig_t config = {grid, dim3(threads), bytes, context->stream, &early,
+                                 code.ptxVersion >= 90 && !is_first ? 1u : 0u};
     CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
@@ -108,6 +165,7 @@ template <typename T> struct DecodeNorm {
     const float *omega; /* (D) */
     int D, G, N;
     float scale, eps;
+    int launch; /* the kernel's number in the step, for its timeline */
 };
 
 /* One channel's step, by DECODE_LANES lanes: h = q h + p u; returns the lane's part of Re(sum c h). */
@@ -136,6 +194,9 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
     using A = Accum<T>;
     __shared__ A shared_mean;
     __shared__ float shared_rstd;
+    __shared__ int32_t token;
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
     int b = (int)blockIdx.y, size = p.D / p.G, first = (int)blockIdx.x * size, thread = (int)threadIdx.x;
     int64_t group = (int64_t)b * p.G + blockIdx.x;
     Moments<double> before = {}; // of the thread that will write them
@@ -148,9 +209,15 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
             prefetch_bytes(arrays[i] + at, states * 4, thread, DECODE_NORM_THREADS);
         prefetch_bytes(p.h + ((int64_t)b * p.D * p.N + at) * 2, states * 8, thread, DECODE_NORM_THREADS);
     }
-    const T *x = p.tokens ? p.embed + (int64_t)p.tokens[b] * p.D : p.x + (int64_t)b * p.D;
+    const T *x = p.x + (int64_t)b * p.D;
+    if (p.tokens) { // one thread asks: they may lie on the host
+        if (thread == 0) token = p.tokens[b];
+        __syncthreads(); // the token is there
+        x = p.embed + (int64_t)token * p.D;
+    }
     float scale = p.tokens ? p.scale : 1.0f;
     follow_previous_kernel();
+    mark(p.launch, STAGE_WAITED);
 
     if (thread < WARP_SIZE) {
         A sum = 0, squares = 0;
@@ -170,6 +237,7 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
         }
     }
     __syncthreads(); // the group's statistics are there
+    mark(p.launch, STAGE_INPUT);
 
     int lane = thread % DECODE_LANES;
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
@@ -189,17 +257,20 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
         sum = lanes_sum(sum, DECODE_LANES);
         if (active && p.c && lane == 0) p.c[at] = from_float<T>(fmaf(p.omega[d], u, sum));
     }
+    mark(p.launch, STAGE_ENDED);
 }
 
 template <typename T> static void decode_norm(Context *context, const DecodeNorm<T> &p, int64_t B) {
-    launch_step(context, decode_norm_kernel<T>, dim3((unsigned)p.G, (unsigned)B), DECODE_NORM_THREADS, p);
+    launch_step(context, "norm, CEMA", decode_norm_kernel<T>, dim3((unsigned)p.G, (unsigned)B),
+                DECODE_NORM_THREADS, p, p.tokens != nullptr);
 }
 
 /* ----------------------------------------------------------------------------------------------------------
  * Products with a vector for each row
  */
 
-enum DecodeInput { DECODE_PLAIN, DECODE_RMSNORM, DECODE_LAYERNORM };
+/* The last two only in an opening (see decode_tiles.cuh): u = TimestepNorm(x), and RMSNorm(CEMA(u)). */
+enum DecodeInput { DECODE_PLAIN, DECODE_RMSNORM, DECODE_LAYERNORM, DECODE_NORMED, DECODE_AVERAGED };
 
 /* out = scale act(input(x) W^T + bias) + add, act(s) = s, silu(s), or silu(s) (input(x) second^T). */
 template <typename T> struct DecodeProduct {
@@ -221,6 +292,7 @@ template <typename T> struct DecodeProducts {
     int number, M;
     float eps;
     int64_t *advance;
+    int launch; /* the kernel's number in the step, for its timeline */
 };
 
 /* Place of number k of the input in its row of shared memory: such that the lanes of a warp, each with VEC
@@ -315,6 +387,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, ROWS == 1 && OUTPUTS <= 2 ? 3 
     __shared__ float4 tile_memory[DECODE_TILE / 4];
     __shared__ float mean[ROWS], rstd[ROWS];
     float(*tile)[TILE] = (float(*)[TILE])tile_memory;
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
     int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
     int which = 0, block = (int)blockIdx.x;
     while (block >= p.product[which].blocks) block -= p.product[which++].blocks;
@@ -347,6 +421,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, ROWS == 1 && OUTPUTS <= 2 ? 3 
         prefetch_bytes(row[r] + HELD * STRIDE, (int64_t)(K - HELD * STRIDE) * (int)sizeof(T), lane,
                        WARP_SIZE);
     follow_previous_kernel();
+    mark(p.launch, STAGE_WAITED);
 
     if (p.advance && blockIdx.x == 0 && (int)threadIdx.x < M) p.advance[threadIdx.x]++;
     float sum[ROWS][OUTPUTS] = {}, add[OUTPUTS] = {}; // lane m ends row m
@@ -368,6 +443,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, ROWS == 1 && OUTPUTS <= 2 ? 3 
         if (first > 0) __syncthreads(); // all have read the last part of the input
         decode_fill<T, VEC, ROWS>(tile, q, M, first, last, mean, rstd);
         __syncthreads(); // this part of the input is there
+        if (first == 0) mark(p.launch, STAGE_INPUT);
         if (first == 0) {
 #pragma unroll
             for (int i = 0; i < HELD; i++)
@@ -384,6 +460,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, ROWS == 1 && OUTPUTS <= 2 ? 3 
         }
     }
 
+    mark(p.launch, STAGE_MULTIPLIED);
     float total[OUTPUTS] = {};
 #pragma unroll
     for (int m = 0; m < ROWS; m++) {
@@ -408,6 +485,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, ROWS == 1 && OUTPUTS <= 2 ? 3 
         else
             q.out[place * N + output[r]] = from_float<T>(value);
     }
+    mark(p.launch, STAGE_ENDED);
 }
 
 template <typename T, int VEC, int ROWS, int OUTPUTS>
@@ -418,7 +496,7 @@ static void launch_products(Context *context, DecodeProducts<T> p) {
         p.product[i].blocks = (int)ceil_div(p.product[i].N, per_block);
         blocks += p.product[i].blocks;
     }
-    launch_step(context, decode_products_kernel<T, VEC, ROWS, OUTPUTS>, dim3((unsigned)blocks),
+    launch_step(context, "products", decode_products_kernel<T, VEC, ROWS, OUTPUTS>, dim3((unsigned)blocks),
                 DECODE_THREADS, p);
 }
 
@@ -464,6 +542,8 @@ template <typename T> struct DecodeAttention {
     const int64_t *count;  /* (B) */
     int H, z, e, C;
     float eps;
+    DecodeAhead ahead;
+    int launch; /* the kernel's number in the step, for its timeline */
 };
 
 /* q (with 1/sqrt z) to shared memory, and where the block has the new token its key too, rounded as it is
@@ -569,6 +649,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
     __shared__ float query[DECODE_MAX_HEAD], key[DECODE_MAX_HEAD], score[DECODE_KEYS];
     __shared__ float warp_sums[DECODE_WARPS][COLUMNS], scratch[DECODE_WARPS];
     __shared__ int arrived;
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
     int bh = (int)blockIdx.z, b = bh / p.H, h = bh % p.H;
     int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
     int n = (int)(p.count[b] % p.C), share = n / DECODE_SPLITS + 1, splits = n / share + 1;
@@ -584,8 +666,10 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
             prefetch_bytes(v + j * v_width, 1, 0, 1);
     }
     follow_previous_kernel();
+    mark(p.launch, STAGE_WAITED);
 
     decode_query<T>(query, key, scratch, p, b, h, n, end > n, blockIdx.y == 0);
+    mark(p.launch, STAGE_INPUT);
     float top = -INFINITY, sum = 0, total[VEC] = {};
     for (int first = begin; first < end; first += DECODE_KEYS) {
         int keys = min((int)DECODE_KEYS, end - first);
@@ -624,6 +708,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
 #pragma unroll
     for (int c = 0; c < VEC; c++) warp_sums[warp][lane * VEC + c] = total[c];
     __syncthreads(); // the warps' sums are there
+    mark(p.launch, STAGE_MULTIPLIED);
     int64_t unit = (int64_t)bh * gridDim.y + blockIdx.y;
     column = (int)blockIdx.y * COLUMNS + (int)threadIdx.x;
     bool active = (int)threadIdx.x < COLUMNS && column < p.e;
@@ -642,6 +727,7 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2)
     }
     __syncthreads(); // all know whether they are the last
     if (arrived == splits && active) decode_combine<T>(p, bh, unit, splits, column);
+    mark(p.launch, STAGE_ENDED);
 }
 
 /* How many numbers of `partial`, `parts` and `arrivals` a call needs at most. */
@@ -653,7 +739,7 @@ static inline DecodeAttentionSizes decode_attention_sizes(int64_t B, int64_t H, 
 
 template <typename T> static void decode_attention(Context *context, const DecodeAttention<T> &p, int64_t B) {
     WITH_VEC(T, vectorises<T>(p.z, p.k) && vectorises<T>(p.e, p.v),
-             launch_step(context, decode_attention_kernel<T, VEC>,
+             launch_step(context, "attention", decode_attention_kernel<T, VEC>,
                          dim3(DECODE_SPLITS, blocks_for(p.e, WARP_SIZE * VEC), (unsigned)(B * p.H)),
                          DECODE_THREADS, p));
 }

@@ -1,0 +1,670 @@
+/* decode_tiles.cuh - the products of a step of generation on the tensor cores, in bf16.
+ *
+ * What a step waits for is not its arithmetic but the way from the end of one kernel to the end of the next,
+ * so all that can be done before the wait is done there: weights lie in registers and the constants of norms
+ * in shared memory when the input comes. A block has sixteen outputs, its warps share out K in chunks of 32:
+ *
+ *     rows of mma.m16n8k16: 16 outputs (of a gated product: 8 and their 8 gates) | columns: the rows of x
+ *     lane = 4 group + part: weights of outputs group and group + 8, numbers 8 part .. 8 part + 7 of a chunk
+ *
+ * A lane so reads 16 bytes of each output at a time. Which of the product's k a number is does not matter as
+ * long as weights and inputs agree. A plain input goes from memory straight into registers; a normalised one
+ * passes through shared memory as two bf16 whose sum it is to 16 bits.
+ *
+ * With one row, a layer's first kernel also is its TimestepNorm and CEMA (an "opening"): c = Re(sum_k c_k
+ * (q_k h_k + p_k u)) + omega u = response.x + response.y u, where response depends only on the states that
+ * the step before left. Blocks beside those of the layer before's Wh2 compute it, before their wait, and
+ * move that layer's own states on after it. Each block of the opening then makes all of u and c itself.
+ */
+#ifndef CUDA_DECODE_TILES_CUH
+#define CUDA_DECODE_TILES_CUH
+
+#include "decode.cuh"
+
+/* 1: products of a step in bf16 go through these kernels, where sizes allow it. */
+#ifndef DECODE_TILES
+#define DECODE_TILES 0
+#endif
+/* 1: and with one row, layers begin with an opening, in blocks of 8 warps that have a tile each; 2: in blocks
+ * of 16 warps, one a processor, that have three tiles at a time and so make u and c less often. */
+#ifndef DECODE_OPENING
+#define DECODE_OPENING 0
+#endif
+
+enum {
+    TILE_OUTPUTS = 16,
+    TILE_CHUNK = 32, /* numbers of K that a warp multiplies at a time */
+    TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
+    TILE_MAX_SHARED = 100 * 1024,
+    TILE_MANY_THREADS = 704, /* the registers that this leaves let the next kernel's blocks in beside 16 warps */
+    TILE_STATE_LANES = 16 /* lanes that share a channel's states */
+};
+
+/* What an opening needs of the step before. response NULL: only the norm. */
+struct DecodePrepared {
+    float2 *response; /* (D) */
+    double *moments;  /* (2G+2): means, variances, 1 / (count + 1), nothing */
+};
+
+/* weight (D), bias (D): TimestepNorm's. mean, var (G): the state, written. u (D): for DecodeStates, where
+ * there is a response. 2^lane_bits lanes share a group. */
+struct DecodeOpening {
+    DecodePrepared prepared;
+    const bf16 *weight, *bias;
+    double *mean, *var;
+    float *u;
+    int G, size, lane_bits; /* size D/G */
+    float inverse_size;
+};
+
+/* The states' part of a step: prepared, of the next layer's mean, var (G), h (D,N,2) and omega (D), or of the
+ * final norm's mean and var; and own_h (D,N,2), NULL: none, which moves on by u (D). */
+struct DecodeStates {
+    DecodePrepared prepared;
+    CemaCoefficients coef, own_coef;
+    const float *h, *omega, *u;
+    float *own_h;
+    const double *mean, *var;
+    const int64_t *count;
+    int D, G, N, blocks; /* blocks: set by the launcher; 0 where D is 0 */
+};
+
+struct DecodeTiles {
+    DecodeProducts<bf16> products; /* each product's blocks: its tiles */
+    DecodeOpening opening;
+    DecodeStates states;
+    DecodeAhead ahead;
+    int tiles, tile_blocks, K;
+    bool opens, plain; /* plain: so are all inputs */
+    int launch; /* the kernel's number in the step, for its timeline */
+};
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Shared memory: constants of a norm, the input in two parts, and what an opening keeps between its phases
+ */
+
+struct TileShared {
+    bf16 *constants; /* (3,K) */
+    bf16 *input;     /* (inputs, 2 parts, M, K + TILE_PAD) */
+    bf16 *x;         /* (K): from here on only in an opening */
+    float2 *response, *statistics; /* (K), (G): mean and 1 / standard deviation */
+    double *moments;               /* (2G+2) */
+};
+
+/* Bytes; with base, also the places. */
+__host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, TileShared *to) {
+    size_t K = (size_t)p.K, G = (size_t)p.opening.G, rows = (size_t)p.products.M;
+    if (p.plain) return 0;
+    size_t input = 3 * K * sizeof(bf16), inputs = p.opens ? 2 : 1;
+    size_t x = input + inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16), response = x + K * sizeof(bf16);
+    size_t moments = response + K * sizeof(float2), statistics = moments + (2 * G + 2) * sizeof(double);
+    if (to)
+        *to = TileShared{(bf16 *)base,
+                         (bf16 *)(base + input),
+                         (bf16 *)(base + x),
+                         (float2 *)(base + response),
+                         (float2 *)(base + statistics),
+                         (double *)(base + moments)};
+    return p.opens ? statistics + G * sizeof(float2) : x;
+}
+
+/* Sends for `bytes` bytes, a multiple of 16, by the whole block; wait_for_copies and a barrier follow. NULL:
+ * zeros. */
+template <int THREADS> __device__ inline void tile_send_for(void *to, const void *from, int bytes) {
+#pragma unroll 1
+    for (int at = (int)threadIdx.x * 16; at < bytes; at += THREADS * 16) {
+        if (from) copy_early((char *)to + at, (const char *)from + at, true);
+        else *(uint4 *)((char *)to + at) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+/* Sends for the word of memory in which number `at` of an array lies: its half at % 2. */
+__device__ inline void tile_send_for_word(void *to, const bf16 *from, int64_t at) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from + (at & ~1))
+                 : "memory");
+}
+
+/* Sends for the norm's constants, K numbers each: (weight, bias), in an opening and RMSNorm's weight. */
+template <int THREADS>
+__device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
+    int bytes = p.K * (int)sizeof(bf16);
+    tile_send_for<THREADS>(to, p.opens ? p.opening.weight : q.norm_weight, bytes);
+    tile_send_for<THREADS>(to + p.K, p.opens ? p.opening.bias : q.norm_bias, bytes);
+    if (p.opens) tile_send_for<THREADS>(to + 2 * p.K, q.norm_weight, bytes);
+}
+
+/* Four numbers as two rows of bf16, `distance` numbers apart, whose sum they are. */
+__device__ inline void tile_split(bf16 *to, int distance, const float (&value)[4]) {
+    float rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) rest[i] = value[i] - to_float(from_float<bf16>(value[i]));
+    store<4>(to, value);
+    store<4>(to + distance, rest);
+}
+
+/* Sum over the `threads` neighbouring threads that share a row, a multiple of 32. scratch: a float a warp,
+ * not used by the call before. */
+__device__ inline float tile_row_sum(float value, int threads, float *scratch) {
+    int warps = threads / WARP_SIZE, first = (int)threadIdx.x / threads * warps;
+    value = warp_sum(value);
+    if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = value;
+    __syncthreads(); // every warp's part is there
+    float total = 0;
+    for (int i = 0; i < warps; i++) total += scratch[first + i];
+    return total;
+}
+
+/* RMSNorm or LayerNorm of all rows, or the rows as they are. A row has as many threads as there are for each of
+ * M rows, M rounded up to a power of two. */
+template <int WARPS>
+__device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
+                                      const TileShared &shared, float (&scratch)[2][WARPS]) {
+    int K = p.K, M = p.products.M, threads = WARPS * WARP_SIZE;
+    for (int rows = 1; rows < M; rows *= 2) threads /= 2;
+    int row = (int)threadIdx.x / threads, first = (int)threadIdx.x % threads * 4, step = threads * 4;
+    const bf16 *x = q.x + (int64_t)min(row, M - 1) * K;
+    float mean = 0, sum = 0, value[4], weight[4], bias[4];
+    if (q.input == DECODE_LAYERNORM) {
+#pragma unroll 4
+        for (int k = first; k < K; k += step) {
+            load<4>(value, x + k);
+            sum += (value[0] + value[1]) + (value[2] + value[3]);
+        }
+        mean = tile_row_sum(sum, threads, scratch[0]) / (float)K;
+        sum = 0;
+    }
+#pragma unroll 4
+    for (int k = first; k < K; k += step) {
+        load<4>(value, x + k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum = fmaf(value[i] - mean, value[i] - mean, sum);
+    }
+    float rstd = 1.0f / sqrtf(tile_row_sum(sum, threads, scratch[1]) / (float)K + p.products.eps);
+#pragma unroll 1
+    for (int k = first; row < M && k < K; k += step) {
+        load<4>(value, x + k);
+        load<4>(weight, shared.constants + k);
+        load<4>(bias, shared.constants + K + k);
+#pragma unroll
+        for (int i = 0; i < 4 && q.input != DECODE_PLAIN; i++)
+            value[i] = (value[i] - mean) * rstd * (1.0f + weight[i]) + bias[i];
+        tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * The opening of a layer, for one row
+ */
+
+/* Statistics of each group with this step, from x in shared memory; the first block writes them. */
+template <int THREADS> __device__ inline void opening_statistics(const DecodeTiles &p, const TileShared &s) {
+    constexpr int AHEAD = 4; // numbers that are read at the same time
+    const DecodeOpening &o = p.opening;
+    int size = o.size, lanes = 1 << o.lane_bits, lane = (int)threadIdx.x & (lanes - 1);
+    /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
+#pragma unroll 1
+    for (int first = 0; first < o.G; first += THREADS >> o.lane_bits) {
+        int g = min(first + ((int)threadIdx.x >> o.lane_bits), o.G - 1);
+        const bf16 *x = s.x + g * size;
+        float mean = 0, sum = 0, squares = 0;
+#pragma unroll
+        for (int round = 0; round < 2; round++) { // the mean, then the squares of the differences to it
+#pragma unroll 1
+            for (int i = lane; i < size; i += AHEAD * lanes) {
+                float value[AHEAD];
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++) value[j] = to_float(x[min(i + j * lanes, size - 1)]);
+#pragma unroll
+                for (int j = 0; j < AHEAD; j++) {
+                    float difference = i + j * lanes < size ? value[j] - mean : 0.0f;
+                    sum += difference, squares = fmaf(difference, difference, squares);
+                }
+            }
+            if (round == 0) mean = lanes_sum(sum, lanes) * o.inverse_size, squares = 0;
+        }
+        float var = lanes_sum(squares, lanes) * o.inverse_size;
+        if (lane != 0) continue;
+        double share = s.moments[2 * o.G], before = s.moments[g], spread = s.moments[o.G + g];
+        double difference = (double)mean - before, all_mean = before + share * difference;
+        double all_var =
+            spread + share * ((double)var - spread) + share * (1 - share) * difference * difference;
+        s.statistics[g] = make_float2((float)all_mean, 1.0f / sqrtf((float)all_var + p.products.eps));
+        if (blockIdx.x == 0) o.mean[g] = all_mean, o.var[g] = all_var;
+    }
+}
+
+/* Two inputs: u, and, unless the block's first and so all of its tiles take u, c (1 + RMSNorm's weight)
+ * without RMSNorm's own factor, which is one number and comes in at the end. squares[warp]: the sum of the
+ * warp's c^2. */
+template <int WARPS>
+__device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16> &first, const TileShared &s,
+                                 float *squares) {
+    constexpr int THREADS = WARPS * WARP_SIZE;
+    const DecodeOpening &o = p.opening;
+    const bool averages = first.input == DECODE_AVERAGED;
+    int K = p.K, size = o.size;
+    tile_send_for<THREADS>(s.x, first.x, K * (int)sizeof(bf16));
+    tile_send_for<THREADS>(s.moments, o.prepared.moments, (2 * o.G + 2) * (int)sizeof(double));
+    if (averages) tile_send_for<THREADS>(s.response, o.prepared.response, K * (int)sizeof(float2));
+    wait_for_copies();
+    __syncthreads(); // x, the moments, the response and the constants are there
+    opening_statistics<THREADS>(p, s);
+    __syncthreads(); // all groups' statistics are there
+    float sum = 0;
+#pragma unroll 1
+    for (int k = (int)threadIdx.x * 4; k < K; k += THREADS * 4) {
+        float weight[4], bias[4], value[4];
+        load<4>(weight, s.constants + k);
+        load<4>(bias, s.constants + K + k);
+        load<4>(value, s.x + k);
+        int g = (int)(((float)k + 0.5f) * o.inverse_size), end = (g + 1) * size; // g = k / size
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (k + i >= end) g++, end += size;
+            float2 statistics = s.statistics[g];
+            value[i] = (value[i] - statistics.x) * statistics.y * (1.0f + weight[i]) + bias[i];
+        }
+        tile_split(s.input + k, K + TILE_PAD, value);
+        if (!averages) continue;
+        if (blockIdx.x == 0) store<4>(o.u + k, value);
+        load<4>(weight, s.constants + 2 * K + k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 response = s.response[k + i];
+            float c = fmaf(response.y, value[i], response.x);
+            sum = fmaf(c, c, sum);
+            value[i] = c * (1.0f + weight[i]);
+        }
+        tile_split(s.input + 2 * (K + TILE_PAD) + k, K + TILE_PAD, value);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
+}
+
+/* One state's part in h = q h + p u. */
+struct StateMove {
+    float p, q_re, q_im, re, im;
+    __device__ StateMove(const CemaCoefficients &coef, const float *h, int64_t i)
+        : p(coef.p[i]), q_re(coef.q_re[i]), q_im(coef.q_im[i]), re(h[2 * i]), im(h[2 * i + 1]) {}
+};
+
+/* The blocks beside the tiles: see DecodeStates. */
+template <int THREADS> __device__ inline void decode_states(const DecodeStates &p, int block) {
+    int thread = (int)threadIdx.x, lane = thread % TILE_STATE_LANES;
+    int d = (block * THREADS + thread) / TILE_STATE_LANES, channel = min(d, p.D - 1);
+    int64_t first = (int64_t)channel * p.N;
+    if (p.prepared.response) {
+        float constant = 0, factor = 0;
+#pragma unroll 1
+        for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
+            StateMove s(p.coef, p.h, first + k);
+            float c_re = p.coef.c_re[first + k], c_im = p.coef.c_im[first + k];
+            constant += c_re * (s.q_re * s.re - s.q_im * s.im) - c_im * (s.q_im * s.re + s.q_re * s.im);
+            factor += c_re * s.p;
+        }
+        constant = lanes_sum(constant, TILE_STATE_LANES), factor = lanes_sum(factor, TILE_STATE_LANES);
+        if (lane == 0 && d < p.D) p.prepared.response[d] = make_float2(constant, p.omega[d] + factor);
+    }
+    if (block == 0) {
+#pragma unroll 1
+        for (int g = thread; g < p.G; g += THREADS)
+            p.prepared.moments[g] = p.mean[g], p.prepared.moments[p.G + g] = p.var[g];
+        if (thread == 0) p.prepared.moments[2 * p.G] = 1 / ((double)p.count[0] + 1);
+    }
+    if (!p.own_h || d >= p.D || lane >= p.N) {
+        follow_previous_kernel();
+        return;
+    }
+    StateMove s(p.own_coef, p.own_h, first + lane);
+    follow_previous_kernel();
+    float u = p.u[d];
+#pragma unroll 1
+    for (int k = lane;;) {
+        float *h = p.own_h + 2 * (first + k);
+        h[0] = fmaf(-s.q_im, s.im, fmaf(s.q_re, s.re, s.p * u)), h[1] = fmaf(s.q_im, s.re, s.q_re * s.im);
+        k += TILE_STATE_LANES;
+        if (k >= p.N) break;
+        s = StateMove(p.own_coef, p.own_h, first + k);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * The products
+ */
+
+/* A tile: its product, its number in it, and a lane's two rows of weights. */
+struct TilePlace {
+    const DecodeProduct<bf16> *q;
+    int unit;
+    const bf16 *row[2];
+};
+
+__device__ inline TilePlace tile_place_of(const DecodeTiles &p, int tile) {
+    int which = 0, group = (int)threadIdx.x % WARP_SIZE / 4;
+    while (tile >= p.products.product[which].blocks) tile -= p.products.product[which++].blocks;
+    TilePlace place = {&p.products.product[which], tile, {}};
+    const DecodeProduct<bf16> &q = *place.q;
+#pragma unroll
+    for (int r = 0; r < 2; r++) { // past the end the last output again, which is not written
+        int j = q.second ? tile * 8 + group : tile * TILE_OUTPUTS + r * 8 + group;
+        place.row[r] = (q.second && r ? q.second : q.weight) + (int64_t)min(j, q.N - 1) * q.K;
+    }
+    return place;
+}
+
+/* A lane's weights in HELD of the warp's chunks, from chunk `first` on. */
+template <int WARPS, int HELD>
+__device__ inline void tile_weights(uint4 (&held)[HELD][2], const TilePlace &place, int K, int first) {
+    int part = (int)threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = (first + i * WARPS) * TILE_CHUNK;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (k < K) held[i][r] = *(const uint4 *)(place.row[r] + k + part * 8);
+    }
+}
+
+/* Asks for the weights of the warp's chunks that its registers do not hold. */
+template <int WARPS>
+__device__ inline void tile_prefetch(const TilePlace &place, int K, int first) {
+    int part = (int)threadIdx.x % 4;
+#pragma unroll 1
+    for (int k = first * TILE_CHUNK; k < K; k += WARPS * TILE_CHUNK)
+        if (part < 2) prefetch_bytes((part ? place.row[1] : place.row[0]) + k, 1, 0, 1);
+}
+
+/* sum += weights x of a chunk; two sums, so that products need not wait for one another */
+__device__ inline void tile_multiply(float (&sum)[2][4], const uint4 (&w)[2], const uint4 &x) {
+    const uint32_t a[2][4] = {{w[0].x, w[1].x, w[0].y, w[1].y}, {w[0].z, w[1].z, w[0].w, w[1].w}};
+    const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
+    tensor_product(sum[0], a[0], b[0]);
+    tensor_product(sum[1], a[1], b[1]);
+}
+
+/* The sums of the held chunks, and then, HELD at a time, of the others. q: the tile's product. input: in
+ * shared memory, unless it is PLAIN. */
+template <int WARPS, int HELD, bool PLAIN>
+__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const DecodeProduct<bf16> &q,
+                                 const DecodeTiles &p, int tile, const bf16 *input) {
+    int warp = (int)threadIdx.x / WARP_SIZE, row = (int)threadIdx.x % WARP_SIZE / 4;
+    int part = (int)threadIdx.x % 4, K = p.K, M = p.products.M;
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
+    const bf16 *x = PLAIN ? q.x + (int64_t)row * K : input + row * (K + TILE_PAD);
+    for (int first = warp; first * TILE_CHUNK < K; first += WARPS * HELD) {
+        if (first != warp) tile_weights<WARPS>(held, tile_place_of(p, tile), K, first);
+        uint4 value[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD && PLAIN; i++) { // all on their way at the same time
+            int k = (first + i * WARPS) * TILE_CHUNK;
+            value[i] = row < M && k < K ? *(const uint4 *)(x + k + part * 8) : nothing;
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            int k = (first + i * WARPS) * TILE_CHUNK;
+            if (k >= K) break;
+            if (PLAIN) {
+                tile_multiply(sum, held[i], value[i]);
+                continue;
+            }
+            const bf16 *at = x + k + part * 8;
+            tile_multiply(sum, held[i], row < M ? *(const uint4 *)at : nothing);
+            tile_multiply(sum, held[i], row < M ? *(const uint4 *)(at + M * (K + TILE_PAD)) : nothing);
+        }
+    }
+}
+
+/* What the ends of a tile's outputs want, in shared memory. add: for each thread that ends an output. */
+struct TileEnds {
+    float bias[TILE_OUTPUTS], scale[TILE_OUTPUTS];
+    bf16 add[DECODE_ROWS * TILE_OUTPUTS][2]; /* what is added to it, or its neighbour */
+    int64_t row[DECODE_ROWS];                /* of the output, for each row of the input */
+};
+
+/* A thread ends an output of a row: of 128 threads that end a tile, threads 0, 1, .. those of row 0, threads
+ * 16, 17, .. those of row 1. The next 128 threads end the next of the block's TILES tiles. */
+enum { TILE_ENDS = TILE_OUTPUTS * DECODE_ROWS };
+template <int TILES> struct TileEnd {
+    const DecodeProduct<bf16> *q;
+    int which, output, j, m;
+    bool active;
+    __device__ TileEnd(const DecodeTiles &p, int tile) {
+        which = (int)threadIdx.x / TILE_ENDS, output = (int)threadIdx.x % TILE_OUTPUTS;
+        m = (int)threadIdx.x % TILE_ENDS / TILE_OUTPUTS;
+        int own = tile + which * p.tile_blocks;
+        active = which < TILES && own < p.tiles && m < p.products.M;
+        TilePlace place = tile_place_of(p, active ? own : tile);
+        q = place.q;
+        int outputs = q->second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+        j = place.unit * outputs + output;
+        active = active && output < outputs && j < q->N;
+    }
+};
+
+/* Before the wait: what no kernel of the step writes. */
+template <int TILES>
+__device__ inline void tile_ends(TileEnds (&ends)[TILES], const TileEnd<TILES> &end) {
+    if (!end.active) return;
+    const DecodeProduct<bf16> &q = *end.q;
+    if (end.m == 0) {
+        ends[end.which].bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
+        ends[end.which].scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
+    }
+    if (end.output == 0)
+        ends[end.which].row[end.m] = q.count ? (int64_t)end.m * q.C + q.count[end.m] % q.C : end.m;
+}
+
+/* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the sum. */
+template <int TILES, int WARPS, int ROWS>
+__device__ inline void tile_finish(const TileEnd<TILES> &end, const TileEnds &ends, float factor, bf16 add,
+                                   const float (&sums)[WARPS][TILE_OUTPUTS][ROWS + 1]) {
+    const DecodeProduct<bf16> &q = *end.q;
+    float total = 0, gate = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) total += sums[i][end.output][end.m];
+    if (q.second)
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) gate += sums[i][end.output + 8][end.m];
+    float value = fmaf(total, factor, ends.bias[end.output]);
+    if (q.silu) value = silu(value);
+    if (q.second) value *= gate;
+    value = fmaf(ends.scale[end.output], value, to_float(add));
+    int64_t at = ends.row[end.m] * q.N + end.j;
+    if (q.wide_out) q.wide_out[at] = value;
+    else q.out[at] = from_float<bf16>(value);
+}
+
+/* The block's next TILES tiles: their products, NULL where there is none, and asks for their weights. */
+template <int WARPS, int TILES, int HELD>
+__device__ inline void tile_request(uint4 (&held)[TILES][HELD][2], const DecodeProduct<bf16> *(&q)[TILES],
+                                    const DecodeTiles &p, int tile) {
+    int warp = (int)threadIdx.x / WARP_SIZE;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        q[t] = nullptr;
+        if (t > 0 && tile + t * p.tile_blocks >= p.tiles) continue;
+        TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
+        tile_weights<WARPS>(held[t], place, p.K, warp);
+        tile_prefetch<WARPS>(place, p.K, warp + WARPS * HELD);
+        q[t] = place.q;
+    }
+}
+
+__device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProduct<bf16> &b) {
+    return a.x == b.x && a.input == b.input && a.norm_weight == b.norm_weight && a.norm_bias == b.norm_bias;
+}
+
+/* computes: each of the products (see DecodeProduct), in the opening after TimestepNorm and CEMA; and beside
+ *           them the states' part (see DecodeStates)
+ * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns TILES times 16 outputs at a time,
+ *           a warp every WARPS-th chunk of K
+ * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
+ * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory; TILES > 1
+ *           wants an opening
+ * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
+template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
+__global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS : WARPS * WARP_SIZE,
+                                  WARPS == 8 ? 3 : 1)
+    decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
+    static_assert(TILES == 1 || (OPENS && TILES * TILE_ENDS <= WARPS * WARP_SIZE));
+    constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : (int)DECODE_ROWS;
+    extern __shared__ uint4 tile_memory[];
+    __shared__ float sums[TILES][WARPS][TILE_OUTPUTS][ROWS + 1];
+    __shared__ float scratch[2][WARPS];
+    __shared__ TileEnds ends[TILES];
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
+    if ((int)blockIdx.x >= p.tile_blocks) {
+        ask_ahead(p.ahead);
+        decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
+        return;
+    }
+    int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, K = p.K;
+    int tile = (int)blockIdx.x;
+    TileShared shared = {};
+    if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
+    uint4 held[TILES][HELD][2];
+    const DecodeProduct<bf16> *q[TILES];
+    tile_request<WARPS>(held, q, p, tile);
+    const DecodeProduct<bf16> *constants = q[0], *ready = nullptr; // whose are, whose input is in shared memory
+    if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
+    TileEnd<TILES> end(p, tile);
+    tile_ends(ends, end);
+    ask_ahead(p.ahead);
+    follow_previous_kernel();
+    mark(p.launch, STAGE_WAITED);
+
+    for (;;) {
+        const DecodeProduct<bf16> &first = *q[0];
+        if (OPENS && !ready) {
+            tile_open<WARPS>(p, first, shared, scratch[0]);
+            ready = &first;
+            __syncthreads(); // the input is there
+        }
+        if (!OPENS && !PLAIN && !(ready && same_input(*ready, first))) {
+            if (constants != &first) {
+                __syncthreads(); // nobody reads another input and its constants any more
+                tile_constants<THREADS>(shared.constants, p, first);
+            }
+            wait_for_copies(); // of the constants, which are read after a barrier
+            tile_normalise<WARPS>(p, first, shared, scratch);
+            ready = &first;
+            __syncthreads(); // the input is there
+        }
+        mark(p.launch, STAGE_INPUT);
+        int64_t added = (int64_t)end.m * end.q->N + end.j; // an opening adds its x, which is in shared memory
+        if (!OPENS && end.active && end.q->add)
+            tile_send_for_word(ends[0].add[threadIdx.x], end.q->add, added);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            if (!q[t]) break;
+            bool averaged = OPENS && q[t]->input == DECODE_AVERAGED;
+            float sum[2][4] = {};
+            tile_sums<WARPS, HELD, PLAIN>(sum, held[t], *q[t], p, tile + t * p.tile_blocks,
+                                          shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (lane % 4 * 2 + i % 2 < ROWS)
+                    sums[t][warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
+        }
+        mark(p.launch, STAGE_MULTIPLIED);
+        tile += TILES * p.tile_blocks;
+        bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
+        if (!last) tile_request<WARPS>(held, q, p, tile); // on their way while this turn's sums are added up
+        wait_for_copies();
+        __syncthreads(); // all warps' sums are there
+        if (end.active) {
+            bf16 add = from_float<bf16>(0.0f);
+            if (end.q->add) add = OPENS ? shared.x[end.j] : ends[0].add[threadIdx.x][added & 1];
+            float squares = 0, factor = 1;
+            if (OPENS && end.q->input == DECODE_AVERAGED) {
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
+                factor = 1.0f / sqrtf(squares / (float)K + p.products.eps);
+            }
+            tile_finish<TILES, WARPS, ROWS>(end, ends[end.which], factor, add, sums[end.which]);
+        }
+        if (last) break;
+        __syncthreads(); // all have read the sums and the ends
+        end = TileEnd<TILES>(p, tile);
+        tile_ends(ends, end);
+    }
+    if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < p.products.M)
+        p.products.advance[threadIdx.x]++;
+    mark(p.launch, STAGE_ENDED);
+}
+
+/* ----------------------------------------------------------------------------------------------------------
+ * Launchers
+ */
+
+template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
+static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
+    auto kernel = decode_tiles_kernel<WARPS, TILES, HELD, OPENS, PLAIN>;
+    p.tile_blocks = min(p.tiles, context->num_sms * (WARPS == 8 ? 3 : 1));
+    int channels = WARPS * WARP_SIZE / TILE_STATE_LANES;
+    p.states.blocks = (int)ceil_div(p.states.D, channels);
+    size_t bytes = tile_shared(p, nullptr, nullptr);
+    if (bytes > 16 * 1024 && !context->dry_run)
+        CHECK_CUDA(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_MAX_SHARED));
+    launch_step<DecodeTiles>(context, name, kernel, dim3((unsigned)(p.tile_blocks + p.states.blocks)),
+                             (unsigned)(WARPS * WARP_SIZE), p, false, bytes);
+}
+
+/* Completes p: are these products, with this opening, what the kernel takes? */
+static inline bool tiles_fit(DecodeTiles *p) {
+    bool fit = p->products.M <= DECODE_ROWS;
+    p->plain = true;
+    p->K = p->products.product[0].K;
+    p->tiles = 0;
+    for (int i = 0; i < p->products.number; i++) {
+        DecodeProduct<bf16> &q = p->products.product[i];
+        fit = fit && q.K % TILE_CHUNK == 0 &&
+              vectorises<bf16>(q.K, q.weight, q.second, q.x, q.norm_weight, q.norm_bias, q.add);
+        p->plain = p->plain && q.input == DECODE_PLAIN;
+        q.blocks = (int)ceil_div(q.N, q.second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS);
+        p->tiles += q.blocks;
+    }
+    if (p->opens) {
+        DecodeOpening *o = &p->opening;
+        fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
+        for (o->lane_bits = 5; o->lane_bits > 0 && o->G << o->lane_bits > 8 * WARP_SIZE;) o->lane_bits--;
+        o->size = p->K / o->G, o->inverse_size = 1.0f / (float)o->size;
+        for (int i = 0; i < p->products.number; i++) {
+            const DecodeProduct<bf16> &q = p->products.product[i];
+            fit = fit && (!q.add || q.add == q.x);
+        }
+    }
+    return fit && tile_shared(*p, nullptr, nullptr) <= TILE_MAX_SHARED;
+}
+
+/* Few tiles are worked on by more warps each, since a tile stays with its processor. */
+static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
+    bool few = p.tiles <= context->num_sms;
+    if (p.opens && DECODE_OPENING == 2) launch_tiles<16, 3, 2, true, false>(context, name, p);
+    else if (p.opens) launch_tiles<8, 1, 4, true, false>(context, name, p);
+    else if (few && p.plain) launch_tiles<16, 1, 5, false, true>(context, name, p);
+    else if (few) launch_tiles<16, 1, 5, false, false>(context, name, p);
+    else if (p.plain) launch_tiles<8, 1, 4, false, true>(context, name, p);
+    else launch_tiles<8, 1, 4, false, false>(context, name, p);
+}
+
+/* decode_products, in bf16 by tiles where they fit. ahead: see DecodeAhead. */
+template <typename T>
+static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products,
+                                 const DecodeAhead &ahead = {}) {
+    if constexpr (std::is_same<T, bf16>::value) {
+        DecodeTiles tiles = {};
+        tiles.products = products, tiles.ahead = ahead;
+        if (DECODE_TILES && tiles_fit(&tiles)) {
+            decode_tiles(context, name, tiles);
+            return;
+        }
+    }
+    decode_products(context, products);
+}
+
+#endif
