@@ -94,8 +94,26 @@ struct PendingSum {
 };
 enum { MAX_SUMS = 16 };
 
+/* A second stream beside the main one, see matmul.cuh. stream NULL: there is none. */
+enum { MAX_WAITING = 2 };
+struct SideStream {
+    cudaStream_t stream;
+    cublasHandle_t cublas;
+    void *workspace;
+    cudaEvent_t ready, done;
+    struct {
+        float *dweight;
+        const void *dy, *x;
+        int64_t M, N, K;
+        bool accumulate;
+    } waiting[MAX_WAITING]; /* products for the next side_start */
+    int num_waiting;
+    bool busy; /* it was given work that nobody waits for yet */
+};
+
 struct Context {
     cudaStream_t stream;
+    SideStream side;
     cublasHandle_t cublas;
     cublasLtHandle_t cublas_lt;
     void *cublas_workspace;

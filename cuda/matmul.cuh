@@ -232,6 +232,86 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
            matrix(dweight, K));
 }
 
+/* ---- products beside other kernels ----
+ *
+ * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more than some of
+ * the multiprocessors, so a product on the others costs little. The order of things makes them meet:
+ *
+ *     main stream   ... | side_ready | a product | side_start | kernels bound by memory | ... | side_join
+ *     side stream                                  the gradient of a weight, on its share of multiprocessors
+ *
+ * What waits may begin while the main stream's product runs, and has the first right to multiprocessors which that
+ * leaves; what follows on the main stream gets the rest. Everything is in the order of the calls again after side_join,
+ * and the results do not depend on who runs when.
+ */
+
+/* The share of multiprocessors, in percent; 0: no side stream, all is done in the order of the calls. Where CEMA leaves
+ * SIDE_LEAST percent idle, because there are few channels, those are used as well. */
+#ifndef SIDE_PERCENT
+#define SIDE_PERCENT 0
+#endif
+enum { SIDE_LEAST = 20 };
+
+/* linear_backward_weight, on the side stream from the next side_start on. dy and x must stay until side_join. */
+template <typename T>
+static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy, const T *x,
+                                         int64_t M, int64_t N, int64_t K) {
+    if (!context->side.stream || context->dry_run) {
+        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
+        return;
+    }
+    REQUIRE(context->side.num_waiting < MAX_WAITING);
+    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate};
+}
+
+/* What waits may begin when all that the main stream was given up to here is done. */
+static inline void side_ready(Context *context) {
+    if (context->side.num_waiting) CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
+}
+
+/* Where work for `sms` multiprocessors of the side stream goes, from the last event `ready` on. It may take no scratch. */
+static inline Context side_context(Context *context, int sms) {
+    SideStream *side = &context->side;
+    CHECK_CUDA(cudaStreamWaitEvent(side->stream, side->ready, 0));
+    CHECK_CUBLAS(cublasSetSmCountTarget(side->cublas, sms));
+    side->busy = true;
+    Context aside = *context;
+    aside.stream = side->stream, aside.cublas = side->cublas, aside.cublas_workspace = side->workspace;
+    aside.num_sms = sms, aside.scratch_bytes = 0;
+    return aside;
+}
+
+/* sms: how many multiprocessors it may have */
+template <typename T> static void side_start(Context *context, int sms) {
+    SideStream *side = &context->side;
+    if (!side->num_waiting) return;
+    Context aside = side_context(context, sms);
+    for (int i = 0; i < side->num_waiting; i++) {
+        const auto &p = side->waiting[i];
+        linear_backward_weight(&aside, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N, p.K);
+    }
+    side->num_waiting = 0;
+}
+/* With the share of all that they have beside kernels which would take any. */
+template <typename T> static void side_start(Context *context) {
+    side_start<T>(context, context->num_sms * SIDE_PERCENT / 100);
+}
+
+/* Is it worth while to leave so many multiprocessors to the side stream? */
+static inline bool side_fits(const Context *context, int sms) {
+    return context->side.stream && sms * 100 >= context->num_sms * SIDE_LEAST;
+}
+
+/* The main stream goes on when the side stream has nothing left to do. */
+static inline void side_join(Context *context) {
+    SideStream *side = &context->side;
+    REQUIRE(!side->num_waiting);
+    if (!side->busy) return;
+    CHECK_CUDA(cudaEventRecord(side->done, side->stream));
+    CHECK_CUDA(cudaStreamWaitEvent(context->stream, side->done, 0));
+    side->busy = false;
+}
+
 /* y = x W^T + bias:  dx = dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL. */
 template <typename T>
 static void linear_backward(Context *context, T *dx, float *dweight, float *dbias, const T *dy, const T *x,
