@@ -731,7 +731,6 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     side_start<T>(context);
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
-    linear_backward_weight(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
     int idle = cema_idle(context, B, steps, D);
     if (side_fits(context, idle)) {
         linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
@@ -742,6 +741,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
         linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
     }
+    linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
     if (!CEMA_FIRST) linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
