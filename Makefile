@@ -23,6 +23,8 @@ CFLAGS ?=
 ALL_CFLAGS := -std=c11 $(OPT) $(ARCH) -ffp-contract=fast -Wall -Wextra -Werror $(CFLAGS)
 # Files past 2 GB and the inodes of large disks, also on machines of 32 bits.
 ALL_CFLAGS += -D_FILE_OFFSET_BITS=64
+# The oldest way to compute on an x86 of 32 bits keeps 80 bits of some numbers and not of others; SSE rounds them all.
+ALL_CFLAGS += $(if $(filter i386-% i486-% i586-% i686-%,$(shell $(CC) -dumpmachine 2> /dev/null)),-msse2 -mfpmath=sse)
 LDLIBS := -lm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,8 +106,11 @@ TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numdiff (the default)
 
+# `make -j2 test` runs two of them at a time (a make before 4.2 does not tell its number: one then).
+JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
+
 test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
-	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_COMMANDS)
+	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_COMMANDS)
 
 build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
 
@@ -120,14 +125,14 @@ asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
 # Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
 # emulator needs no libraries of the other machine.
 CROSS ?= aarch64-linux-gnu
-EMULATOR ?= qemu-$(firstword $(subst -, ,$(CROSS)))
+EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu
+test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu, i686-linux-gnu, ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
 	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
 
 test-programs: $(TESTS)
-	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) sh tests/run.sh $(TEST_PROGRAMS)
+	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_PROGRAMS)
 
 test-musl: ## run the C tests with another C library, linked statically: musl-gcc
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/musl BIN=$(BUILD)/musl \
@@ -156,16 +161,18 @@ SECONDS ?= 30
 FUZZ_CC ?= clang
 FUZZ_FLAGS := -std=c11 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=address,undefined \
     -fno-sanitize-recover=all -fno-omit-frame-pointer -I.
+# Watching each comparison of two numbers costs half of the speed and tells little about texts.
+FUZZ_COVER := -fno-sanitize-coverage=trace-cmp
 FUZZERS := $(sort $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c)))
 
-fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang)
+fuzz: $(FUZZERS) ## give each reader SECONDS=30 of libFuzzer's inputs under the sanitizers (clang), two at a time
 	@sh tests/fuzz/run.sh $(SECONDS) $(BUILD)/fuzz $(FUZZERS)
 
 $(BUILD)/fuzz/megalodon.o: megalodon.c megalodon.h
 	@mkdir -p $(@D)
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
-$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c
-	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $< $(BUILD)/fuzz/megalodon.o -lm -o $@
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $(FUZZ_COVER) -c $< -o $@
+$(BUILD)/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/fuzz/megalodon.o tests/fuzz/fuzz.h $(wildcard lib/*.h) evaluate.c tokenize.c
+	$(FUZZ_CC) $(FUZZ_FLAGS) -fsanitize=fuzzer $(FUZZ_COVER) $< $(BUILD)/fuzz/megalodon.o -lm -o $@
 
 # ---- analysis: three programs that read the source; what they look for, and what not, is in .clang-tidy ----
 

@@ -24,7 +24,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "megalodon.h"
@@ -262,10 +261,7 @@ static void choose_unit(Job *job) {
 
 static void plan(Job *job) {
     const Values *v = &job->values;
-    struct stat info;
-    if (stat(v->checkpoint, &info) != 0)
-        die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
-                   v->checkpoint, strerror(errno)));
+    die_if(checkpoint_is_there(v->checkpoint));
     die_if(checkpoint_read_config(v->checkpoint, &job->config));
     die_if(vocabulary_find(&job->vocabulary, v->checkpoint, v->tokenizer));
     die_if(vocabulary_fit(&job->vocabulary, job->config.vocab_size));
@@ -645,10 +641,9 @@ static void draw(const Job *job, FILE *file) {
 
 static void report_cema(Job *job, FILE *csv) {
     CemaLayer *layers;
-    struct stat info;
     const char *path = job->values.checkpoint;
     char count[32];
-    if (stat(path, &info) != 0) die(errorf("--checkpoint %s: %s", path, strerror(errno)));
+    die_if(checkpoint_is_there(path));
     die_if(cema_describe(path, &job->config, &layers));
     int L = job->config.num_layers;
     printf("%s: %s states of CEMA a layer, %d for each of %d channels\n", path,

@@ -28,6 +28,7 @@
 #include "megalodon.h"
 #include "lib/backends.h"
 #include "lib/error.h"
+#include "lib/memory.h"
 #include "lib/options.h"
 #include "lib/report.h"
 #include "lib/sampler.h"
@@ -116,6 +117,7 @@ typedef struct Generator {
     char hash[CHECKPOINT_HASH];  /* of the model; only where a state is saved or loaded */
     int64_t before, read;        /* tokens: of the loaded state, and of the prompt      */
     int64_t bytes_read;          /* of the prompt                                       */
+    int64_t memory_first, read_first;    /* in use after the first piece of a file, and its tokens */
     int read_size;
     Sampler sampler;
     float *logits;               /* vocab_size: after the last token                    */
@@ -124,10 +126,7 @@ typedef struct Generator {
 static void load_model(Generator *g, const Values *v) {
     MegalodonPrecision precision;
     int threads;
-    struct stat info;
-    if (stat(v->checkpoint, &info) != 0)
-        die(errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
-                   v->checkpoint, strerror(errno)));
+    die_if(checkpoint_is_there(v->checkpoint));
     die_if(checkpoint_read_config(v->checkpoint, &g->config));
     die_if(vocabulary_of_checkpoint(&g->vocabulary, v->checkpoint, v->tokenizer, &g->config));
     die_if(backend_choose(v->backend, v->precision, &g->backend, &precision));
@@ -223,10 +222,17 @@ static void read_piece(Generator *g, PromptFile *p) {
     memmove(p->bytes, p->bytes + whole, p->used);
 }
 
+/* Bytes in use: on a GPU of the device, by all programs there; on a CPU by this one. 0 where the system does not tell. */
+static int64_t memory_in_use(const Generator *g) {
+    MegalodonMemory memory;
+    g->backend->memory(g->model, &memory);
+    return memory.device_used > 0 ? memory.device_used : memory_resident();
+}
+
 /* A long prompt takes minutes: a terminal shows every second how far it is, a log gets a line now and then. `size`, in
  * bytes, is 0 where it is not known. */
 static void show_reading(const Generator *g, int64_t size, double start, double *shown) {
-    char tokens[32], left[32];
+    char tokens[32], left[32], used[32];
     double now = report_seconds(), rate = (double)g->read / (now - start);
     bool terminal = isatty(STDERR_FILENO);
     if (now - *shown < (terminal ? 1 : 5)) return;
@@ -236,8 +242,17 @@ static void show_reading(const Generator *g, int64_t size, double start, double 
     if (size > g->bytes_read && g->bytes_read > 0)
         fprintf(stderr, ", left %s", report_duration((double)(size - g->bytes_read) / (double)g->bytes_read
                                                      * (now - start), left));
+    fprintf(stderr, ", %s in use", report_bytes(memory_in_use(g), used));
     fprintf(stderr, "%s", terminal ? "\033[K" : "\n");
     *shown = now;
+}
+
+/* Memory does not grow with the prompt: here is what to check it by. */
+static void show_memory(const Generator *g) {
+    char first[32], tokens[32], last[32], all[32];
+    fprintf(stderr, "%smemory in use: %s bytes after %s tokens, %s bytes after %s tokens\n",
+            g->backend == &megalodon_cpu ? "" : "device ", report_count(g->memory_first, first),
+            report_count(g->read_first, tokens), report_count(memory_in_use(g), last), report_count(g->read, all));
 }
 
 static void read_prompt_file(Generator *g, const char *name) {
@@ -250,10 +265,12 @@ static void read_prompt_file(Generator *g, const char *name) {
     if (known && S_ISDIR(info.st_mode)) die(errorf("--prompt-file %s: is a folder; expected a file", name));
     while (!p.ended) {
         read_piece(g, &p);
+        if (g->memory_first == 0) g->memory_first = memory_in_use(g), g->read_first = g->read;
         show_reading(g, known && S_ISREG(info.st_mode) ? (int64_t)info.st_size : 0, start, &shown);
     }
     if (shown > start && isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
     if (g->read == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
+    if (g->read > g->read_first && g->memory_first > 0) show_memory(g);
     if (!is_stdin) fclose(p.file);
     free(p.bytes);
 }

@@ -84,8 +84,9 @@ static bool is_present(const MegalodonConfig *c, MegalodonPresence presence) {
  */
 #ifndef MEGALODON_BACKEND_ONLY
 
-#define SIZES(l, d, h, z, e, f, g, c, v) .num_layers = l, .model_dim = d, .num_heads = h, .z_dim = z, .value_dim = e, \
-    .ffn_hidden_dim = f, .norm_num_groups = g, .chunk_size = c, .vocab_size = v, .cema_ndim = 16, .norm_eps = 1e-5,   \
+#define SIZES(l, d, h, z, e, f, g, c, v)                                                                     \
+    .num_layers = l, .model_dim = d, .num_heads = h, .z_dim = z, .value_dim = e, .ffn_hidden_dim = f,        \
+    .norm_num_groups = g, .chunk_size = c, .vocab_size = v, .cema_ndim = 16, .norm_eps = 1e-5,               \
     .norm_affine = true
 
 const MegalodonPreset megalodon_presets[] = {
@@ -98,8 +99,8 @@ const MegalodonPreset megalodon_presets[] = {
     {"mega1.3B", "the released 1.3 B configuration",
         {SIZES(24, 2048, 2, 512, 4096, 4864, 64, 2048, 32000), .rope_base = 1e4}},
     {"mega1.3B_pg19", "1.3 B for PG-19: SwiGLU, tied and scaled embedding",
-        {SIZES(24, 2048, 2, 512, 4096, 3584, 64, 2048, 32000), .rope_base = 1e4, .swiglu = true, .share_emb = true,
-         .scale_emb = true}},
+        {SIZES(24, 2048, 2, 512, 4096, 3584, 64, 2048, 32000), .rope_base = 1e4, .swiglu = true,
+         .share_emb = true, .scale_emb = true}},
     {"mega7.1B", "the released 7 B configuration without SwiGLU",
         {SIZES(32, 4096, 4, 1024, 8192, 11264, 64, 2048, 32000), .rope_base = 1e4}},
     {"mega7.3B", "the paper's 7 B: SwiGLU, chunks of 4096",
@@ -157,7 +158,8 @@ const char *megalodon_validate(const MegalodonConfig *config) {
     if (!(c->rope_base >= 1 && c->rope_base <= 1e12))
         return errorf("rope_base is %g; it must be from 1 to 1e12", c->rope_base);
     const struct { const char *name; double p; } dropouts[] = {
-        {"dropout", c->dropout}, {"hidden_dropout", c->hidden_dropout}, {"attention_dropout", c->attention_dropout}};
+        {"dropout", c->dropout}, {"hidden_dropout", c->hidden_dropout},
+        {"attention_dropout", c->attention_dropout}};
     for (int i = 0; i < 3; i++)
         if (!(dropouts[i].p >= 0 && dropouts[i].p < 1))
             return errorf("%s is %g; it must be at least 0 and below 1", dropouts[i].name, dropouts[i].p);
@@ -322,7 +324,7 @@ static void initialise_theta(float *out, int64_t D, uint64_t key) {
 
 void megalodon_initial_values(const MegalodonConfig *config, const MegalodonTensor *tensor, uint64_t seed,
                               float *out) {
-    uint64_t key = megalodon_random(seed, 0);                     /* one stream a tensor, chosen by its name */
+    uint64_t key = megalodon_random(seed, 0);                /* a stream for each name */
     for (const char *p = tensor->name; *p; p++) key = megalodon_random(key, (unsigned char)*p);
     const double no_limit = INFINITY;
     double fan_in = (double)tensor->dims[tensor->ndim - 1];
@@ -398,7 +400,8 @@ const char *megalodon_check_reset(const MegalodonOptions *options, int state_row
     if ((options->training && !options->carry) || state_rows == 0)
         return errorf("there is no state whose rows could start anew");
     if (n != 0)
-        return errorf("the state stands %d tokens inside a chunk: a row can start anew only at a chunk's start", n);
+        return errorf("the state stands %d tokens inside a chunk: a row can start anew "
+                      "only at a chunk's start", n);
     return NULL;
 }
 
@@ -533,16 +536,16 @@ static inline real real_sqrt(real x) {
  * registers and caches; every other loop of this file is written to be read.
  *
  *            NC columns
- *         +----+----+----+      A tile of C (MR x NR) stays in vector registers while k runs through a block of KC.
- *      KC | B  | B  | B  |      Step k multiplies MR numbers, column k of a panel of A, by NR numbers, row k of a
- *         +----+----+----+      panel of B. The packed block of B (KC x NC, panel after panel) stays in the
- *           NR   NR   NR        second-level cache while all of A passes by; a packed panel of A (MR x KC) stays in
- *    KC                         the first-level cache while the panels of B pass by.
- *   +---+ +----+----+----+
- *   | A | | C  | C  | C  | MR   Packing also hides the strides and fills ragged edges with zeros, so that one kernel
- *   +---+ +----+----+----+      serves all. The threads pack a block of B together, then share out the tiles of C.
+ *         +----+----+----+      A tile of C (MR x NR) stays in vector registers while k runs over a block
+ *      KC | B  | B  | B  |      of depth KC. Step k multiplies MR numbers, column k of a panel of A, by NR
+ *         +----+----+----+      numbers, row k of a panel of B. The packed block of B (KC x NC, panel after
+ *           NR   NR   NR        panel) stays in the second-level cache while all of A passes by; a packed
+ *    KC                         panel of A (MR x KC) stays in the first-level cache while the panels of B
+ *   +---+ +----+----+----+      pass by.
  *   | A | | C  | C  | C  | MR
- *   +---+ +----+----+----+
+ *   +---+ +----+----+----+      Packing also hides the strides and fills ragged edges with zeros, so that one
+ *   | A | | C  | C  | C  | MR   kernel serves all. The threads pack a block of B together, then share out the
+ *   +---+ +----+----+----+      tiles of C.
  *
  * An element is summed in an order that follows from K alone, whatever M, N, the threads and its place in a
  * tile. So the bits are the same for any number of threads, and a row of C depends on the same row of A
@@ -833,7 +836,7 @@ static void matmul(real *c, int64_t ldc, const real *a, int64_t rsa, int64_t csa
  * the last place over [-87, 88]. double, which serves tests: the library's. */
 static inline real real_exp(real x) {
     if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
-    const float round = 12582912.0f;                          /* 1.5 * 2^23: adding it rounds to an integer     */
+    const float round = 12582912.0f;                       /* 1.5 * 2^23: adding it rounds to an integer */
     const uint32_t round_bits = 0x4B400000u, limit = 0x42D00000u, infinity = 0x7F800000u;
     float y = (float)x, scale1, scale2;
     uint32_t bits, sign;
@@ -846,14 +849,14 @@ static inline real real_exp(real x) {
     memcpy(&y, &bits, sizeof y);
 
     float shifted = y * 1.44269504f + round, n = shifted - round;
-    float r = y - n * 0.693359375f - n * -2.12194440e-4f;     /* ln 2 in two parts: n times the first is exact  */
+    float r = y - n * 0.693359375f - n * -2.12194440e-4f;  /* ln 2 in two parts: n times the first is exact */
     float p = 0.0013814536f;
     p = p * r + 0.0083687450f;
     p = p * r + 0.0416683904f;
     p = p * r + 0.1666652040f;
     p = p * r + 0.4999999343f;
     p = p * r * r + r + 1.0f;
-    memcpy(&bits, &shifted, sizeof bits);                     /* the low bits hold n                            */
+    memcpy(&bits, &shifted, sizeof bits);                  /* the low bits hold n */
     int32_t whole = (int32_t)(bits - round_bits), half = whole >> 1;
     bits = (uint32_t)(half + 127) << 23;
     memcpy(&scale1, &bits, sizeof scale1);
@@ -871,6 +874,9 @@ static inline real real_sigmoid(real x) {
  * 3. Components
  */
 
+/* Sums over all rows: a thread owns so many columns, two lines of the cache, and takes the rows in order. */
+enum { COLUMNS = 32 };
+
 /* Embedding:  out[t] = scale * weight[token[t]]
  * out (rows,D), tokens (rows), weight (V,D) */
 static void embedding_forward(real *out, const int32_t *tokens, const real *weight, real scale, int64_t rows,
@@ -886,10 +892,9 @@ static void embedding_forward(real *out, const int32_t *tokens, const real *weig
  * often. */
 static void embedding_backward(real *dweight, const real *dout, const int32_t *tokens, real scale,
                                int64_t rows, int64_t D) {
-    const int64_t width = 32;
     PARALLEL_FOR(rows * D)
-    for (int64_t d0 = 0; d0 < D; d0 += width) {
-        int64_t d1 = MIN(d0 + width, D);
+    for (int64_t d0 = 0; d0 < D; d0 += COLUMNS) {
+        int64_t d1 = MIN(d0 + COLUMNS, D);
         for (int64_t i = 0; i < rows; i++) {
             real *dw = dweight + (int64_t)tokens[i] * D;
             for (int64_t d = d0; d < d1; d++) dw[d] += scale * dout[i * D + d];
@@ -903,11 +908,10 @@ static void embedding_backward(real *dweight, const real *dout, const int32_t *t
 static void norm_weight_backward(real *dweight, real *dbias, const real *dy, const real *x, const real *mean,
                                  const real *rstd, const real *var, double eps, int64_t rows, int64_t D,
                                  int64_t G) {
-    const int64_t width = 32;
     PARALLEL_FOR(rows * D)
-    for (int64_t d0 = 0; d0 < D; d0 += width) {
-        real dw[32] = {0}, db[32] = {0};
-        int64_t n = MIN(width, D - d0), group_size = D / G;
+    for (int64_t d0 = 0; d0 < D; d0 += COLUMNS) {
+        real dw[COLUMNS] = {0}, db[COLUMNS] = {0};
+        int64_t n = MIN(COLUMNS, D - d0), group_size = D / G;
         for (int64_t i = 0; i < rows; i++) {
             const real *dy_i = dy + i * D + d0, *x_i = x + i * D + d0;
             for (int64_t d = 0; d < n;) {
@@ -983,7 +987,8 @@ static void timestepnorm_forward(real *y, real *mean, real *var, double *mean_ou
 /* Backward in time through the merges. With gm, gv the gradients of mean_t and var_t (from y_t and from
  * step t+1):
  *     var_t  = c1 var + c2 s + c1 c2 (m - mean)^2  ->  dvar += c1 gv;  ds = c2 gv
- *     mean_t = mean + c2 (m - mean)                ->  dmean += c1 gm - k;  dm = c2 gm + k,  k = 2 c1 c2 (m - mean) gv
+ *     mean_t = mean + c2 (m - mean)                ->  dmean += c1 gm - k;  dm = c2 gm + k
+ *                                                      with k = 2 c1 c2 (m - mean) gv
  *     y = xhat (1 + w) + bias, dxhat = dy (1 + w)  ->  gm -= rstd sum dxhat;  gv -= rstd^2/2 sum dxhat xhat
  *     x enters y, m and s                          ->  dx = dxhat rstd + dm/size + ds 2 (x - m)/size
  * dx may be dy. dmean_out (NULL: 0) and dmean_in (NULL: not wanted) as in the forward. */
@@ -1028,7 +1033,8 @@ static void timestepnorm_backward(real *dx, double *dmean_in, double *dvar_in, r
 }
 
 /* CEMA's coefficients, from parameters that are logits. A channel j has N complex states with
- *     p = sigmoid(alpha)        q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i k sigmoid(theta) 2 pi / N), k = 1..N
+ *     p = sigmoid(alpha)
+ *     q = (1 - sigmoid(alpha) sigmoid(delta)) exp(i k sigmoid(theta) 2 pi / N),  k = 1..N
  *     c = gamma / sqrt(N)
  * Arrays are (D,N); they are computed once for each value of the parameters. */
 typedef struct { real *p, *q_re, *q_im, *c_re, *c_im; } CemaCoefficients;
@@ -1195,7 +1201,7 @@ static void cema_parameter_backward(real *dalpha, real *ddelta, real *dtheta, re
     *domega += (real)sums->omega;
 }
 
-/* Scratch numbers a thread needs for cema_backward: a block's states, and the state at every block's start. */
+/* Numbers of scratch for a thread of cema_backward: a block's states, and the state at each block's start. */
 static size_t cema_scratch(int64_t T, int64_t N) {
     return (size_t)(((T + CEMA_BLOCK - 1) / CEMA_BLOCK + CEMA_BLOCK + 1) * 2 * N);
 }
@@ -1291,11 +1297,10 @@ static void linear_forward(real *y, const real *x, const real *weight, const rea
 
 /* dbias[n] += sum over rows of dy[n] */
 static void bias_backward(real *dbias, const real *dy, int64_t rows, int64_t N) {
-    const int64_t width = 32;
     PARALLEL_FOR(rows * N)
-    for (int64_t n0 = 0; n0 < N; n0 += width) {
-        int64_t n1 = MIN(n0 + width, N);
-        real sum[32] = {0};
+    for (int64_t n0 = 0; n0 < N; n0 += COLUMNS) {
+        int64_t n1 = MIN(n0 + COLUMNS, N);
+        real sum[COLUMNS] = {0};
         for (int64_t i = 0; i < rows; i++)
             for (int64_t n = n0; n < n1; n++) sum[n - n0] += dy[i * N + n];
         for (int64_t n = n0; n < n1; n++) dbias[n] += sum[n - n0];
@@ -1359,11 +1364,10 @@ static void qk_affine_forward(real *q, real *k, const real *zn, const real *gamm
 static void qk_affine_backward(real *dzn, real *dgamma, real *dbeta, const real *dq, const real *dk,
                                const real *zn, const real *gamma, int64_t rows, int64_t Z, int64_t z) {
     real scale = (real)(1 / sqrt((double)z));
-    const int64_t width = 32;
     PARALLEL_FOR(rows * Z)
-    for (int64_t d0 = 0; d0 < Z; d0 += width) {
-        int64_t n = MIN(width, Z - d0);
-        real dgamma_q[32] = {0}, dgamma_k[32] = {0}, dbeta_q[32] = {0}, dbeta_k[32] = {0};
+    for (int64_t d0 = 0; d0 < Z; d0 += COLUMNS) {
+        int64_t n = MIN(COLUMNS, Z - d0);
+        real dgamma_q[COLUMNS] = {0}, dgamma_k[COLUMNS] = {0}, dbeta_q[COLUMNS] = {0}, dbeta_k[COLUMNS] = {0};
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = 0; d < n; d++) {
                 int64_t at = i * Z + d0 + d;
@@ -1442,12 +1446,11 @@ static void dropout_backward(real *dx, const real *dy, int64_t size, double p, u
 }
 
 /* Where the keys and values of a call come from. Positions count from the start of the chunk that the call
- * begins in:
- * 0..n-1 are in the state, n..n+T-1 are this call's. A row of the batch has room for `capacity` state
- * tokens. */
+ * begins in: 0..n-1 are in the state, n..n+T-1 are this call's. A row of the batch has room for `capacity`
+ * state tokens. */
 typedef struct { const real *k, *v, *k_in, *v_in; int64_t n, capacity, B, T, H, z, e, C; } AttentionKeys;
 
-enum { QUERY_BLOCK = 64 };       /* queries handled together: their scores against the chunk fit in the cache */
+enum { QUERY_BLOCK = 64 };       /* queries handled together: their scores for a chunk fit in the cache */
 
 /* One block of queries: positions [p0, p1), keys [s, p1) of which `old` come from the state. */
 typedef struct { int64_t b, h, s, p0, p1, old, rows, keys; } QueryBlock;
@@ -1493,8 +1496,8 @@ static void attention_mix(real *out, const real *weights, const real *state, con
            q->keys - q->old, q->old > 0);
 }
 
-/* Dropout factor of the weight of query `row` of a block for key j of its chunk: index ((b H + h) T + t) C
- * + j */
+/* Dropout factor of the weight of query `row` of a block for key j of its chunk. Its index is
+ * ((b H + h) T + t) C + j. */
 static inline real attention_dropout_factor(const AttentionKeys *a, const QueryBlock *q, int64_t row,
                                             int64_t j, double p, uint64_t key) {
     int64_t t = q->p0 + row - a->n;
@@ -1538,10 +1541,10 @@ static void attention_forward(real *out, real *lse, const real *query, Attention
     }
 }
 
-/* Backward of one block of queries. dk, dv and their state twins are added to. With w = softmax weights, f
- * = dropout
- * factors and a = (w f) v:   dv += (w f)^T da;   dw = (da v^T) f;   dscores = w (dw - sum dw w);   dq = dscores k;
- * dk += dscores^T q */
+/* Backward of one block of queries. dk, dv and their state twins are added to. With w = softmax weights and
+ * f = dropout factors:
+ *     a = (w f) v             ->  dv += (w f)^T da;  dw = (da v^T) f
+ *     w = softmax(q k^T)      ->  dscores = w (dw - sum dw w);  dq = dscores k;  dk += dscores^T q */
 static void attention_block_backward(real *dquery, real *dk, real *dv, real *dk_in, real *dv_in,
                                      const real *dout, const real *lse, const real *query,
                                      const AttentionKeys *a, const QueryBlock *q, double p, uint64_t key) {
@@ -1678,7 +1681,8 @@ static void layernorm_forward(real *y, real *mean, real *rstd, const real *x, co
         rstd[i] = r;
         if (weight)
             for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r * (1 + weight[d]) + bias[d];
-        else        for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r;
+        else
+            for (int64_t d = 0; d < D; d++) y[i * D + d] = (x_i[d] - mu) * r;
     }
 }
 
@@ -1735,11 +1739,10 @@ static void rescale_forward(real *out, const real *f, const real *x, const real 
  * copy it). */
 static void rescale_backward(real *df, real *dx, real *dalpha, const real *dout, const real *f,
                              const real *alpha, int64_t rows, int64_t D) {
-    const int64_t width = 32;
     PARALLEL_FOR(rows * D)
-    for (int64_t d0 = 0; d0 < D; d0 += width) {
-        real sum[32] = {0};
-        int64_t d1 = MIN(d0 + width, D);
+    for (int64_t d0 = 0; d0 < D; d0 += COLUMNS) {
+        real sum[COLUMNS] = {0};
+        int64_t d1 = MIN(d0 + COLUMNS, D);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t d = d0; d < d1; d++) {
                 real g = dout[i * D + d];
@@ -1833,7 +1836,7 @@ struct MegalodonModel {
     void *arenas[8];                     /* all memory, freed by destroy */
     int num_arenas;
 
-    MegalodonTensor *params;             /* the list of parameters and each one's place in the four arenas below */
+    MegalodonTensor *params;             /* the parameters and each one's place in the four arenas below */
     int64_t *offset;
     int num_params;
     int64_t arena_size;                  /* numbers in one of them, padding included (always zero) */
@@ -1849,14 +1852,17 @@ struct MegalodonModel {
     ModelActs top_acts;
     real *branch;                        /* (B,T,D) a block's branch before it joins the residual stream */
     real *logit_block;                   /* (LOGIT_ROWS,V) */
-    struct { real *x, *branch, *y, *wide[2], *z[3]; } grad;     /* gradients of activations, shared by the layers:
-                                            (B,T,D) three times, (B,T,max(E,F)) twice, (B,T,Z) three times */
+    struct {                             /* gradients of activations, shared by the layers */
+        real *x, *branch, *y;            /* (B,T,D) */
+        real *wide[2];                   /* (B,T,max(E,F)) */
+        real *z[3];                      /* (B,T,Z) */
+    } grad;
     double *norm_partials;
 
     State state, state_in, dstate_in, dstate_out;
     bool carried, have_dstate_out;       /* the last forward had a state in; GRAD_STATE_OUT was set since */
 
-    MegalodonBatch batch;                /* the last forward's; tokens and targets are the model's own copies */
+    MegalodonBatch batch;                /* the last forward's; tokens and targets are copies */
     int32_t *tokens, *targets;
     bool can_backward;
 };
@@ -2040,14 +2046,15 @@ static void cpu_destroy(MegalodonModel *m) {
     free(m);
 }
 
-/* The arenas beside the tables, in the order in which they are built, and what each one's size is noted as. */
+/* The arenas beside the tables, in the order in which they are built, and where each one's size is noted. */
 typedef struct { Layout *layout; int64_t *bytes; } ArenaPlan;
 enum { NUM_ARENAS = 6 };
 static void plan_arenas(MegalodonModel *m, ArenaPlan plan[NUM_ARENAS]) {
     MegalodonMemory *memory = &m->memory;
+    bool training = m->options.training;
     const ArenaPlan all[NUM_ARENAS] = {
-        {layout_weights, &memory->parameters},      {m->options.training ? layout_gradients : NULL, &memory->gradients},
-        {layout_activations, &memory->activations}, {m->options.training ? layout_moments : NULL, &memory->moments},
+        {layout_weights, &memory->parameters},      {training ? layout_gradients : NULL, &memory->gradients},
+        {layout_activations, &memory->activations}, {training ? layout_moments : NULL, &memory->moments},
         {layout_state, &memory->state},             {layout_workspace, &memory->workspace}};
     memcpy(plan, all, sizeof all);
 }
@@ -2061,8 +2068,8 @@ static uint64_t bytes_needed(MegalodonModel *m) {
     return needed;
 }
 
-/* Is there enough memory, before any is taken? Error: how much is needed, how much there may be, and the largest batch,
- * by halves, that would fit. */
+/* Is there enough memory, before any is taken? Error: how much is needed, how much there may be, and the
+ * largest batch, by halves, that would fit. */
 static const char *check_bytes(MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
     MegalodonOptions *o = &m->options;
@@ -2070,17 +2077,19 @@ static const char *check_bytes(MegalodonModel *m) {
     double wide = MAX(MAX(c->model_dim, c->z_dim), MAX(c->value_dim, MAX(c->ffn_hidden_dim, c->vocab_size)));
     double tensor = wide * o->max_batch * MAX(o->max_length, c->chunk_size) * sizeof(real);
     if (tensor > 0x1p42)
-        return errorf("batch %d x length %d: this model would need %.0f bytes for a single tensor; make it smaller, or "
-                      "the batch, or the sequence", o->max_batch, o->max_length, tensor);
+        return errorf("batch %d x length %d: this model would need %.0f bytes for a single tensor; make it "
+                      "smaller, or the batch, or the sequence", o->max_batch, o->max_length, tensor);
     uint64_t needed = bytes_needed(m), limit = o->max_bytes > 0 ? (uint64_t)o->max_bytes : SIZE_MAX;
     if (needed <= limit) return NULL;
     int batch = o->max_batch, fitting = batch / 2;
     while (o->max_batch = fitting, fitting > 0 && bytes_needed(m) > limit) fitting /= 2;
     o->max_batch = batch;
     char hint[96] = "not even one row would fit: make the model or the sequence smaller";
-    if (fitting > 0) snprintf(hint, sizeof hint, "a batch of %d row%s would fit", fitting, fitting == 1 ? "" : "s");
-    return errorf("this model needs %.2f GiB of memory (%llu bytes) for a batch of %d x %d tokens, and %.2f GiB (%llu "
-                  "bytes) are free; %s", (double)needed / (1 << 30), (unsigned long long)needed, batch, o->max_length,
+    const char *plural = fitting == 1 ? "" : "s";
+    if (fitting > 0) snprintf(hint, sizeof hint, "a batch of %d row%s would fit", fitting, plural);
+    return errorf("this model needs %.2f GiB of memory (%llu bytes) for a batch of %d x %d tokens, and %.2f "
+                  "GiB (%llu bytes) are free; %s",
+                  (double)needed / (1 << 30), (unsigned long long)needed, batch, o->max_length,
                   (double)limit / (1 << 30), (unsigned long long)limit, hint);
 }
 
@@ -2341,8 +2350,8 @@ static void head_forward(MegalodonModel *m) {
     }
 }
 
-/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout; 
- * dWout += ... */
+/* dlogits = scale (softmax(logits) - onehot), with the logits computed again;  dfinal = dlogits Wout;
+ * dWout += dlogits^T final */
 static void head_backward(MegalodonModel *m, real *dfinal, double scale) {
     const MegalodonConfig *c = &m->config;
     int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, V = c->vocab_size;
@@ -2485,8 +2494,8 @@ static double gradient_norm(MegalodonModel *m) {
 /* The numbers [begin, end) of the arenas:
  *     m1 = b1 m1 + (1-b1) g    m2 = b2 m2 + (1-b2) g^2
  *     w  = w - lr ( (m1/(1-b1^t)) / (sqrt(m2/(1-b2^t)) + eps) + decay w ) */
-static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const MegalodonAdamW *adamw, real clip,
-                         double weight_decay) {
+static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const MegalodonAdamW *adamw,
+                         real clip, double weight_decay) {
     real b1 = (real)adamw->beta1, b2 = (real)adamw->beta2, lr = (real)adamw->lr, eps = (real)adamw->eps;
     real correction1 = (real)(1 / (1 - pow(adamw->beta1, (double)adamw->step)));
     real correction2 = (real)(1 / (1 - pow(adamw->beta2, (double)adamw->step)));
@@ -2508,7 +2517,7 @@ static const char *cpu_update(MegalodonModel *m, const MegalodonAdamW *adamw, do
     if (grad_norm) *grad_norm = norm;
     if (!isfinite(norm) || (adamw->max_norm > 0 && norm > adamw->max_norm)) return NULL;
     real clip = (real)(adamw->clip > 0 && norm > adamw->clip ? adamw->clip / norm : 1);
-    for (int i = 0, next; i < m->num_params; i = next) {                     /* neighbours of one decay together */
+    for (int i = 0, next; i < m->num_params; i = next) {             /* neighbours of one decay together */
         double decay = megalodon_weight_decay(adamw, &m->params[i]);
         for (next = i + 1; next < m->num_params; next++)
             if (megalodon_weight_decay(adamw, &m->params[next]) != decay) break;
@@ -2713,12 +2722,12 @@ static const char *cpu_unavailable(void) { return NULL; }
  */
 
 /* Names for the sizes and arguments of a component call, so that each wrapper below is one readable line. */
-#define SIZES_OF(s)                                                                                                  \
-    const MegalodonConfig *c = &(s)->config;                                                                         \
-    const int64_t B = (s)->B, T = (s)->T, n = (s)->n, rows = B * T, D = c->model_dim, N = c->cema_ndim;              \
-    const int64_t H = c->num_heads, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups;   \
-    const int64_t C = c->chunk_size, V = c->vocab_size, z = Z / H, e = E / H;                                        \
-    const double eps = c->norm_eps;                                                                                  \
+#define SIZES_OF(s)                                                                                          \
+    const MegalodonConfig *c = &(s)->config;                                                                 \
+    const int64_t B = (s)->B, T = (s)->T, n = (s)->n, rows = B * T, D = c->model_dim, N = c->cema_ndim;      \
+    const int64_t H = c->num_heads, Z = c->z_dim, E = c->value_dim, F = c->ffn_hidden_dim;                   \
+    const int64_t G = c->norm_num_groups, C = c->chunk_size, V = c->vocab_size, z = Z / H, e = E / H;        \
+    const double eps = c->norm_eps;                                                                          \
     (void)n, (void)rows, (void)D, (void)N, (void)F, (void)G, (void)C, (void)V, (void)z, (void)e, (void)eps
 #define FORWARD(name) static void component_##name##_forward(void *const *a, const MegalodonShape *s)
 #define BACKWARD(name)                                                                                       \
@@ -2792,18 +2801,8 @@ BACKWARD(silu) { SIZES_OF(s); silu_backward(g[1], g[0], a[1], rows * E); }
 
 static AttentionKeys component_keys(void *const *a, const MegalodonShape *s) {
     SIZES_OF(s);
-    return (AttentionKeys){.k = a[3],
-                           .v = a[4],
-                           .k_in = a[5],
-                           .v_in = a[6],
-                           .n = n,
-                           .capacity = n,
-                           .B = B,
-                           .T = T,
-                           .H = H,
-                           .z = z,
-                           .e = e,
-                           .C = C};
+    return (AttentionKeys){.k = a[3], .v = a[4], .k_in = a[5], .v_in = a[6], .n = n, .capacity = n,
+                           .B = B, .T = T, .H = H, .z = z, .e = e, .C = C};
 }
 FORWARD(attention) {
     attention_forward(a[0], a[1], a[2], component_keys(a, s), s->config.attention_dropout, s->key);

@@ -4,7 +4,7 @@
  * come in the same order. The kernels stand in cuda/, in the order of that file:
  *
  *   cuda/common.cuh        checked calls, scratch, vectors, reductions, dropout mask
- *   cuda/matmul.cuh        cuBLAS, the linear layer
+ *   cuda/matmul.cuh        cuBLAS, the linear layer; cuda/plain.cuh: products without cuBLAS
  *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
@@ -193,7 +193,6 @@ enum Kept { SAVED, CHEAP, LOGITS };
 /* Memory for logits. In training each block of them reads and writes the gradient of the whole output matrix,
  * so that few large blocks are faster. */
 constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t)512 << 20;
-constexpr size_t CUBLAS_WORKSPACE = (size_t)32 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
 /* 1: the passes of a training step are recorded and replayed as well; 0: only those without a backward */
@@ -417,7 +416,8 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     m->arrivals = take<int>(arena, decode_attention_sizes(few_rows(m), c->num_heads,
                                                           c->value_dim / c->num_heads).arrivals);
     m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
-    if (m->context.side.stream) m->context.side.workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
+    if (m->context.side.context)
+        m->context.side.context->cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
 
     Arena upload = {arena->base + arena->used, 0};
     m->tokens = take<int32_t>(&upload, rows);
@@ -560,11 +560,11 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
                          in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D,
                          c->norm_num_groups, eps);
-    Context aside, *beside_cema = context; // v is wanted by attention only
+    Context *beside_cema = context; // v is wanted by attention only
     int idle = cema_idle(context, B, steps, D);
     if (side_fits(context, idle) && !context->dry_run) {
         CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
-        aside = side_context(context, idle), beside_cema = &aside;
+        beside_cema = side_context(context, idle);
     }
     linear_silu_forward<T>(beside_cema, v, a->vv, nullptr, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D,
                            no_dropout());
@@ -1186,24 +1186,11 @@ template <typename T> static const char *build(Model<T> *m) {
     CHECK_CUDA(cudaMallocHost((void **)&m->host_scalars, sizeof(Scalars)));
     CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
                               (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
-    CHECK_CUBLAS(cublasSetWorkspace(m->context.cublas, m->context.cublas_workspace,
-                                    m->context.cublas_workspace_bytes));
-    if (m->context.side.stream)
-        CHECK_CUBLAS(cublasSetWorkspace(m->context.side.cublas, m->context.side.workspace, CUBLAS_WORKSPACE));
+    use_workspace(&m->context);
+    if (m->context.side.context) use_workspace(m->context.side.context);
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
-}
-
-/* A handle of cuBLAS whose products run in a stream. */
-static cublasHandle_t start_cublas(cudaStream_t stream) {
-    cublasHandle_t cublas;
-    CHECK_CUBLAS(cublasCreate(&cublas));
-    CHECK_CUBLAS(cublasSetStream(cublas, stream));
-    /* No TF32, and partial sums of a product split over K stay float. */
-    CHECK_CUBLAS(cublasSetMathMode(
-        cublas, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-    return cublas;
 }
 
 static void start_context(Context *context, bool own_stream) {
@@ -1211,9 +1198,7 @@ static void start_context(Context *context, bool own_stream) {
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&context->num_sms, cudaDevAttrMultiProcessorCount, device));
     if (own_stream) CHECK_CUDA(cudaStreamCreateWithFlags(&context->stream, cudaStreamNonBlocking));
-    context->cublas = start_cublas(context->stream);
-    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
-    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+    start_products(context);
     int *answer = nullptr;
     CHECK_CUDA(cudaMalloc((void **)&answer, sizeof *answer));
     context->hopper = hopper_code(context, answer);
@@ -1225,27 +1210,29 @@ static void start_side(Context *context) {
     int lowest = 0, highest = 0;
     SideStream *side = &context->side;
     if (SIDE_PERCENT == 0) return;
+    side->context = new Context();
+    side->context->hopper = context->hopper;
     CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-    CHECK_CUDA(cudaStreamCreateWithPriority(&side->stream, cudaStreamNonBlocking, highest));
+    CHECK_CUDA(cudaStreamCreateWithPriority(&side->context->stream, cudaStreamNonBlocking, highest));
     CHECK_CUDA(cudaEventCreateWithFlags(&side->ready, cudaEventDisableTiming));
     CHECK_CUDA(cudaEventCreateWithFlags(&side->done, cudaEventDisableTiming));
-    side->cublas = start_cublas(side->stream);
+    start_products(side->context);
 }
 static void end_side(SideStream *side) {
-    if (!side->stream) return;
-    CHECK_CUDA(cudaStreamSynchronize(side->stream));
-    CHECK_CUBLAS(cublasDestroy(side->cublas));
+    if (!side->context) return;
+    CHECK_CUDA(cudaStreamSynchronize(side->context->stream));
+    end_products(side->context);
     CHECK_CUDA(cudaEventDestroy(side->ready));
     CHECK_CUDA(cudaEventDestroy(side->done));
-    CHECK_CUDA(cudaStreamDestroy(side->stream));
+    CHECK_CUDA(cudaStreamDestroy(side->context->stream));
+    delete side->context;
 }
 
 static void cuda_destroy(MegalodonModel *m) {
     if (!m) return;
     end_side(&m->context.side);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
-    CHECK_CUBLAS(cublasDestroy(m->context.cublas));
-    CHECK_CUBLAS(cublasLtDestroy(m->context.cublas_lt));
+    end_products(&m->context);
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
     for (Recording *recording : {&m->forwards, &m->backwards})
         if (recording->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(recording->graph));
@@ -1799,7 +1786,12 @@ static void cuda_state_shape(const MegalodonModel *model, int *B, int *n) {
     ON_MODEL(m, state_shape_of, B, n);
 }
 
-static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) { *memory = m->memory; }
+static void cuda_memory(const MegalodonModel *m, MegalodonMemory *memory) {
+    size_t free_bytes = 0, all = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+    *memory = m->memory;
+    memory->device_used = (int64_t)(all - free_bytes);
+}
 
 /* ----------------------------------------------------------------------------------------------------------
  * 3. Tables: the components with untyped device arguments, in the order of megalodon_components, and the
@@ -2042,7 +2034,7 @@ static Context *component_context(void) {
     if (!started) {
         start_context(&context, false);
         CHECK_CUDA(cudaMalloc(&context.cublas_workspace, CUBLAS_WORKSPACE));
-        CHECK_CUBLAS(cublasSetWorkspace(context.cublas, context.cublas_workspace, CUBLAS_WORKSPACE));
+        use_workspace(&context);
         started = true;
     }
     return &context;

@@ -273,6 +273,7 @@ typedef struct MegalodonAdamW {
 
 typedef struct MegalodonMemory {     /* bytes, all allocated by create */
     int64_t parameters, gradients, moments, activations, state, workspace;
+    int64_t device_used;             /* what is taken on the device at this moment, by all programs; 0 on a CPU */
 } MegalodonMemory;
 
 typedef struct MegalodonComponentFunctions MegalodonComponentFunctions;

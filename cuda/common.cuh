@@ -11,8 +11,16 @@
 #ifndef CUDA_COMMON_CUH
 #define CUDA_COMMON_CUH
 
+/* -DPLAIN_PRODUCTS=1: every matrix product by plain.cuh's kernel, without cuBLAS and without the instructions of
+ * Hopper */
+#ifndef PLAIN_PRODUCTS
+#define PLAIN_PRODUCTS 0
+#endif
+
+#if !PLAIN_PRODUCTS
 #include <cublasLt.h>
 #include <cublas_v2.h>
+#endif
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -94,12 +102,10 @@ struct PendingSum {
 };
 enum { MAX_SUMS = 16 };
 
-/* A second stream beside the main one, see matmul.cuh. stream NULL: there is none. */
+/* A second stream beside the main one, see matmul.cuh. context NULL: there is none. */
 enum { MAX_WAITING = 2 };
 struct SideStream {
-    cudaStream_t stream;
-    cublasHandle_t cublas;
-    void *workspace;
+    struct Context *context; /* its stream and what products need; no scratch */
     cudaEvent_t ready, done;
     struct {
         float *dweight;
@@ -114,8 +120,10 @@ struct SideStream {
 struct Context {
     cudaStream_t stream;
     SideStream side;
+#if !PLAIN_PRODUCTS
     cublasHandle_t cublas;
     cublasLtHandle_t cublas_lt;
+#endif
     void *cublas_workspace;
     size_t cublas_workspace_bytes;
     int num_sms;

@@ -11,7 +11,7 @@
 
 #include "common.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !PLAIN_PRODUCTS
 #define HOPPER_CODE 1
 #else
 #define HOPPER_CODE 0

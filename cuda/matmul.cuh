@@ -1,19 +1,23 @@
 /* matmul.cuh - matrix products through cuBLAS, a small kernel for a few rows, and the linear layer on top.
  *
  * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here;
- * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory.
+ * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory. All that knows of
+ * cuBLAS stands in the first half of this file, behind six functions; -DPLAIN_PRODUCTS=1 takes others.
  */
 #ifndef CUDA_MATMUL_CUH
 #define CUDA_MATMUL_CUH
 
 #include "common.cuh"
 
+#if PLAIN_PRODUCTS
+#include "plain.cuh"
+#else
 #include <map>
 #include <tuple>
+#endif
 
-template <typename T> constexpr cudaDataType_t cuda_type() {
-    return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-}
+/* Bytes of the memory that cuBLAS works in. */
+constexpr size_t CUBLAS_WORKSPACE = PLAIN_PRODUCTS ? 0 : (size_t)32 << 20;
 
 /* A matrix as a product reads it: elements, distance between rows, distance between the matrices of a batch.
  * */
@@ -23,6 +27,69 @@ template <typename T> struct Matrix {
 };
 template <typename T> static Matrix<T> matrix(T *data, int64_t row_stride, int64_t batch_stride = 0) {
     return Matrix<T>{data, row_stride, batch_stride};
+}
+
+#if PLAIN_PRODUCTS
+
+static inline void start_products(Context *) {}
+static inline void use_workspace(Context *) {}
+static inline void use_multiprocessors(Context *context, int sms) { context->num_sms = sms; }
+static inline void end_products(Context *) {}
+
+template <typename T, typename O>
+static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t M, int64_t N, int64_t K,
+                   float alpha, Matrix<const T> A, Matrix<const T> B, float beta, Matrix<O> C,
+                   int64_t batch = 1) {
+    if (M == 0 || N == 0 || batch == 0) return;
+    PlainProduct<T, O> p = {};
+    p.out = C.data, p.add = beta != 0 ? C.data : nullptr, p.beta = beta, p.alpha = alpha;
+    p.a = PlainOperand<T>{A.data, transpose_a ? 1 : A.row_stride, transpose_a ? A.row_stride : 1, A.batch_stride};
+    p.b = PlainOperand<T>{B.data, transpose_b ? B.row_stride : 1, transpose_b ? 1 : B.row_stride, B.batch_stride};
+    p.M = M, p.N = N, p.K = K, p.row_stride = C.row_stride, p.batch_stride = C.batch_stride;
+    plain_product(context, p, batch);
+}
+
+template <typename T>
+static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                           int64_t M, int64_t N, int64_t K) {
+    PlainProduct<T, T> p = {};
+    p.out = y, p.add = add, p.bias = bias, p.alpha = p.beta = 1;
+    p.a = PlainOperand<T>{x, K, 1, 0}, p.b = PlainOperand<T>{weight, K, 1, 0};
+    p.M = M, p.N = N, p.K = K, p.row_stride = N;
+    plain_product(context, p, 1);
+    return true;
+}
+
+#else
+
+/* cuBLAS for a context that has its stream. */
+static inline void start_products(Context *context) {
+    CHECK_CUBLAS(cublasCreate(&context->cublas));
+    CHECK_CUBLAS(cublasLtCreate(&context->cublas_lt));
+    CHECK_CUBLAS(cublasSetStream(context->cublas, context->stream));
+    /* No TF32, and partial sums of a product split over K stay float. */
+    CHECK_CUBLAS(cublasSetMathMode(
+        context->cublas,
+        (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
+}
+/* After context->cublas_workspace, of so many bytes, was set. */
+static inline void use_workspace(Context *context) {
+    CHECK_CUBLAS(
+        cublasSetWorkspace(context->cublas, context->cublas_workspace, context->cublas_workspace_bytes));
+}
+/* Products are planned for so many multiprocessors from here on. */
+static inline void use_multiprocessors(Context *context, int sms) {
+    context->num_sms = sms;
+    CHECK_CUBLAS(cublasSetSmCountTarget(context->cublas, sms));
+}
+static inline void end_products(Context *context) {
+    CHECK_CUBLAS(cublasDestroy(context->cublas));
+    CHECK_CUBLAS(cublasLtDestroy(context->cublas_lt));
+}
+
+template <typename T> constexpr cudaDataType_t cuda_type() {
+    return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
 }
 
 /* C[i] = alpha op(A[i]) op(B[i]) + beta C[i] for i < batch; op(A) is M,K, op(B) is K,N, C is M,N; op
@@ -67,8 +134,8 @@ static inline unsigned alignment_of(const void *pointer) {
 
 /* Returns false if cuBLASLt has no way to do it; then nothing was written. */
 template <typename T>
-static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
-                         int64_t M, int64_t N, int64_t K) {
+static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, const T *bias, const T *add,
+                           int64_t M, int64_t N, int64_t K) {
     static std::map<PlanKey, Plan> plans;
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t layout_w, layout_x, layout_y;
@@ -127,6 +194,8 @@ static bool linear_by_lt(Context *context, T *y, const T *x, const T *weight, co
                                 context->stream));
     return true;
 }
+
+#endif
 
 /* computes: y[row, j] = y[row, j] + bias[j] (if any) + add[row, j] (if any)
  * launch:   grid ceil(rows columns / 256), block 256: a thread owns one element
@@ -207,7 +276,7 @@ static void linear_forward(Context *context, T *y, const T *x, const T *weight, 
         linear_few_rows(context, y, x, weight, bias, add, (int)M, (int)N, (int)K);
         return;
     }
-    if ((bias || add) && linear_by_lt(context, y, x, weight, bias, add, M, N, K)) return;
+    if ((bias || add) && linear_at_once(context, y, x, weight, bias, add, M, N, K)) return;
     bool in_place = add == y; // then beta adds it; another add comes after
     matmul(context, false, true, M, N, K, 1.0f, matrix(x, K), matrix(weight, K), in_place ? 1.0f : 0.0f,
            matrix(y, N));
@@ -256,7 +325,7 @@ enum { SIDE_LEAST = 20 };
 template <typename T>
 static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy, const T *x,
                                          int64_t M, int64_t N, int64_t K) {
-    if (!context->side.stream || context->dry_run) {
+    if (!context->side.context || context->dry_run) {
         linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
         return;
     }
@@ -269,26 +338,24 @@ static inline void side_ready(Context *context) {
     if (context->side.num_waiting) CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
 }
 
-/* Where work for `sms` multiprocessors of the side stream goes, from the last event `ready` on. It may take no scratch. */
-static inline Context side_context(Context *context, int sms) {
+/* Where work for `sms` multiprocessors of the side stream goes, from the last event `ready` on. It may take no
+ * scratch. */
+static inline Context *side_context(Context *context, int sms) {
     SideStream *side = &context->side;
-    CHECK_CUDA(cudaStreamWaitEvent(side->stream, side->ready, 0));
-    CHECK_CUBLAS(cublasSetSmCountTarget(side->cublas, sms));
+    CHECK_CUDA(cudaStreamWaitEvent(side->context->stream, side->ready, 0));
+    use_multiprocessors(side->context, sms);
     side->busy = true;
-    Context aside = *context;
-    aside.stream = side->stream, aside.cublas = side->cublas, aside.cublas_workspace = side->workspace;
-    aside.num_sms = sms, aside.scratch_bytes = 0;
-    return aside;
+    return side->context;
 }
 
 /* sms: how many multiprocessors it may have */
 template <typename T> static void side_start(Context *context, int sms) {
     SideStream *side = &context->side;
     if (!side->num_waiting) return;
-    Context aside = side_context(context, sms);
+    Context *aside = side_context(context, sms);
     for (int i = 0; i < side->num_waiting; i++) {
         const auto &p = side->waiting[i];
-        linear_backward_weight(&aside, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N, p.K);
+        linear_backward_weight(aside, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N, p.K);
     }
     side->num_waiting = 0;
 }
@@ -299,7 +366,7 @@ template <typename T> static void side_start(Context *context) {
 
 /* Is it worth while to leave so many multiprocessors to the side stream? */
 static inline bool side_fits(const Context *context, int sms) {
-    return context->side.stream && sms * 100 >= context->num_sms * SIDE_LEAST;
+    return context->side.context && sms * 100 >= context->num_sms * SIDE_LEAST;
 }
 
 /* The main stream goes on when the side stream has nothing left to do. */
@@ -307,7 +374,7 @@ static inline void side_join(Context *context) {
     SideStream *side = &context->side;
     REQUIRE(!side->num_waiting);
     if (!side->busy) return;
-    CHECK_CUDA(cudaEventRecord(side->done, side->stream));
+    CHECK_CUDA(cudaEventRecord(side->done, side->context->stream));
     CHECK_CUDA(cudaStreamWaitEvent(context->stream, side->done, 0));
     side->busy = false;
 }

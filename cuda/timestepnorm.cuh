@@ -207,10 +207,18 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     __shared__ Pair<A> moments[TILE_STEPS][GROUPS + 1], before[GROUPS];
     __shared__ float rstds[TILE_STEPS][GROUPS + 1];
     __shared__ Learned<GROUPS> learned;
+    __shared__ Slot state[GROUPS];
     Tile<GROUPS> tile(shape, false);
     int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
+
+    /* The state may be overwritten as soon as this block has told its sums to the one that has the last tile: the
+     * state is in this block's memory before. */
+    if (mean_in && (int)threadIdx.x < tile.groups) {
+        int bg = tile.b * shape.G + tile.first_group + (int)threadIdx.x;
+        state[threadIdx.x] = Slot{mean_in[bg], var_in[bg]};
+    }
 
     /* The moments of each step alone. All threads make as many rounds, so that shuffles find every lane. */
     A inverse_size = (A)1 / (A)size;
@@ -231,7 +239,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         if (lanes > 1) sum = lanes_sum(sum, lanes), squares = lanes_sum(squares, lanes);
         if (active && lane == 0) moments[step][group] = moments_of(first, sum, squares, inverse_size);
     }
-    __syncthreads(); // the steps' own moments are all there for the scans
+    __syncthreads(); // the steps' own moments are all there for the scans, and so is the state
 
     {
         int step = (int)threadIdx.x % WARP_SIZE;
@@ -262,7 +270,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     }
     if ((int)threadIdx.x < tile.groups) {
         int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
-        Moments<double> all = {seen, mean_in ? mean_in[bg] : 0, mean_in ? var_in[bg] : 0};
+        Moments<double> all = {seen, mean_in ? state[group].x : 0, mean_in ? state[group].y : 0};
         if (span) {
             Slot prefix = await(slots.span(shape, tile.b, span, g));
             all = Moments<double>{seen + (double)span * (SPAN_TILES * TILE_STEPS), prefix.x, prefix.y};

@@ -38,17 +38,23 @@
       "a chunk, in which distances are counted; if not given, the model's") \
     X(TEXT,   haystack,   NULL,         0, 0, "FILE", "Task", "a text to use as filler instead of random capitals") \
     X(LONG,   seed,       "1",          0, 9007199254740992., "N", "Task", "fixes weights and sequences") \
-    X(INT,    batch,      "16",         1, 4096, "ROWS", "Running", "sequences at once") \
+    X(INT,    batch,      "16",         1, 4096, "ROWS", "Running", "sequences at once, at most") \
     X(INT,    steps,      "2000",       1, 1 << 30, "N", "Training", \
       "steps; each takes the next of --distances as its longest") \
-    X(REAL,   lr,         "0.002",      0, 1, "X", "Training", "highest learning rate; a tenth of the steps warm up") \
-    X(CHOICE, cema_init,  "released",   0, 0, "released|spread", "Training", "see ./train --help") \
-    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread") \
+    X(LONG,   step_tokens, NULL,        1, 1 << 30, "N", "Training", \
+      "tokens of a step at most: long sequences come with fewer rows; if not given, always --batch rows") \
+    X(REAL,   grow,       "0",          0, 0.9, "X", "Training", \
+      "share of the steps in which the distances join one after the other, the nearest first; 0: all from the start") \
+    X(REAL,   lr,         "0.002",      0, 1, "X", "Training", \
+      "highest learning rate: a tenth of the steps warm up; after it, and after --grow, it falls to a tenth") \
+    X(CHOICE, cema_init,  "released",   0, 0, "released|spread|hold", "Training", "see ./train --help") \
+    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread and hold") \
     X(BOOL,   cema_decay, "true",       0, 0, "true|false", "Training", "weight decay on CEMA's parameters too") \
     X(TEXT,   init,       NULL,         0, 0, "FILE", "Training", "begin with the weights of this model") \
     X(TEXT,   out,        "recall.safetensors", 0, 0, "FILE", "Training", "the trained model") \
     X(TEXT,   checkpoint, "recall.safetensors", 0, 0, "FILE", "Test", "the model to ask") \
-    X(INT,    sequences,  "64",         1, 1 << 20, "N", "Test", "sequences for each number of facts") \
+    X(INT,    questions,  "256",        1, 1 << 20, "N", "Test", \
+      "questions for each number of facts, over all distances; the last sequence may have some more") \
     X(TEXT,   csv,        NULL,         0, 0, "FILE", "Test", "also write every count to this file") \
     X(CHOICE, backend,    "auto",       0, 0, "auto|cpu|cuda", "Running", "what computes") \
     X(CHOICE, precision,  "fp32",       0, 0, "fp32|bf16", "Running", "number format (bf16: GPU only)") \
@@ -136,7 +142,7 @@ static void set_up_task(Experiment *e) {
         e->num_facts = parse_list("facts", v->facts, 1, e->facts);
     }
     if (v->haystack) read_haystack(r, v->haystack);
-    for (int last = 0; last < r->num_distances; last++) die_if(recall_check(r, e->facts[e->num_facts - 1], last));
+    die_if(recall_check(r, e->facts[e->num_facts - 1], r->num_distances - 1));
     if (e->config.vocab_size < 128)
         die(errorf("a sequence is text and needs the bytes below 128, but the model has %d tokens",
                    e->config.vocab_size));
@@ -183,25 +189,53 @@ static void show(Experiment *e) {
  * recall train
  */
 
-/* The learning rate of a step: linear warm-up, then a cosine down to a tenth. */
+/* The learning rate of a step: linear warm-up, constant while distances join, then a cosine down to a tenth. */
 static double learning_rate(const Values *v, int step) {
-    int warmup = v->steps / 10 + 1;
+    int warmup = v->steps / 10 + 1, joined = (int)(v->grow * v->steps);
+    int begin = joined > warmup ? joined : warmup;
     if (step < warmup) return v->lr * (step + 1) / warmup;
-    double p = (double)(step - warmup) / (v->steps - warmup + 1);
+    if (step < begin) return v->lr;
+    double p = (double)(step - begin) / (v->steps - begin + 1);
     return v->lr * (0.1 + 0.45 * (1 + cos(3.14159265358979323846 * p)));
+}
+
+/* The farthest distance of a step's questions: each of those that have joined in turn. */
+static int farthest_distance(const Experiment *e, int step) {
+    int distances = e->recall.num_distances;
+    double share = (double)step / e->values.steps, grow = e->values.grow;
+    int joined = share < grow ? 1 + (int)(share / grow * distances) : distances;
+    return step % joined;
+}
+
+/* Sequences of a step whose farthest question is at distance `last`. */
+static int rows_of(const Experiment *e, int last) {
+    int64_t fitting = e->values.batch;
+    if (options_given(&e->options, "step-tokens")) fitting = e->values.step_tokens / recall_length(&e->recall, last);
+    return fitting < e->values.batch ? (int)fitting : e->values.batch;
+}
+
+/* Ends the program before the first step if one of them could not be made. */
+static void check_steps(const Experiment *e) {
+    for (int last = 0; last < e->recall.num_distances; last++) {
+        die_if(recall_check(&e->recall, e->facts[0], last));
+        if (rows_of(e, last) < 1)
+            die(errorf("--step-tokens %lld: a sequence with a question %d chunks away has %d tokens",
+                       (long long)e->values.step_tokens, e->recall.distances[last], recall_length(&e->recall, last)));
+    }
 }
 
 /* One step on sequences whose farthest question is at distance `last`. Returns the mean loss of an answer's letter. */
 static double train_step(Experiment *e, int step, int last) {
     const Values *v = &e->values;
-    int T = recall_length(&e->recall, last);
-    for (int row = 0; row < v->batch; row++) {
+    int T = recall_length(&e->recall, last), rows = rows_of(e, last);
+    int choices = recall_fitting(&e->recall, e->facts, e->num_facts, last);
+    for (int row = 0; row < rows; row++) {
         uint64_t number = (uint64_t)step * (uint64_t)v->batch + (uint64_t)row;
-        int facts = e->facts[megalodon_random(e->recall.seed, ~number) % (uint64_t)e->num_facts];
+        int facts = recall_draw_facts(&e->recall, e->facts, choices, number);
         recall_make(&e->recall, number, facts, last, e->tokens + (int64_t)row * T, e->targets + (int64_t)row * T,
                     e->questions[row]);
     }
-    MegalodonBatch batch = {.tokens = e->tokens, .targets = e->targets, .B = v->batch, .T = T, .dropout = true,
+    MegalodonBatch batch = {.tokens = e->tokens, .targets = e->targets, .B = rows, .T = T, .dropout = true,
                             .seed = (uint64_t)v->seed, .step = (uint64_t)step};
     MegalodonAdamW adamw = {.lr = learning_rate(v, step), .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
                             .weight_decay = 0.1, .clip = 1, .step = step + 1, .spare_cema = !v->cema_decay};
@@ -219,30 +253,37 @@ static double train_step(Experiment *e, int step, int last) {
 static void train(Experiment *e) {
     const Values *v = &e->values;
     int distances = e->recall.num_distances, lines = v->steps < 20 ? v->steps : 20;
-    double loss[RECALL_MAX_LIST] = {0}, start = report_seconds();
-    int64_t tokens = 0;
+    double loss[RECALL_MAX_LIST], start;
+    int64_t tokens = 0, seen[RECALL_MAX_LIST] = {0};
+    MegalodonMemory memory;
+    char time[32], count[32];
+    check_steps(e);
     create_model(e, true);
     if (v->init) die_if(checkpoint_load(v->init, e->backend, e->model, &e->config));
     else die_if(megalodon_initialise(e->backend, e->model, &e->config, (uint64_t)v->seed));
-    if (strcmp(v->cema_init, "spread") == 0 && !v->init)
-        die_if(cema_spread(e->backend, e->model, &e->config, v->cema_memory));
-    printf("%lld parameters; loss in nats a letter of an answer, guessing costs %.2f; by farthest distance:\n  step",
-           (long long)megalodon_num_parameters(&e->config), log(26));
+    if (!v->init) die_if(cema_start(e->backend, e->model, &e->config, v->cema_init, v->cema_memory));
+    e->backend->memory(e->model, &memory);
+    printf("%s parameters, %s; loss in nats a letter of an answer, guessing costs %.2f; by farthest distance:\n  step",
+           report_count(megalodon_num_parameters(&e->config), count),
+           report_bytes(memory.parameters + memory.gradients + memory.moments + memory.activations + memory.state
+                        + memory.workspace, time), log(26));
     for (int d = 0; d < distances; d++) printf(" %7d", e->recall.distances[d]);
     printf("\n");
+    start = report_seconds();
     for (int step = 0; step < v->steps; step++) {
-        int last = step % distances;
+        int last = farthest_distance(e, step);
         double now = train_step(e, step, last);
-        loss[last] = step < distances ? now : 0.9 * loss[last] + 0.1 * now;
-        tokens += (int64_t)v->batch * recall_length(&e->recall, last);
+        loss[last] = seen[last]++ == 0 ? now : 0.9 * loss[last] + 0.1 * now;
+        tokens += (int64_t)rows_of(e, last) * recall_length(&e->recall, last);
         if ((int64_t)(step + 1) * lines / v->steps == (int64_t)step * lines / v->steps) continue;
         printf("%6d", step + 1);
-        for (int d = 0; d < distances; d++) printf(" %7.4f", loss[d]);
+        for (int d = 0; d < distances; d++)
+            if (seen[d]) printf(" %7.4f", loss[d]);
+            else printf("       -");
         printf("\n");
         fflush(stdout);
     }
     double seconds = report_seconds() - start;
-    char time[32], count[32];
     die_if(checkpoint_save(v->out, e->backend, e->model, &e->config));
     printf("%s tokens in %s; saved %s\n", report_count(tokens, count), report_duration(seconds, time), v->out);
 }
@@ -251,27 +292,43 @@ static void train(Experiment *e) {
  * recall test
  */
 
-typedef struct Count { int64_t asked, right; } Count;
+/* mixed: the answer is wrong, and begins as the answer to another question of the sequence. */
+typedef struct Count { int64_t asked, right, mixed; } Count;
 
-/* Is each letter of the answer the likeliest token, given the letters before it? logits: V of each token of the row. */
-static bool is_right(const Experiment *e, const float *logits, const int32_t *tokens, const RecallQuestion *q) {
+/* The likeliest token at `at`, after all that stands before it. logits: V of each token of the row. */
+static int32_t likeliest(const Experiment *e, const float *logits, int at) {
     int V = e->config.vocab_size;
-    for (int k = 0; k < e->recall.letters; k++) {
-        const float *row = logits + (int64_t)(q->at + k - 1) * V;
-        float own = row[tokens[q->at + k]];
-        if (!isfinite(own)) die("a logit of the model is not finite");
-        for (int i = 0; i < V; i++)
-            if (row[i] > own) return false;
+    const float *row = logits + (int64_t)(at - 1) * V;
+    int32_t best = 0;
+    for (int i = 0; i < V; i++) {
+        if (!isfinite(row[i])) die("a logit of the model is not finite");
+        if (row[i] > row[best]) best = i;
     }
-    return true;
+    return best;
 }
 
-/* Asks all questions of --sequences sequences of `facts` facts. */
+/* Counts the answer to question i of a row: right is one of which each letter is the likeliest token, given the letters
+ * before it. A model that knows which names there were, and not which belongs to which, mixes them. */
+static void judge(const Experiment *e, const float *logits, const int32_t *tokens, const RecallQuestion *questions,
+                  int facts, int i, Count *count) {
+    const RecallQuestion *q = &questions[i];
+    bool right = true, mixed = false;
+    int32_t first = likeliest(e, logits, q->at);
+    for (int k = 0; k < e->recall.letters && right; k++)
+        right = likeliest(e, logits, q->at + k) == tokens[q->at + k];
+    for (int j = 0; j < facts && first != tokens[q->at]; j++) mixed = mixed || first == tokens[questions[j].at];
+    count->asked++;
+    count->right += right;
+    count->mixed += mixed;
+}
+
+/* Asks all questions of as many sequences of `facts` facts as give --questions questions. */
 static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     const Recall *r = &e->recall;
     int last = r->num_distances - 1, T = recall_length(r, last), V = e->config.vocab_size;
-    for (int first = 0; first < e->values.sequences; first += e->values.batch) {
-        int rows = e->values.sequences - first < e->values.batch ? e->values.sequences - first : e->values.batch;
+    int sequences = (e->values.questions + facts - 1) / facts;
+    for (int first = 0; first < sequences; first += e->values.batch) {
+        int rows = sequences - first < e->values.batch ? sequences - first : e->values.batch;
         for (int row = 0; row < rows; row++)
             recall_make(r, TEST_SEQUENCES + (uint64_t)(first + row), facts, last, e->tokens + (int64_t)row * T,
                         e->targets + (int64_t)row * T, e->questions[row]);
@@ -281,22 +338,23 @@ static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX
         for (int row = 0; row < rows; row++)
             for (int i = 0; i < facts; i++) {
                 const RecallQuestion *q = &e->questions[row][i];
-                Count *count = &counts[q->distance][q->hops];
-                count->asked++;
-                count->right += is_right(e, logits + (int64_t)row * T * V, e->tokens + (int64_t)row * T, q);
+                judge(e, logits + (int64_t)row * T * V, e->tokens + (int64_t)row * T, e->questions[row], facts, i,
+                      &counts[q->distance][q->hops]);
             }
     }
 }
 
-/* A line of shares, a column a distance: over all hops, or of one number of them. */
-static void print_counts(const Experiment *e, const char *what, int number, int hops,
-                         Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
-    printf("%6d %-6s", number, what);
+/* A line of shares, a column a distance: over all hops, or of one number of them. mixed: of mixed answers, not right
+ * ones. */
+static void print_counts(const Experiment *e, int hops, bool mixed, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     for (int d = 0; d < e->recall.num_distances; d++) {
-        Count sum = {0, 0};
-        for (int h = 1; h <= e->recall.hops; h++)
-            if (hops == 0 || h == hops) sum.asked += counts[d][h].asked, sum.right += counts[d][h].right;
-        if (sum.asked) printf(" %6.1f%%", 100. * (double)sum.right / (double)sum.asked);
+        int64_t asked = 0, given = 0;
+        for (int h = 1; h <= e->recall.hops; h++) {
+            if (hops != 0 && h != hops) continue;
+            asked += counts[d][h].asked;
+            given += mixed ? counts[d][h].mixed : counts[d][h].right;
+        }
+        if (asked) printf(" %6.1f%%", 100. * (double)given / (double)asked);
         else printf("       -");
     }
     printf("\n");
@@ -317,20 +375,28 @@ static void test(Experiment *e) {
            v->task, r->unit, 100 * pow(26, -r->letters), "");
     for (int d = 0; d < r->num_distances; d++) printf(" %7d", r->distances[d]);
     printf("\n");
-    if (csv) fprintf(csv, "task,facts,hops,distance,asked,right\n");
+    if (csv) fprintf(csv, "task,facts,hops,distance,asked,right,mixed\n");
     for (int i = 0; i < e->num_facts; i++) {
         ask(e, e->facts[i], logits, counts[i]);
-        print_counts(e, e->facts[i] == 1 ? "fact" : "facts", e->facts[i], 0, counts[i]);
+        printf("%6d %-6s", e->facts[i], e->facts[i] == 1 ? "fact" : "facts");
+        print_counts(e, 0, false, counts[i]);
+        if (e->facts[i] > 1) {
+            printf("        mixed");
+            print_counts(e, 0, true, counts[i]);
+        }
         for (int d = 0; d < r->num_distances; d++)
             for (int h = 1; h <= r->hops; h++) {
                 Count c = counts[i][d][h];
                 all[d][h].asked += c.asked, all[d][h].right += c.right;
                 if (csv && c.asked)
-                    fprintf(csv, "%s,%d,%d,%d,%lld,%lld\n", v->task, e->facts[i], h, r->distances[d],
-                            (long long)c.asked, (long long)c.right);
+                    fprintf(csv, "%s,%d,%d,%d,%lld,%lld,%lld\n", v->task, e->facts[i], h, r->distances[d],
+                            (long long)c.asked, (long long)c.right, (long long)c.mixed);
             }
     }
-    for (int h = 1; h <= r->hops && r->hops > 1; h++) print_counts(e, h == 1 ? "hop" : "hops", h, h, all);
+    for (int h = 1; h <= r->hops && r->hops > 1; h++) {
+        printf("%6d %-6s", h, h == 1 ? "hop" : "hops");
+        print_counts(e, h, false, all);
+    }
     if (csv && fclose(csv) != 0) die(errorf("--csv %s: cannot be written", v->csv));
     free(logits);
 }

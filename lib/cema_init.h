@@ -1,12 +1,21 @@
-/* cema_init.h - another start for CEMA: memories spread over all lengths.
+/* cema_init.h - other starts for CEMA than the released one.
  *
  * A state of CEMA keeps a share |q| = 1 - p d of itself at each step, with p = sigmoid(alpha) and d = sigmoid(delta),
- * so that it remembers for about 1/(p d) steps. The released initialisation draws alpha and delta near zero: p and d
- * are near one half, and every memory is about 3.5 steps long. Here state k of N remembers for
- *     M_k = 2 (longest/2)^((N-k)/(N-1))        p = 1/M_k        d = 0.95
- * steps: 2 for the last state, `longest` for the first, whose phase turns slowest. The input is scaled by p, so a
- * long memory is an average of many steps and not their sum: its gain at its own frequency is p/(1 - |q|) = 1/d, the
- * same for all lengths.
+ * so that it remembers for about 1/(p d) steps. Of an input u it takes p u.
+ *
+ *   released   alpha and delta are drawn near zero: p and d are near one half, and every memory is about 3.5 steps long.
+ *
+ *   spread     averages over all lengths. State k of N remembers for
+ *                  M_k = 2 (longest/2)^((N-k)/(N-1))        p = 1/M_k        d = 0.95
+ *              steps: 2 for the last state, `longest` for the first, whose phase turns slowest. The input is scaled by
+ *              p, so a long memory is an average of many steps and not their sum: its gain at its own frequency is
+ *              p/(1 - |q|) = 1/d, the same for all lengths. A single input leaves little in it.
+ *
+ *   hold       sums. All states of every second channel remember for `longest` steps, with
+ *                  p = 1/2        d = 2/longest        sigmoid(theta) = 1/longest
+ *              so that a single input stays, at half its size, and turns by one circle at most while it is there.
+ *              Whatever comes in adds up: the model has to see to it that little comes in that need not be kept. The
+ *              other channels are as released, short filters.
  */
 #ifndef LIB_CEMA_INIT_H
 #define LIB_CEMA_INIT_H
@@ -14,40 +23,70 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "../megalodon.h"
 #include "error.h"
 
 #define CEMA_SPREAD_D 0.95           /* sigmoid(delta): near 1, so that p alone sets the memory */
 #define CEMA_SPREAD_SHORTEST 2.0     /* steps */
+enum { CEMA_HOLD_EVERY = 2 };        /* one channel of so many holds */
 
 static inline double cema_logit(double p) { return log(p) - log1p(-p); }
 
-/* Sets alpha and delta of every layer as above. longest: steps, more than 2.
- * Error: no memory, or what the backend says. */
-static inline const char *cema_spread(const MegalodonBackend *backend, MegalodonModel *model,
-                                      const MegalodonConfig *config, double longest) {
-    int D = config->model_dim, N = config->cema_ndim;
-    size_t states = (size_t)D * (size_t)N;
-    const char *error = NULL;
-    float *alpha = malloc(states * sizeof *alpha), *delta = malloc(states * sizeof *delta);
-    if (!alpha || !delta) error = errorf("no memory for the %zu states of a layer's CEMA", states);
-    for (size_t i = 0; i < states && !error; i++) {
-        int k = (int)(i % (size_t)N) + 1;
+/* The values of a layer: alpha and delta D,N, theta D. */
+static inline void cema_spread(const MegalodonConfig *config, double longest, float *alpha, float *delta) {
+    int N = config->cema_ndim;
+    for (int i = 0; i < config->model_dim * N; i++) {
+        int k = i % N + 1;
         double share = N > 1 ? (double)(N - k) / (N - 1) : 1;
         double memory = CEMA_SPREAD_SHORTEST * pow(longest / CEMA_SPREAD_SHORTEST, share);
         alpha[i] = (float)cema_logit(1 / memory);
         delta[i] = (float)cema_logit(CEMA_SPREAD_D);
     }
-    for (int l = 0; l < config->num_layers && !error; l++) {
-        char name[MEGALODON_MAX_NAME];
-        snprintf(name, sizeof name, "layers.%d.mega.cema.alpha", l);
-        error = backend->set(model, MEGALODON_PARAM, name, alpha, MEGALODON_F32);
-        snprintf(name, sizeof name, "layers.%d.mega.cema.delta", l);
-        if (!error) error = backend->set(model, MEGALODON_PARAM, name, delta, MEGALODON_F32);
+}
+
+static inline void cema_hold(const MegalodonConfig *config, double longest, float *alpha, float *delta, float *theta) {
+    int N = config->cema_ndim;
+    for (int j = 0; j < config->model_dim; j += CEMA_HOLD_EVERY) {
+        for (int i = j * N; i < (j + 1) * N; i++) {
+            alpha[i] = 0;
+            delta[i] = (float)cema_logit(2 / longest);
+        }
+        theta[j] = (float)cema_logit(1 / longest);
     }
+}
+
+/* Reads or writes one of the three tensors of a layer. */
+static inline const char *cema_exchange(const MegalodonBackend *backend, MegalodonModel *model, int layer,
+                                        const char *field, float *values, bool write) {
+    char name[MEGALODON_MAX_NAME];
+    snprintf(name, sizeof name, "layers.%d.mega.cema.%s", layer, field);
+    return write ? backend->set(model, MEGALODON_PARAM, name, values, MEGALODON_F32)
+                 : backend->get(model, MEGALODON_PARAM, name, values, MEGALODON_F32);
+}
+
+/* Gives CEMA of an initialised model the start called `way`: released (nothing changes), spread or hold. longest:
+ * steps, more than 2. Error: no memory, or what the backend says. */
+static inline const char *cema_start(const MegalodonBackend *backend, MegalodonModel *model,
+                                     const MegalodonConfig *config, const char *way, double longest) {
+    size_t D = (size_t)config->model_dim, states = D * (size_t)config->cema_ndim;
+    bool spreads = strcmp(way, "spread") == 0;
+    if (!spreads && strcmp(way, "hold") != 0) return NULL;
+    float *alpha = malloc((2 * states + D) * sizeof *alpha);
+    if (!alpha) return errorf("no memory for the %zu states of a layer's CEMA", states);
+    float *delta = alpha + states, *theta = delta + states;
+    const char *error = NULL;
+    for (int l = 0; l < config->num_layers && !error; l++)
+        for (int write = 0; write < 2 && !error; write++) {
+            error = cema_exchange(backend, model, l, "alpha", alpha, write);
+            if (!error) error = cema_exchange(backend, model, l, "delta", delta, write);
+            if (!error) error = cema_exchange(backend, model, l, "theta", theta, write);
+            if (write) continue;
+            if (spreads) cema_spread(config, longest, alpha, delta);
+            else cema_hold(config, longest, alpha, delta, theta);
+        }
     free(alpha);
-    free(delta);
     return error;
 }
 

@@ -425,6 +425,14 @@ static inline const char *checkpoint_open_model(Safetensors *file, const char *p
     return errorf("%s: %s", path, error);
 }
 
+/* Is there anything at `path`, the value of --checkpoint? Error: why not, and what to do. */
+static inline const char *checkpoint_is_there(const char *path) {
+    struct stat info;
+    if (stat(path, &info) == 0) return NULL;
+    return errorf("--checkpoint %s: %s; train a model first, for example by `make demo` or by ./train --data FILE",
+                  path, strerror(errno));
+}
+
 /* Reads the configuration of a model on disk, from which a model can be created that checkpoint_load then fills. */
 static inline const char *checkpoint_read_config(const char *path, MegalodonConfig *config) {
     char model[SAFETENSORS_MAX_PATH];
@@ -506,11 +514,10 @@ static inline const char *checkpoint_save(const char *path, const MegalodonBacke
  * 4. The model's state: what it remembers of the tokens so far.
  */
 
-/* Takes `size` bytes into a hash: FNV-1a over words of 8 bytes, with a rotation that brings the upper bits down. */
+/* Takes `size` bytes of a file into a hash: FNV-1a over words of 8 bytes, with a rotation that brings the upper bits down. */
 static inline uint64_t checkpoint_hash_bytes(uint64_t hash, const void *bytes, size_t size) {
     for (size_t i = 0; i < size; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const char *)bytes + i, size - i < 8 ? size - i : 8);
+        uint64_t word = safetensors_load((const char *)bytes + i, size - i < 8 ? size - i : 8);
         hash = (hash ^ word) * 0x100000001b3u;
         hash = hash << 29 | hash >> 35;
     }
@@ -529,9 +536,11 @@ static inline const char *checkpoint_hash(const char *path, char out[CHECKPOINT_
     for (size_t i = 0; i < file.count; i++) {
         const SafetensorsTensor *tensor = &file.tensors[i];
         const char *dtype = safetensors_dtype_name(tensor->dtype);
+        int64_t dims[SAFETENSORS_MAX_DIMS];
+        safetensors_copy(dims, tensor->dims, (size_t)tensor->ndim, sizeof *dims);
         hash = checkpoint_hash_bytes(hash, tensor->name, strlen(tensor->name));
         hash = checkpoint_hash_bytes(hash, dtype, strlen(dtype));
-        hash = checkpoint_hash_bytes(hash, tensor->dims, (size_t)tensor->ndim * sizeof *tensor->dims);
+        hash = checkpoint_hash_bytes(hash, dims, (size_t)tensor->ndim * sizeof *dims);
         hash = checkpoint_hash_bytes(hash, tensor->data, tensor->bytes);
     }
     safetensors_close(&file);
@@ -734,6 +743,14 @@ static inline const char *checkpoint_fact_int64(const Safetensors *trainer, cons
     errno = 0;
     *value = strtoll(text, &end, 10);
     return checkpoint_fact_error(trainer, key, text, end, "an integer");
+}
+/* A number of things, from 0 to `most`. */
+static inline const char *checkpoint_fact_count(const Safetensors *trainer, const char *key, int64_t most,
+                                                int64_t *value) {
+    const char *error = checkpoint_fact_int64(trainer, key, value);
+    if (error || (*value >= 0 && *value <= most)) return error;
+    return errorf("%s: expected \"%s\" in __metadata__ to be from 0 to %" PRId64 ", found %" PRId64, trainer->path, key,
+                  most, *value);
 }
 static inline const char *checkpoint_fact_uint64(const Safetensors *trainer, const char *key, uint64_t *value) {
     const char *text, *error = checkpoint_fact(trainer, key, &text);

@@ -137,7 +137,9 @@ static inline const char *npy_parse(const char *header, size_t length, int *widt
             descr = true;
             if (!npy_string(&t, value, sizeof value)) return "its descr is not a simple type";
             *width = strcmp(value, "<u2") == 0 ? 2 : strcmp(value, "<u4") == 0 ? 4 : 0;
-            if (!*width) return "its type is neither <u2 nor <u4 (little-endian uint16 or uint32)";
+            if (!*width)
+                return errorf("its type is %s%s, neither <u2 nor <u4 (little-endian uint16 or uint32)", value,
+                              *value == '>' ? ", big-endian" : "");
         } else if (strcmp(key, "fortran_order") == 0 && !order) {
             order = true;
             if (!npy_take(&t, "False") && !npy_take(&t, "True")) return "its fortran_order is not True or False";
@@ -159,7 +161,8 @@ static inline const char *npy_parse(const char *header, size_t length, int *widt
 
 /* Reads the header of file i: sets its start and count and tells the width. Error: what is wrong with the file. */
 static inline const char *dataset_open_npy(Dataset *ds, int i, int *width) {
-    static const char hint[] = "expected what numpy.save writes for one dimension of uint16 or uint32";
+    static const char hint[] = "expected what numpy.save writes for one dimension of uint16 or uint32: "
+                               "numpy.save(NAME, tokens.astype('<u2'))";
     DatasetFile *file = &ds->files[i];
     uint8_t head[12];
     char header[DATASET_NPY_HEADER_MAX];

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <unistd.h>
 
 /* A number of bytes in a file of one line; -1 where there is no such file, or a word such as "max" in it. */
 static inline int64_t memory_read(const char *path) {
@@ -37,6 +38,16 @@ static inline int64_t memory_available(void) {
     int64_t bytes = total * 1024, limit = memory_read("/sys/fs/cgroup/memory.max");
     if (limit < 0) limit = memory_read("/sys/fs/cgroup/memory/memory.limit_in_bytes");
     return limit > 0 && limit < bytes ? limit : bytes;
+}
+
+/* Bytes that this process holds in memory, or 0 where the system does not tell (anything but Linux). */
+static inline int64_t memory_resident(void) {
+    FILE *file = fopen("/proc/self/statm", "r");
+    long long pages = 0;
+    if (!file) return 0;
+    if (fscanf(file, "%*s %lld", &pages) != 1) pages = 0;
+    fclose(file);
+    return (int64_t)pages * sysconf(_SC_PAGESIZE);
 }
 
 #endif

@@ -77,6 +77,23 @@ static inline const char *recall_check(const Recall *r, int facts, int last) {
     return NULL;
 }
 
+/* How many of the ascending numbers of facts fit: where the farthest question is near, more of them meet in a chunk. */
+static inline int recall_fitting(const Recall *r, const int *facts, int count, int last) {
+    int fitting = 0;
+    while (fitting < count && !recall_check(r, facts[fitting], last)) fitting++;
+    return fitting;
+}
+
+/* Draws one of `count` numbers of facts for a sequence, the more often the smaller it is: many facts are many answers,
+ * and so each number has the same share of the loss. Most of it would come from what cannot be learned yet, otherwise. */
+static inline int recall_draw_facts(const Recall *r, const int *facts, int count, uint64_t number) {
+    double sum = 0, at = (double)(megalodon_random(r->seed, ~number) >> 11) * 0x1p-53;
+    for (int i = 0; i < count; i++) sum += 1. / facts[i];
+    for (int i = 0; i < count - 1; i++)
+        if ((at -= 1 / (facts[i] * sum)) < 0) return facts[i];
+    return facts[count - 1];
+}
+
 /* The generator of one sequence. */
 typedef struct RecallDice {
     uint64_t key, counter;

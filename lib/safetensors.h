@@ -68,7 +68,8 @@ typedef struct SafetensorsTensor {
     int64_t dims[SAFETENSORS_MAX_DIMS];
     int64_t size;                            /* product of dims                                               */
     size_t bytes;
-    const void *data;                        /* little-endian; may be unaligned: copy, or use safetensors_to_ */
+    const void *data;                        /* may be unaligned: copy, or use safetensors_to_                */
+    bool in_file;                            /* data lies in a file that was opened: it is little-endian      */
 } SafetensorsTensor;
 
 typedef struct Safetensors {
@@ -102,12 +103,32 @@ static inline const char *safetensors_shape_text(int ndim, const int64_t *dims,
     return text;
 }
 
-/* The bytes of a file are little-endian and are copied as they are. */
+/* Files are little-endian. Where this machine is too, which a compiler knows, numbers are copied as they are. */
 static inline bool safetensors_little_endian(void) {
     const uint16_t one = 1;
     unsigned char first;
     memcpy(&first, &one, 1);
     return first == 1;
+}
+
+/* Copies `count` numbers of `width` bytes from a file's order of bytes to this machine's, or back. out may be in. */
+static inline void safetensors_copy(void *out, const void *in, size_t count, size_t width) {
+    unsigned char *bytes = out;
+    if (out != in && count > 0) memcpy(out, in, count * width);
+    for (size_t i = 0; i < count && !safetensors_little_endian(); i++)
+        for (size_t low = i * width, high = low + width - 1; low < high; low++, high--) {
+            unsigned char byte = bytes[low];
+            bytes[low] = bytes[high];
+            bytes[high] = byte;
+        }
+}
+
+/* Up to 8 bytes of a file as a number. */
+static inline uint64_t safetensors_load(const void *bytes, size_t size) {
+    uint64_t word = 0;
+    memcpy(&word, bytes, size);
+    safetensors_copy(&word, &word, 1, 8);
+    return word;
 }
 
 /* ----------------------------------------------------------------------------------------------------
@@ -124,7 +145,7 @@ static inline uint64_t safetensors_mix(uint64_t sum, uint64_t word) {
     return sum << 29 | sum >> 35;                               /* brings down what the product carried up  */
 }
 
-/* Takes `size` bytes into a sum. A change inside one aligned word of 8 bytes, of any number of bits, always
+/* Takes `size` bytes of a file into a sum. A change inside one aligned word of 8 bytes, of any number of bits, always
  * changes the sum; others do but for one in 2^64. Four sums side by side, as one would wait for its product:
  * 14 GB/s on a core that makes 4 with one. */
 static inline uint64_t safetensors_sum(uint64_t sum, const void *bytes, size_t size) {
@@ -133,15 +154,14 @@ static inline uint64_t safetensors_sum(uint64_t sum, const void *bytes, size_t s
     size_t left = size;
     for (; left >= 32; left -= 32, at += 32) {
         memcpy(word, at, 32);
+        safetensors_copy(word, word, 4, 8);
         for (int i = 0; i < 4; i++) lane[i] = safetensors_mix(lane[i], word[i]);
     }
     sum = safetensors_mix(sum, size);
     for (int i = 0; i < 4; i++) sum = safetensors_mix(sum, lane[i]);
     while (left > 0) {
         size_t some = left < 8 ? left : 8;
-        word[0] = 0;
-        memcpy(word, at, some);
-        sum = safetensors_mix(sum, word[0]);
+        sum = safetensors_mix(sum, safetensors_load(at, some));
         left -= some, at += some;
     }
     return sum;
@@ -206,7 +226,7 @@ static inline const char *safetensors_read_shape(const char *path, const JsonNod
 /* One entry of the header. `data` has `available` bytes. */
 static inline const char *safetensors_read_entry(const char *path, const JsonNode *entry, const char *data,
                                                  size_t available, SafetensorsTensor *tensor) {
-    *tensor = (SafetensorsTensor){.name = entry->key};
+    *tensor = (SafetensorsTensor){.name = entry->key, .in_file = true};
     for (const JsonNode *member = json_first(entry); member && entry->type == JSON_OBJECT;
          member = json_next(entry, member))
         if (strcmp(member->key, "dtype") != 0 && strcmp(member->key, "shape") != 0 &&
@@ -327,8 +347,6 @@ static inline void safetensors_close(Safetensors *file) {
  * file, the tensor, what was expected and what was found; nothing is left to close then. */
 static inline const char *safetensors_open(Safetensors *file, const char *path) {
     *file = (Safetensors){0};
-    if (!safetensors_little_endian())
-        return errorf("%s: this machine is big-endian, which is not supported", path);
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0) return errorf("%s: cannot open: %s", path, strerror(errno));
     struct stat status;
@@ -448,7 +466,9 @@ static inline double safetensors_element(const SafetensorsTensor *tensor, int64_
         uint8_t u8;
     } x = {0}, wide;
     size_t bytes = safetensors_dtype_bytes(tensor->dtype);
-    memcpy(&x, (const char *)tensor->data + (size_t)i * bytes, bytes);
+    const char *at = (const char *)tensor->data + (size_t)i * bytes;
+    if (tensor->in_file) safetensors_copy(&x, at, 1, bytes);
+    else memcpy(&x, at, bytes);
     switch (tensor->dtype) {
     case SAFETENSORS_F64: return x.f64;
     case SAFETENSORS_I64: return (double)x.i64;
@@ -465,13 +485,17 @@ static inline void safetensors_to_double(const SafetensorsTensor *tensor, double
     for (int64_t i = 0; i < tensor->size; i++) out[i] = safetensors_element(tensor, i);
 }
 static inline void safetensors_to_float(const SafetensorsTensor *tensor, float *out) {
-    if (tensor->dtype == SAFETENSORS_F32) memcpy(out, tensor->data, tensor->bytes);
+    if (tensor->dtype == SAFETENSORS_F32 && tensor->in_file)
+        safetensors_copy(out, tensor->data, (size_t)tensor->size, sizeof *out);
     else for (int64_t i = 0; i < tensor->size; i++) out[i] = (float)safetensors_element(tensor, i);
 }
 
 /* All elements of an I64, I32 or U8 tensor, exactly. Error: it has another dtype. */
 static inline const char *safetensors_to_int64(const SafetensorsTensor *tensor, int64_t *out) {
-    if (tensor->dtype == SAFETENSORS_I64) memcpy(out, tensor->data, tensor->bytes);
+    if (tensor->dtype == SAFETENSORS_I64 && tensor->in_file)
+        safetensors_copy(out, tensor->data, (size_t)tensor->size, sizeof *out);
+    else if (tensor->dtype == SAFETENSORS_I64)
+        memcpy(out, tensor->data, tensor->bytes);
     else if (tensor->dtype == SAFETENSORS_I32 || tensor->dtype == SAFETENSORS_U8)
         for (int64_t i = 0; i < tensor->size; i++) out[i] = (int64_t)safetensors_element(tensor, i);
     else
@@ -647,6 +671,10 @@ static inline const char *safetensors_put_data(FILE *out, const SafetensorsTenso
             if (error) return errorf("tensor %s: %s", tensors[i].name, error);
             const void *data = tensors[i].data ? tensors[i].data : buffer;
             size_t bytes = (size_t)tensors[i].size * width;
+            if (!safetensors_little_endian() && !tensors[i].in_file) {
+                safetensors_copy(buffer, data, (size_t)tensors[i].size, width);
+                data = buffer;
+            }
             sums[i] = (SafetensorsSum){tensors[i].name, safetensors_sum(0, data, bytes)};
             if (fwrite(data, 1, bytes, out) != bytes) return errorf("cannot write: %s", strerror(errno));
         }
@@ -656,7 +684,7 @@ static inline const char *safetensors_put_data(FILE *out, const SafetensorsTenso
 
 /* What safetensors_write needs while it writes. */
 typedef struct SafetensorsScratch {
-    char *buffer, *words;            /* the largest tensor that `fill` makes; the checksum as text */
+    char *buffer, *words;            /* the largest tensor that is made here; the checksum as text */
     SafetensorsSum *sums;            /* one a tensor                                               */
     JsonWriter *header;
 } SafetensorsScratch;
@@ -685,12 +713,11 @@ static inline const char *safetensors_put_file(FILE *out, const SafetensorsTenso
 static inline const char *safetensors_write(const char *path, const SafetensorsTensor *tensors, size_t count,
                                             const SafetensorsPair *metadata, SafetensorsFill *fill,
                                             void *context) {
-    if (!safetensors_little_endian())
-        return errorf("%s: this machine is big-endian, which is not supported", path);
     size_t largest = 1;
     for (size_t i = 0; i < count; i++) {
         size_t bytes = (size_t)tensors[i].size * safetensors_dtype_bytes(tensors[i].dtype);
-        if (!tensors[i].data && bytes > largest) largest = bytes;
+        bool as_it_is = tensors[i].data && (safetensors_little_endian() || tensors[i].in_file);
+        if (!as_it_is && bytes > largest) largest = bytes;
     }
     SafetensorsOutput output;
     JsonWriter header = {0};

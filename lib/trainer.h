@@ -66,9 +66,11 @@
       "tokens of the whole run, rounded up to whole steps; instead of --steps") \
     X(LONG,   seed,          "1234",     0, LARGE, "N", "Training", \
       "fixes the initial weights, the order of the data and dropout") \
-    X(CHOICE, cema_init,     "released", 0, 0, "released|spread", "Training", \
-      "how long CEMA remembers at the start; released: a few tokens; spread: from 2 to --cema-memory tokens") \
-    X(REAL,   cema_memory,   "2048",     2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread") \
+    X(CHOICE, cema_init,     "released", 0, 0, "released|spread|hold", "Training", \
+      "how long CEMA remembers at the start; released: a few tokens; spread: averages over 2 to --cema-memory tokens; " \
+      "hold: every second channel adds up what comes in") \
+    X(REAL,   cema_memory,   "2048",     2.5, 1e9, "TOKENS", "Training", \
+      "longest memory of --cema-init spread and hold") \
     X(CHOICE, precision,     "fp32",     0, 0, "fp32|bf16", "Training", \
       "number format of weights and activations; bf16 needs a GPU") \
     X(REAL,   lr,            "0.001",    0, 10, "X", "Optimiser", "highest learning rate of AdamW") \
@@ -387,9 +389,9 @@ static inline void restore_streams(Run *run, const Safetensors *trainer) {
         fprintf(stderr, "warning: --data is other data than before: every row starts it with an empty state\n");
         return;
     }
-    if (strlen(fresh) != (size_t)run->values.batch)
-        die(errorf("%s: expected \"stream_fresh\" to tell of %d rows, found %zu", trainer->path, run->values.batch,
-                   strlen(fresh)));
+    if (strlen(fresh) != (size_t)run->values.batch || strspn(fresh, "01") != strlen(fresh))
+        die(errorf("%s: expected \"stream_fresh\" to be 0 or 1 for each of %d rows, found \"%.40s\"", trainer->path,
+                   run->values.batch, fresh));
     run->backend->state_shape(run->model, &rows, &n);
     for (int row = 0; row < run->values.batch; row++, next = end) {
         int64_t at = strtoll(next, &end, 10);
@@ -399,6 +401,9 @@ static inline void restore_streams(Run *run, const Safetensors *trainer) {
             error = "state.safetensors is missing, or its rows are not at the start of a chunk";
         if (error) die(errorf("%s: --carry-state cannot go on: %s", trainer->path, error));
     }
+    if (*next != '\0')
+        die(errorf("%s: --carry-state cannot go on: expected the places of %d rows, found more: \"%.40s\"",
+                   trainer->path, run->values.batch, next));
 }
 
 /* Loads weights, moments and progress. */
@@ -407,10 +412,11 @@ static inline void restore_run(Run *run, const char *directory) {
     int64_t bad_in_a_row;
     const char *backend;
     die_if(checkpoint_resume(directory, run->backend, run->model, &run->config, &trainer));
-    die_if(checkpoint_fact_int64(&trainer, "step", &run->step));
-    die_if(checkpoint_fact_int64(&trainer, "updates", &run->updates));
-    die_if(checkpoint_fact_int64(&trainer, "bad_steps", &run->bad_steps));
-    die_if(checkpoint_fact_int64(&trainer, "bad_in_a_row", &bad_in_a_row));
+    die_if(checkpoint_fact_count(&trainer, "step", CHECKPOINT_MAX_COUNT, &run->step));
+    die_if(checkpoint_fact_count(&trainer, "updates", run->step, &run->updates));
+    die_if(checkpoint_fact_count(&trainer, "bad_steps", run->step, &run->bad_steps));
+    die_if(checkpoint_fact_count(&trainer, "bad_in_a_row", run->bad_steps < INT32_MAX ? run->bad_steps : INT32_MAX,
+                                 &bad_in_a_row));
     run->bad_in_a_row = (int)bad_in_a_row;
     run->saved_step = run->step;
     const char *guard = safetensors_metadata(&trainer, "spike_guard");
@@ -448,9 +454,10 @@ static inline void check_options(Run *run) {
     if (options_given(set, "cema-init") && (v->init || v->resume))
         die(errorf("--cema-init chooses the initial values of a new model; with --%s they come from a checkpoint",
                    v->init ? "init" : "resume"));
-    if (options_given(set, "cema-memory") && strcmp(v->cema_init, "spread") != 0)
-        die("--cema-memory does nothing without --cema-init spread");
-    if (strcmp(v->cema_init, "spread") != 0) run->options.texts[options_index(set, "cema-memory")] = NULL;
+    bool released = strcmp(v->cema_init, "released") == 0;
+    if (options_given(set, "cema-memory") && released)
+        die("--cema-memory does nothing without --cema-init spread or hold");
+    if (released) run->options.texts[options_index(set, "cema-memory")] = NULL;
     static const char *const idle[][2] = {{"sample-tokens", "sample-every"}, {"prompt", "sample-every"}};
     for (size_t i = 0; i < 2; i++)
         if (options_given(set, idle[i][0]) && v->sample_every == 0)
@@ -702,8 +709,7 @@ static inline void create_model(Run *run, const char *resumed) {
     else if (v->init) die_if(checkpoint_load(v->init, run->backend, run->model, &run->config));
     else {
         die_if(megalodon_initialise(run->backend, run->model, &run->config, (uint64_t)v->seed));
-        if (strcmp(v->cema_init, "spread") == 0)
-            die_if(cema_spread(run->backend, run->model, &run->config, v->cema_memory));
+        die_if(cema_start(run->backend, run->model, &run->config, v->cema_init, v->cema_memory));
     }
 }
 

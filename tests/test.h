@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 
 enum { TEST_MAX_SHOWN = 30 };        /* failures printed; the rest are only counted */
 
@@ -56,6 +57,14 @@ static inline bool test_check(bool ok, const char *file, int line, const char *f
 static inline void test_skip(const char *why) {
     test.skipped++;
     printf("skip: %s\n", why);
+}
+
+/* Is `name` among `names`, which commas separate? All are among NULL. */
+static inline bool test_among(const char *names, const char *name) {
+    size_t length = strlen(name);
+    for (const char *at = names; at; at = strchr(at, ','), at += at != NULL)
+        if (!strncmp(at, name, length) && (at[length] == ',' || !at[length])) return true;
+    return !names;
 }
 
 /* Root of the mean square; NaN or infinite where an element is. */

@@ -1,6 +1,9 @@
 /* test_backends.c - whole models on two backends in one process: are they the same model?
  *
- *     test_backends [--backend NAME]         NAME: cpu-double, cuda-fp32 or cuda-bf16
+ *     test_backends [--short] [--backend NAME] [--only PART,...]         NAME: cpu-double, cuda-fp32 or cuda-bf16
+ *
+ * The short form is for tools under which every kernel takes a hundred times as long: fewer shapes, in which each
+ * kernel still runs.
  *
  * The reference is megalodon_cpu, which test_golden has compared with recorded numbers. Every candidate that can run
  * here is compared with it; where there is no GPU, the double version of megalodon.c stands in, so that the program
@@ -68,7 +71,9 @@ enum { NUM_CANDIDATES = sizeof candidates / sizeof *candidates, STAND_IN = NUM_C
 
 /* ---- two models ---- */
 
-enum { REFERENCE, OURS, MAX_B = 3, MAX_T = 64 };
+enum { REFERENCE, OURS, MAX_B = 3, MAX_T = 64, MAX_GENERATED = 8 };
+
+static bool brief; /* --short */
 
 /* The same model on both backends. */
 typedef struct Pair {
@@ -96,7 +101,7 @@ static MegalodonModel *create_least(const Pair *pair, MegalodonOptions options, 
 }
 
 static MegalodonModel *create_side(const Pair *pair, int side, bool training, uint64_t seed) {
-    MegalodonOptions options = {.max_batch = MAX_B, .max_length = MAX_T, .training = training,
+    MegalodonOptions options = {.max_batch = training ? MAX_B : MAX_GENERATED, .max_length = MAX_T, .training = training,
                                 .keep_activations = training && (side == REFERENCE || pair->keep), .carry = true,
                                 .state_gradients = training,
                                 .precision = side == OURS ? pair->candidate->precision : MEGALODON_FP32};
@@ -147,7 +152,7 @@ static void remember_worst(Divergence *into, const Divergence *found) {
 static double *fetch_side(const Pair *pair, int side, MegalodonKind kind, const MegalodonTensor *tensor) {
     bool count = strcmp(tensor->name, "count") == 0;
     double *values = must_allocate((size_t)tensor->size * sizeof *values);
-    int64_t integers[MAX_B];
+    int64_t integers[MAX_GENERATED];
     for (int64_t i = 0; i < tensor->size; i++) values[i] = NAN;
     const char *error = pair->backend[side]->get(pair->model[side], kind, tensor->name,
                                                  count ? (void *)integers : values,
@@ -287,8 +292,8 @@ static void check_shapes(const Candidate *candidate, const char *what, const Meg
     Pair pair = pair_create(candidate, what, config, true, keep);
     Worst worst;
     memset(&worst, 0, sizeof worst);
-    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
-        for (int B = 1; B <= MAX_B; B += 2) {
+    for (size_t i = brief ? 1 : 0; i < sizeof lengths / sizeof *lengths; i += brief ? 5 : 1)
+        for (int B = brief ? MAX_B : 1; B <= MAX_B; B += 2) {
             check_pass(&pair, B, lengths[i], 0, dropout, &worst);
             check_pass(&pair, B, lengths[i], i % 2 ? C - 1 : C + 3, dropout, &worst);
         }
@@ -571,17 +576,18 @@ static void check_state(const Candidate *candidate, const char *what, const Mega
 
 /* ---- generation: one token at a time, which backends make in ways of their own ---- */
 
-/* Two chunks and a little, token by token after a prompt; then the state, and the same again, which must give the same
- * bits. */
-static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B) {
+/* `steps` tokens one by one after a prompt; then the state, and the same again, which must give the same bits. */
+static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
+                             int prompt, int steps) {
     Pair pair = pair_create(candidate, what, config, false, true);
-    int steps = 2 * config->chunk_size + 3, V = config->vocab_size;
+    int V = config->vocab_size, most = MAX_T / B, pieces = (prompt + most - 1) / most;
     float *logits[2];
     double worst = 0;
     for (int run = 0; run < 2; run++) logits[run] = must_allocate((size_t)(B * V) * sizeof **logits);
     for (int run = 0; run < 2; run++) {
-        for (int i = 0; i <= steps; i++) {
-            MegalodonBatch batch = random_batch(config, B, i == 0 ? 3 : 1, 50 + (uint64_t)i);
+        for (int i = 0; i < pieces + steps; i++) {
+            int read = prompt - i * most < most ? prompt - i * most : most;
+            MegalodonBatch batch = random_batch(config, B, i < pieces ? read : 1, 50 + (uint64_t)i);
             batch.targets = NULL;
             batch.carry = i > 0;
             for (int side = run ? OURS : REFERENCE; side < 2; side++)
@@ -592,7 +598,7 @@ static void check_generation(const Candidate *candidate, const char *what, const
         MegalodonBatch last = random_batch(config, B, 1, 50);
         last.carry = true;
         if (run == 0)
-            check_kind(&pair, MEGALODON_STATE, &last, (3 + steps) % config->chunk_size, "state", NULL);
+            check_kind(&pair, MEGALODON_STATE, &last, (prompt + steps) % config->chunk_size, "state", NULL);
     }
     check(memcmp(logits[0], logits[1], (size_t)(B * V) * sizeof **logits) == 0,
           "%s, %s, B=%d: the same tokens again gave other logits", candidate->name, what, B);
@@ -604,10 +610,11 @@ static void check_generation(const Candidate *candidate, const char *what, const
 
 /* ---- reading: calls of one length, which a backend may record and repeat ---- */
 
-/* Calls of a chunk, of less than a chunk and of a chunk again from another place, with a loss now and then. */
+/* Calls of a chunk, of less than a chunk, of a token, of a chunk again from another place, and of so many tokens that
+ * several blocks of a GPU share the state that they move on; with a loss now and then. */
 static void check_reading(const Candidate *candidate, const char *what, const MegalodonConfig *config) {
     Pair pair = pair_create(candidate, what, config, false, true);
-    int C = config->chunk_size, lengths[] = {C, C, C, C, 3, 3, C, C, C, 1, 1, C, C, C}, B = 2;
+    int C = config->chunk_size, lengths[] = {C, C, C, C, 3, 3, C, C, C, 1, 1, 1, C, C, C, 64, 64}, B = 2;
     double worst = 0;
     for (int i = 0; i < (int)(sizeof lengths / sizeof *lengths); i++) {
         MegalodonBatch batch = random_batch(config, B, lengths[i], 70 + (uint64_t)i);
@@ -658,7 +665,24 @@ static MegalodonConfig odd_config(void) {
     return config;
 }
 
-static void check_candidate(const Candidate *candidate) {
+/* Layers with so many outputs, and a sum so long, that a GPU takes them in ways of its own; `odd`: sizes that no block
+ * divides. */
+static MegalodonConfig many_outputs_config(bool odd) {
+    MegalodonConfig config = small_config();
+    config.num_layers = 1;
+    config.swiglu = false;
+    config.num_heads = 1;
+    config.model_dim = odd ? 15 : 16;
+    config.norm_num_groups = odd ? 5 : 4;
+    config.z_dim = odd ? 6 : 16;
+    config.value_dim = odd ? 33 : 32;
+    config.ffn_hidden_dim = odd ? 8449 : 8456;
+    config.vocab_size = odd ? 4225 : 4232;
+    return config;
+}
+
+/* Whole passes, with and without a state, then parts of a training step. */
+static void check_steps(const Candidate *candidate, const char *only) {
     MegalodonConfig plain = small_config(), full = plain, bare = plain, dropout = plain, odd = odd_config();
     plain.swiglu = false;
     full.rescale_nffn = full.share_emb = full.scale_emb = true;
@@ -666,66 +690,115 @@ static void check_candidate(const Candidate *candidate) {
     bare.num_heads = 1;
     dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
     dropout.rescale_nffn = true;
-    check_shapes(candidate, "plain", &plain, false, true);
-    check_shapes(candidate, "swiglu, rescale, tied", &full, false, true);
-    check_shapes(candidate, "no affine, one head", &bare, false, true);
-    check_shapes(candidate, "dropout", &dropout, true, true);
-    check_shapes(candidate, "odd sizes", &odd, false, true);
-    check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
-    check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
-    check_wide(candidate, "wide", plain, false);
-    check_wide(candidate, "wide, swiglu", plain, true);
-    check_masks(candidate, &dropout);
-    check_accumulation(candidate, &full);
-    check_repeatable(candidate, &dropout);
+    if (test_among(only, "shapes")) {
+        if (!brief) check_shapes(candidate, "plain", &plain, false, true);
+        check_shapes(candidate, "swiglu, rescale, tied", &full, false, true);
+        if (!brief) check_shapes(candidate, "no affine, one head", &bare, false, true);
+        if (!brief) check_shapes(candidate, "dropout", &dropout, true, true);
+        if (!brief) check_shapes(candidate, "odd sizes", &odd, false, true);
+        check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
+        check_shapes(candidate, "odd sizes, recomputed", &odd, false, false);
+    }
+    if (test_among(only, "wide")) {
+        if (!brief) check_wide(candidate, "wide", plain, false);
+        check_wide(candidate, "wide, swiglu", plain, true);
+    }
+    if (test_among(only, "dropout")) check_masks(candidate, &dropout);
+    if (test_among(only, "update")) {
+        check_accumulation(candidate, &full);
+        check_repeatable(candidate, &dropout);
+    }
+    if (!test_among(only, "training") || (brief && !only)) return;
     check_training(candidate, "plain", &plain);
     check_training(candidate, "dropout", &dropout);
     check_training(candidate, "swiglu, rescale, tied", &full);
-    check_state(candidate, "swiglu, rescale, tied", &full, 5);
-    check_state(candidate, "odd sizes", &odd, 2 * odd.chunk_size);
-    check_state(candidate, "no affine, one head", &bare, bare.chunk_size - 1);
-    MegalodonConfig tiled = tiled_config(), tiled_full = tiled;
+}
+
+/* Inference: states that cross, calls of many lengths, one token at a time. */
+static void check_inference(const Candidate *candidate, const char *only) {
+    MegalodonConfig full = small_config(), bare = full, odd = odd_config(), tiled = tiled_config(), tiled_full = tiled;
+    full.rescale_nffn = full.share_emb = full.scale_emb = true;
+    bare.norm_affine = bare.swiglu = false;
+    bare.num_heads = 1;
     tiled.swiglu = tiled.norm_affine = false;
     tiled_full.rescale_nffn = tiled_full.share_emb = tiled_full.scale_emb = true;
-    check_state(candidate, "tiles", &tiled, 5);
-    if (candidate->precision == MEGALODON_BF16_MIXED) {
+    if (test_among(only, "state")) {
+        check_state(candidate, "swiglu, rescale, tied", &full, 5);
+        check_state(candidate, "odd sizes", &odd, 2 * odd.chunk_size);
+        if (!brief) check_state(candidate, "no affine, one head", &bare, bare.chunk_size - 1);
+        if (!brief) check_state(candidate, "tiles", &tiled, 5);
+    }
+    if (test_among(only, "reading")) {
+        check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
+        check_reading(candidate, "odd sizes", &odd);
+    }
+    if (!test_among(only, "generation")) return;
+    if (candidate->precision == MEGALODON_BF16_MIXED && !brief) {
         /* a layer as wide as those of large models; a second of a processor's time, so only here */
         MegalodonConfig large = tiled;
         large.num_layers = 1;
         large.model_dim = 1024;
         large.value_dim = 4096;
         large.ffn_hidden_dim = 12288;
-        for (int B = 1; B <= MAX_B; B += 2) check_generation(candidate, "large", &large, B);
+        for (int B = 1; B <= MAX_B; B += 2) check_generation(candidate, "large", &large, B, 3, 19);
     }
-    check_reading(candidate, "tiles, swiglu, tied", &tiled_full);
-    check_reading(candidate, "odd sizes", &odd);
+    MegalodonConfig long_chunk = tiled, many = many_outputs_config(false), many_odd = many_outputs_config(true);
+    long_chunk.num_layers = 1;
+    long_chunk.chunk_size = 1100;
+    check_generation(candidate, "long chunk", &long_chunk, 1, 1050, 2);
+    for (int B = 1; B <= MAX_GENERATED; B += 7) {
+        check_generation(candidate, "many outputs", &many, B, 3, 2);
+        check_generation(candidate, "many outputs, odd sizes", &many_odd, B, 3, 2);
+    }
     for (int B = 1; B <= MAX_B; B += 2) {
-        check_generation(candidate, "tiles", &tiled, B);
-        check_generation(candidate, "tiles, swiglu, tied", &tiled_full, B);
-        check_generation(candidate, "odd sizes", &odd, B);
+        int around = brief ? 3 : 3 + tiled.chunk_size; /* two chunks and a little, or one */
+        check_generation(candidate, "tiles", &tiled, B, 3, tiled.chunk_size + around);
+        check_generation(candidate, "tiles, swiglu, tied", &tiled_full, B, 3, tiled.chunk_size + around);
+        check_generation(candidate, "odd sizes", &odd, B, 3, odd.chunk_size * (brief ? 1 : 2) + 3);
     }
 }
 
+static const char *const parts[] = {"shapes",   "wide",  "dropout", "update",
+                                    "training", "state", "reading", "generation"};
+enum { NUM_PARTS = sizeof parts / sizeof *parts };
+
+static void usage(void) {
+    fprintf(stderr, "usage: test_backends [--short] [--backend NAME] [--only PART,...]\n  NAME:");
+    for (int i = 0; i < NUM_CANDIDATES; i++) fprintf(stderr, " %s", candidates[i].name);
+    fprintf(stderr, "\n  PART:");
+    for (int i = 0; i < NUM_PARTS; i++) fprintf(stderr, " %s", parts[i]);
+    fprintf(stderr, "\n");
+    exit(1);
+}
+
 int main(int argc, char **argv) {
-    const char *only = argc == 3 && strcmp(argv[1], "--backend") == 0 ? argv[2] : NULL;
-    bool known = argc == 1, any = false;
-    for (int i = 0; i < NUM_CANDIDATES; i++) known = known || (only && strcmp(only, candidates[i].name) == 0);
-    if (!known) {
-        fprintf(stderr, "usage: test_backends [--backend NAME]\n  NAME:");
-        for (int i = 0; i < NUM_CANDIDATES; i++) fprintf(stderr, " %s", candidates[i].name);
-        fprintf(stderr, "\n");
-        return 1;
+    const char *backend = NULL, *only = NULL;
+    bool known = true, any = false;
+    for (int i = 1; i < argc; i++) {
+        const char **name = !strcmp(argv[i], "--backend") ? &backend : !strcmp(argv[i], "--only") ? &only : NULL;
+        if (!strcmp(argv[i], "--short")) brief = true;
+        else if (name && i + 1 < argc) *name = argv[++i];
+        else usage();
     }
+    if (backend) known = false;
+    for (int i = 0; i < NUM_CANDIDATES; i++) known = known || !strcmp(backend, candidates[i].name);
+    for (int i = 0; i < NUM_PARTS; i++) any = any || test_among(only, parts[i]);
+    if (!known || !any) usage();
     test_begin("backends");
+    any = false;
     for (int i = 0; i < NUM_CANDIDATES; i++) {
         const Candidate *candidate = &candidates[i];
-        if (only ? strcmp(only, candidate->name) != 0 : i == STAND_IN && any) continue;
+        if (backend ? strcmp(backend, candidate->name) != 0 : i == STAND_IN && any) continue;
         const char *why = candidate->backend ? candidate->backend->unavailable()
                                              : "this program was built without that backend";
         char text[512];
         snprintf(text, sizeof text, "%s: %s", candidate->name, why ? why : "");
-        if (why) test_skip(text);
-        else check_candidate(candidate);
+        if (why) {
+            test_skip(text);
+        } else {
+            check_steps(candidate, only);
+            check_inference(candidate, only);
+        }
         any = any || !why;
     }
     return test_end();

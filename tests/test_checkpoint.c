@@ -228,7 +228,7 @@ static void test_resume(void) {
     MegalodonConfig config = small_config();
     MegalodonModel *straight = new_model(&config, 5), *resumed = new_model(&config, 6);
     SafetensorsPair facts[] = {{"seed", "18446744073709551615"}, {"best", "0.10000000000000001"}, {"note", "x 1"},
-                               {NULL, NULL}};
+                               {"debt", "-1"}, {NULL, NULL}};
     const char *run = in_folder("a/b/run"), *text;
     Safetensors trainer;
     for (int64_t step = 1; step <= 3; step++) {
@@ -248,6 +248,10 @@ static void test_resume(void) {
     expect_error(checkpoint_fact_int64(&trainer, "seed", &step), "to be an integer, found");
     expect_error(checkpoint_fact_int64(&trainer, "note", &step), "to be an integer, found");
     expect_error(checkpoint_fact_double(&trainer, "none", &best), "found none");
+    check(!checkpoint_fact_count(&trainer, "step", 3, &step) && step == 3, "step 3 of 3");
+    expect_error(checkpoint_fact_count(&trainer, "step", 2, &step), "to be from 0 to 2, found 3");
+    expect_error(checkpoint_fact_count(&trainer, "seed", 2, &step), "to be an integer, found");
+    expect_error(checkpoint_fact_count(&trainer, "debt", 2, &step), "to be from 0 to 2, found -1");
     safetensors_close(&trainer);
     for (step = 4; step <= 6; step++) {
         train(straight, &config, step);

@@ -9,6 +9,11 @@
  * outputs and 1e-4 for gradients (which pass through more sums, and through differences in the norms) leave room for
  * another order of summation, and none for a wrong term. A bf16 tensor may differ more, see rounding_tolerance.
  *
+ *     test_components [--short] [--backend NAME,...] [--only COMPONENT,...]
+ *
+ * The short form is for tools under which every kernel takes a hundred times as long: the smallest sizes at which each
+ * variant of each kernel still runs, in all of its branches.
+ *
  * A new backend joins by one entry in `candidates`: its types, and four functions that reach its memory.
  */
 #ifndef _POSIX_C_SOURCE
@@ -125,6 +130,71 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
     return false;
 }
 
+/* The short form. A GPU's kernels come in variants by the width of what may be loaded at once, and treat long rows, many
+ * rows and long times in their own ways. */
+static void check_briefly(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
+    MegalodonConfig odd = odd_config(), dropout = odd, even = odd, half = odd, wide = odd, states = odd, few = odd;
+    bool stateful = has_role(id, MEGALODON_STATE_IN);
+    check_component(candidate, reference, id, "no state", &(MegalodonShape){odd, 3, 17, 0, 3, MEGALODON_FP32}, false,
+                    false);
+    if (stateful)
+        check_component(candidate, reference, id, "state in", &(MegalodonShape){odd, 1, 9, 5, 3, MEGALODON_FP32}, true,
+                        true);
+    dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
+    check_component(candidate, reference, id, "dropout", &(MegalodonShape){dropout, 2, 31, 2, 3, MEGALODON_FP32}, true,
+                    true);
+    /* Loads of 16 bytes, and of 8. */
+    even.model_dim = 80, even.num_heads = 2, even.z_dim = 32, even.value_dim = 48, even.ffn_hidden_dim = 40;
+    even.cema_ndim = 16, even.chunk_size = 16, even.vocab_size = 104, even.attention_dropout = even.dropout = 0.25;
+    even.hidden_dropout = 0.25;
+    check_component(candidate, reference, id, "even", &(MegalodonShape){even, 2, 37, 3, 3, MEGALODON_FP32}, true, true);
+    half = even, half.model_dim = candidate->precision == MEGALODON_FP32 ? 30 : 60, half.num_heads = 1;
+    half.z_dim = half.value_dim = half.model_dim, half.dropout = half.hidden_dropout = half.attention_dropout = 0;
+    check_component(candidate, reference, id, "half", &(MegalodonShape){half, 2, 37, 3, 3, MEGALODON_FP32}, true, true);
+    if (id == MEGALODON_LINEAR) { // few rows, and one
+        check_component(candidate, reference, id, "few", &(MegalodonShape){even, 4, 2, 0, 3, MEGALODON_FP32}, true, true);
+        check_component(candidate, reference, id, "one", &(MegalodonShape){even, 1, 1, 0, 3, MEGALODON_FP32}, true, true);
+        check_component(candidate, reference, id, "one", &(MegalodonShape){odd, 1, 1, 0, 3, MEGALODON_FP32}, true, true);
+    }
+    if (id == MEGALODON_TIMESTEPNORM) { // groups of many features
+        MegalodonConfig group = odd;
+        group.norm_num_groups = half.norm_num_groups = 1;
+        check_component(candidate, reference, id, "group", &(MegalodonShape){group, 2, 70, 3, 3, MEGALODON_FP32}, true,
+                        true);
+        check_component(candidate, reference, id, "group, half", &(MegalodonShape){half, 2, 70, 3, 3, MEGALODON_FP32},
+                        true, true);
+    }
+    /* Rows and heads too large for a block of threads, with and without wide loads. */
+    bool products = id == MEGALODON_LINEAR || id == MEGALODON_ATTENTION;
+    wide.model_dim = 1284, wide.value_dim = 1281, wide.ffn_hidden_dim = 1030, wide.num_heads = 1, wide.z_dim = 1030;
+    wide.cema_ndim = 2, wide.norm_num_groups = 3;
+    for (int i = 0; i < 2 && !products; i++) {
+        check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 5, 3, 3, MEGALODON_FP32}, true,
+                        true);
+        wide.model_dim = wide.value_dim = wide.ffn_hidden_dim = wide.z_dim = wide.vocab_size = 2304;
+    }
+    if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // more rows than all blocks take in one turn
+        check_component(candidate, reference, id, "many rows", &(MegalodonShape){wide, 1, 800, 0, 3, MEGALODON_FP32},
+                        true, true);
+    /* More states than a launch takes, and segments of time of which the last one is short. */
+    states.model_dim = 40, states.cema_ndim = 20;
+    if (id == MEGALODON_CEMA)
+        check_component(candidate, reference, id, "20 states", &(MegalodonShape){states, 2, 333, 3, 3, MEGALODON_FP32},
+                        true, true);
+    /* Time for which sums get one more level, and tokens with many rows. */
+    few.model_dim = few.z_dim = few.value_dim = few.vocab_size = 6, few.cema_ndim = 2, few.norm_num_groups = 3;
+    if (id == MEGALODON_TIMESTEPNORM || id == MEGALODON_CEMA || id == MEGALODON_EMBEDDING)
+        check_component(candidate, reference, id, "long", &(MegalodonShape){few, 4, 1100, 4, 3, MEGALODON_FP32}, true,
+                        true);
+    /* Rows of scores held by one, two, four or eight warps, and longer ones: most of a chunk comes from the state. */
+    static const int keys[] = {300, 900, 2000, 4000, 4200};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys && id == MEGALODON_ATTENTION; i++) {
+        few.chunk_size = keys[i] + 24, few.num_heads = 1;
+        check_component(candidate, reference, id, "long chunk",
+                        &(MegalodonShape){few, 1, 24, keys[i], 3, MEGALODON_FP32}, true, true);
+    }
+}
+
 /* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
 static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
     MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd, states = odd;
@@ -176,8 +246,22 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     check_component(candidate, reference, id, "real", &(MegalodonShape){real, 2, T, 7, 3, MEGALODON_FP32}, true, true);
 }
 
-int main(void) {
-    test_begin("components");
+/* Which of them the command line asks for. */
+typedef struct Choice {
+    bool brief;
+    const char *backends, *components;       /* names between commas, or NULL: all */
+} Choice;
+
+static void usage(const Candidate *candidates, size_t count) {
+    fprintf(stderr, "usage: test_components [--short] [--backend NAME,...] [--only COMPONENT,...]\n  NAME:");
+    for (size_t i = 0; i < count; i++) fprintf(stderr, " %s", candidates[i].port.name);
+    fprintf(stderr, "\n  COMPONENT:");
+    for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) fprintf(stderr, " %s", megalodon_components[id].name);
+    fprintf(stderr, "\n");
+    exit(1);
+}
+
+int main(int argc, char **argv) {
     const Candidate candidates[] = {
         {&megalodon_cpu, host_port(&megalodon_cpu, false), MEGALODON_FP32, false},
 #ifdef MEGALODON_WITH_CUDA
@@ -189,16 +273,32 @@ int main(void) {
           megalodon_cuda_free, megalodon_cuda_upload, megalodon_cuda_download}, MEGALODON_BF16_MIXED, true},
 #endif
     };
+    const size_t count = sizeof candidates / sizeof *candidates;
+    Choice choice = {.brief = false};
+    for (int i = 1; i < argc; i++) {
+        const char **names = !strcmp(argv[i], "--backend") ? &choice.backends
+                             : !strcmp(argv[i], "--only")  ? &choice.components : NULL;
+        if (!strcmp(argv[i], "--short")) choice.brief = true;
+        else if (names && i + 1 < argc) *names = argv[++i];
+        else usage(candidates, count);
+    }
+    test_begin("components");
     Port reference = host_port(&megalodon_cpu_double, true);
-    for (size_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
+    bool any = false;
+    for (size_t i = 0; i < count; i++) {
         const char *why = candidates[i].backend->unavailable();
+        if (!test_among(choice.backends, candidates[i].port.name)) continue;
         for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) {
             char text[256];
+            if (!test_among(choice.components, megalodon_components[id].name)) continue;
+            any = true;
             snprintf(text, sizeof text, "%s %s: %s", candidates[i].port.name, megalodon_components[id].name,
                      why ? why : "");
             if (why) test_skip(text);
+            else if (choice.brief) check_briefly(&candidates[i], &reference, (MegalodonComponentId)id);
             else check_shapes(&candidates[i], &reference, (MegalodonComponentId)id);
         }
     }
+    if (!any) usage(candidates, count);
     return test_end();
 }

@@ -366,6 +366,23 @@ static void check_initial_values(void) {
     free(y);
 }
 
+/* omega is cut at four standard deviations, which one number of 16,000 passes: more of them than a small model has. */
+static void check_wide_omega(void) {
+    MegalodonConfig c;
+    MegalodonTensor omega;
+    megalodon_default_config(&c);
+    c.model_dim = 1 << 20;
+    const char *error = megalodon_find_tensor(&c, MEGALODON_PARAM, 1, 1, 0, "layers.0.mega.cema.omega", &omega);
+    check(!error, "%s", error ? error : "");
+    float *x = malloc((size_t)omega.size * sizeof *x);
+    if (!x) exit(1);
+    megalodon_initial_values(&c, &omega, 1, x);
+    check_initial_value(&c, &omega, x);
+    Moments m = moments(x, omega.size, 1);
+    check(m.largest > 0.95 && m.smallest < -0.95, "omega lies between %g and %g", m.smallest, m.largest);
+    free(x);
+}
+
 /* ---- the generator ---- */
 
 static void check_random(void) {
@@ -399,6 +416,7 @@ int main(void) {
     check_validator();
     check_lists();
     check_initial_values();
+    check_wide_omega();
     check_random();
     return test_end();
 }

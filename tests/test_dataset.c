@@ -160,7 +160,10 @@ static void test_npy(void) {
 static void test_bad_headers(void) {
     const uint8_t data[] = {1, 0, 2, 0, 3, 0};
     const struct { const char *header, *hint; } cases[] = {
-        {"{'descr': '>u2', 'fortran_order': False, 'shape': (3,), }\n", "little-endian"},
+        {"{'descr': '>u2', 'fortran_order': False, 'shape': (3,), }\n", "its type is >u2, big-endian, neither <u2 nor <u4"},
+        {"{'descr': '>u4', 'fortran_order': False, 'shape': (1,), }\n", "its type is >u4, big-endian"},
+        {"{'descr': '|u1', 'fortran_order': False, 'shape': (6,), }\n", "its type is |u1, neither"},
+        {"{'descr': '<u8', 'fortran_order': False, 'shape': (1,), }\n", "its type is <u8, neither"},
         {"{'descr': '<i2', 'fortran_order': False, 'shape': (3,), }\n", "uint16"},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }\n", "uint16"},
         {"{'descr': '<u2', 'fortran_order': False, 'shape': (3,1), }\n", "one dimension"},

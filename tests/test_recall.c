@@ -106,6 +106,25 @@ static void check_repeatable(void) {
     check(same > UNIT - 8, "the filler is not the haystack: %d of %d", same, UNIT);
 }
 
+/* Each number of facts gives as many answers as another. */
+static void check_shares(void) {
+    Recall r = recall_of(RECALL_PAIRS, 1);
+    static const int facts[] = {1, 2, 4, 8, 16};
+    enum { NUMBERS = 40000, COUNT = 5 };
+    int answers[17] = {0};
+    check(recall_fitting(&r, facts, COUNT, 0) == 4, "%d numbers of facts fit in one chunk, expected 4",
+          recall_fitting(&r, facts, COUNT, 0));
+    check(recall_fitting(&r, facts, COUNT, 3) == 5, "16 facts do not fit where four chunks ask for them");
+    for (uint64_t number = 0; number < NUMBERS; number++) {
+        int drawn = recall_draw_facts(&r, facts, COUNT, number);
+        answers[drawn] += drawn;
+    }
+    double even = NUMBERS / (1 + 1 / 2. + 1 / 4. + 1 / 8. + 1 / 16.);
+    for (int i = 0; i < COUNT; i++)
+        check(fabs(answers[facts[i]] / even - 1) < 0.1, "%d facts give %d answers, expected about %.0f", facts[i],
+              answers[facts[i]], even);
+}
+
 static void check_refused(void) {
     Recall r = recall_of(RECALL_PAIRS, 1);
     check(recall_check(&r, 16, 0) != NULL, "16 facts and 16 questions fit in a chunk of %d", UNIT);
@@ -121,7 +140,7 @@ static void check_spread(void) {
     MegalodonModel *model = model_create(&megalodon_cpu, &config, &options, 1);
     int states = config.model_dim * config.cema_ndim, N = config.cema_ndim;
     float *alpha = must_allocate((size_t)states * sizeof *alpha), *delta = must_allocate((size_t)states * sizeof *delta);
-    must(cema_spread(&megalodon_cpu, model, &config, 2048));
+    must(cema_start(&megalodon_cpu, model, &config, "spread", 2048));
     must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.alpha", alpha, MEGALODON_F32));
     must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.delta", delta, MEGALODON_F32));
     for (int i = 0; i < states; i++) {
@@ -138,6 +157,39 @@ static void check_spread(void) {
     megalodon_cpu.destroy(model);
 }
 
+/* Every second channel holds a single input at half its size for so long, and the others are as they were. */
+static void check_hold(void) {
+    MegalodonConfig config = small_config();
+    MegalodonOptions options = {.max_batch = 1, .max_length = 8};
+    MegalodonModel *model = model_create(&megalodon_cpu, &config, &options, 1);
+    int D = config.model_dim, N = config.cema_ndim, wrong = 0;
+    size_t states = (size_t)(D * N);
+    float *before = must_allocate(2 * states * sizeof *before), *after = must_allocate(2 * states * sizeof *after);
+    float *theta = must_allocate((size_t)D * sizeof *theta);
+    for (int turn = 0; turn < 2; turn++) {
+        float *out = turn ? after : before;
+        must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.alpha", out, MEGALODON_F32));
+        must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.delta", out + states, MEGALODON_F32));
+        if (!turn) must(cema_start(&megalodon_cpu, model, &config, "hold", 1000));
+    }
+    must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.theta", theta, MEGALODON_F32));
+    for (int j = 0; j < D; j++)
+        for (int i = j * N; i < (j + 1) * N; i++) {
+            float alpha = after[i], delta = after[states + (size_t)i];
+            if (j % 2 != 0) wrong += alpha != before[i] || delta != before[states + (size_t)i];
+            else wrong += alpha != 0 || fabs(cema_memory(alpha, delta) / 1000 - 1) > 1e-3 ||
+                          cema_period(theta[j], i % N + 1, N) < 999;
+        }
+    check(wrong == 0, "%d states of %d are not as they should be", wrong, D * N);
+    must(cema_start(&megalodon_cpu, model, &config, "released", 1000));
+    must(megalodon_cpu.get(model, MEGALODON_PARAM, "layers.1.mega.cema.alpha", before, MEGALODON_F32));
+    check(memcmp(before, after, states * sizeof *before) == 0, "the start called released changes something");
+    free(before);
+    free(after);
+    free(theta);
+    megalodon_cpu.destroy(model);
+}
+
 int main(void) {
     test_begin("recall");
     check_task(RECALL_PAIRS, 1, 1);
@@ -146,7 +198,9 @@ int main(void) {
     check_task(RECALL_HOPS, 3, 3);
     check_task(RECALL_HOPS, 6, 2);
     check_repeatable();
+    check_shares();
     check_refused();
     check_spread();
+    check_hold();
     return test_end();
 }

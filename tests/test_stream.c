@@ -103,16 +103,6 @@ static void stream_logits(Stream *s, double *out) {
     for (int i = 0; i < s->config.vocab_size; i++) out[i] = logits[i];
 }
 
-/* Bytes of memory in use, or 0 where the system does not tell. */
-static int64_t resident_bytes(void) {
-    FILE *file = fopen("/proc/self/statm", "r");
-    long long pages = 0;
-    if (!file) return 0;
-    if (fscanf(file, "%*s %lld", &pages) != 1) pages = 0;
-    fclose(file);
-    return (int64_t)pages * sysconf(_SC_PAGESIZE);
-}
-
 static void check_memory(int64_t early, int64_t late) {
     if (is_short()) test_skip("memory: a sanitizer keeps what was freed");
     else if (early == 0) test_skip("memory: /proc/self/statm is not here");
@@ -146,12 +136,12 @@ static void check_million(const MegalodonBackend *backend) {
     for (int i = 0; i < 3; i++) {
         Stream s = stream_create(backend, ways[i].largest);
         stream_read(&s, 10000, ways[i].length);
-        int64_t early = resident_bytes();
+        int64_t early = memory_resident();
         if (ways[i].largest > PAGE) stream_read(&s, 10000 + ways[i].largest, ways[i].largest);
         stream_read(&s, end - SINGLE, ways[i].length);
         stream_read(&s, end, ways[i].largest > PAGE ? 1 : ways[i].length);
         /* The large call is the first to touch memory that was set aside for it. */
-        if (ways[i].largest <= PAGE) check_memory(early, resident_bytes());
+        if (ways[i].largest <= PAGE) check_memory(early, memory_resident());
         stream_logits(&s, logits);
         statistics(&s, ours);
         if (i == 0) memcpy(first, logits, sizeof first);

@@ -57,8 +57,9 @@ static inline void fuzz_file(FuzzFile *file, const void *bytes, size_t size) {
         expect(file->descriptor >= 0, "cannot create a file in memory");
         snprintf(file->path, sizeof file->path, "/proc/self/fd/%d", file->descriptor);
     }
-    expect(ftruncate(file->descriptor, 0) == 0, "cannot truncate %s", file->path);
     fuzz_file_write(file, bytes, size, 0);
+    /* Afterwards: the pages of the input before are used again, and the system need not make new ones. */
+    expect(ftruncate(file->descriptor, (off_t)size) == 0, "cannot truncate %s", file->path);
 }
 
 /* The same for a safetensors file. Bytes that start with '{' are a header up to their first 0 byte, with the data behind

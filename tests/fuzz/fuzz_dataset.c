@@ -36,7 +36,12 @@ static void use_streams(Dataset *ds, int B, int T) {
     Streams streams;
     int32_t tokens[16], targets[16];
     bool fresh;
-    const char *error = streams_open(&streams, ds, 0, ds->size, B, T, ds->text ? "\n\n" : NULL);
+    DocumentMark mark;
+    const char *error = NULL;
+    if (ds->text) error = document_mark_text(&mark, "\n\n");
+    else document_mark_token(&mark, 0);
+    expect(!error, "%s", error);
+    error = streams_open(&streams, ds, 0, ds->size, B, T, &mark);
     expect_sentence(error);
     if (error) return;
     for (int i = 0; i < 12 && !error; i++) {

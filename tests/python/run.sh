@@ -2,6 +2,7 @@
 # Runs the Python tests, in a virtual environment of their own with the packages of requirements.txt.
 #
 #   sh tests/python/run.sh
+#   sh tests/python/run.sh --prepare        makes the environment and runs nothing
 #
 # MEGALODON_BIN and MEGALODON_BUILD say where the programs and the environment are, PYTHON which Python to use. The last
 # line is "N passed, N failed", the exit status 0 only if nothing failed. Without a package index nothing is tested, and
@@ -44,6 +45,7 @@ if ! cmp -s "$wanted" "$venv/installed"; then
     fi
     cp "$wanted" "$venv/installed"
 fi
+[ "$1" != --prepare ] || exit 0
 
 # Pictures are drawn without a screen, and nothing is written beside the sources.
 export MPLBACKEND=Agg MPLCONFIGDIR="$build/matplotlib" PYTHONDONTWRITEBYTECODE=1
