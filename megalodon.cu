@@ -233,7 +233,7 @@ struct MegalodonModel {
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
     bool gradients_unset; /* they count as zero, whatever is in memory: the next backward's products write */
-    bool keeps_more;      /* CHEAP activations, see keeps */
+    int keeps_more;       /* CHEAP activations, see keeps */
     bool weights_changed; /* by set, since the working copy and CEMA's coefficients were made */
     std::vector<LayerParams<float>> masters, dlayers;
     ModelParams<float> dtop;
@@ -314,17 +314,20 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* m, n, ar and hidden are kept as well where all activations of a model for training take no more than so many GiB. */
+/* Of m, n, ar and hidden as many are kept as well as leave all activations of a model for training within so many
+ * GiB. */
 #ifndef KEPT_GIB
 #define KEPT_GIB 0
 #endif
 
-/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes, and
- * where there is memory enough all that the backward reads. */
+/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes, and where
+ * there is memory enough what the backward would have to write once more. */
+enum { MOST_KEPT = 4 };
 static bool keeps(const MegalodonModel *m, const char *field) {
-    if (same(field, "u") || same(field, "v")) return true;
-    return m->keeps_more &&
-           (same(field, "m") || same(field, "n") || same(field, "ar") || same(field, "hidden"));
+    static const char *const more[MOST_KEPT] = {"m", "n", "ar", "hidden"};
+    bool kept = same(field, "u") || same(field, "v");
+    for (int i = 0; i < m->keeps_more; i++) kept = kept || same(field, more[i]);
+    return kept;
 }
 
 /* An activation's own memory for the largest batch. CHEAP ones have none unless they are kept: whoever
@@ -560,13 +563,7 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
     timestepnorm_forward(context, u, a->mean, a->var, out->norm_mean, out->norm_var, x, m->state_in.count,
                          in->norm_mean, in->norm_var, w->timenorm_weight, w->timenorm_bias, B, steps, D,
                          c->norm_num_groups, eps);
-    Context *beside_cema = context; // v is wanted by attention only
-    int idle = cema_idle(context, B, steps, D);
-    if (side_fits(context, idle) && !context->dry_run) {
-        CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
-        beside_cema = side_context(context, idle);
-    }
-    linear_silu_forward<T>(beside_cema, v, a->vv, nullptr, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D,
+    linear_silu_forward<T>(context, v, a->vv, nullptr, u, w->wv_weight, w->wv_bias, nullptr, rows, E, D,
                            no_dropout());
     cema_forward(context, a->c, out->cema, u, in->cema, m->coef[l], m->masters[l].cema_omega, B, steps, D,
                  c->cema_ndim);
@@ -574,7 +571,6 @@ template <typename T> static void mega_forward(Model<T> *m, int l, const T *x) {
                     dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
     linear_forward<T>(context, a->zz, mm, w->wz_weight, w->wz_bias, nullptr, rows, Z, D);
     queries_forward(context, a->q, a->k, a->zn, a->zz, w->gamma, w->beta, m->rope, query_shape(m), eps);
-    side_join(context);
     model_attention(m, l, v);
     T *ar = a->ar || a->v ? room(m, a->ar, rows * E) : v; // else v is not needed any more
     linear_silu_forward<T>(context, ar, a->rr, a->r, mm, w->wr_weight, w->wr_bias, a->a, rows, E, D,
@@ -734,9 +730,9 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     int idle = cema_idle(context, B, steps, D);
     if (side_fits(context, idle)) {
         linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
-        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
         side_ready(context);
         side_start<T>(context, idle);
+        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
     } else {
         linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
         linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
@@ -1102,7 +1098,7 @@ static bool has_product_gradient(const MegalodonTensor *tensor) {
 /* Is there enough memory, before any is taken? Where it is short, what need not be kept is not. Error: how much is
  * needed, how much is free, and the largest batch, by halves, that would fit. */
 template <typename F>
-static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, bool *keeps_more, F bytes_needed) {
+static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, int *keeps_more, F bytes_needed) {
     int B = options->max_batch, T = options->max_length, widest = c->model_dim;
     for (int size : {c->z_dim, c->value_dim, c->ffn_hidden_dim, c->vocab_size}) widest = max(widest, size);
     double tensor = (double)widest * B * max(T, c->chunk_size) * sizeof(float);
@@ -1114,8 +1110,8 @@ static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *optio
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
     size_t limit = free_bytes;
     if (options->max_bytes > 0 && (size_t)options->max_bytes < limit) limit = (size_t)options->max_bytes;
-    if (needed > limit && *keeps_more) {
-        *keeps_more = false;
+    while (needed > limit && *keeps_more > 0) {
+        *keeps_more -= 1;
         needed = bytes_needed();
     }
     if (needed <= limit) return nullptr;
@@ -1162,8 +1158,9 @@ template <typename T> static const char *build(Model<T> *m) {
     auto bytes_needed = [&] {
         size_t needed = 0;
         for (const auto &arena : arenas) {
-            if (arena.layout == layout_activations<T> && measure(m, arena.layout) > (size_t)KEPT_GIB << 30)
-                m->keeps_more = false;
+            while (arena.layout == layout_activations<T> && m->keeps_more > 0 &&
+                   measure(m, arena.layout) > (size_t)KEPT_GIB << 30)
+                m->keeps_more--;
             if (arena.layout == layout_scratch<T>) {
                 point_all_params(m);
                 m->context.scratch_bytes = measure_scratch(m);
@@ -1172,7 +1169,7 @@ template <typename T> static const char *build(Model<T> *m) {
         }
         return needed;
     };
-    m->keeps_more = m->options.training;
+    m->keeps_more = m->options.training && KEPT_GIB > 0 ? MOST_KEPT : 0;
     const char *refusal = check_bytes(&m->config, &m->options, &m->keeps_more, bytes_needed);
     if (refusal) return refusal;
     for (const auto &arena : arenas) {

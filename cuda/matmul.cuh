@@ -338,26 +338,19 @@ static inline void side_ready(Context *context) {
     if (context->side.num_waiting) CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
 }
 
-/* Where work for `sms` multiprocessors of the side stream goes, from the last event `ready` on. It may take no
- * scratch. */
-static inline Context *side_context(Context *context, int sms) {
-    SideStream *side = &context->side;
-    CHECK_CUDA(cudaStreamWaitEvent(side->context->stream, side->ready, 0));
-    use_multiprocessors(side->context, sms);
-    side->busy = true;
-    return side->context;
-}
-
 /* sms: how many multiprocessors it may have */
 template <typename T> static void side_start(Context *context, int sms) {
     SideStream *side = &context->side;
     if (!side->num_waiting) return;
-    Context *aside = side_context(context, sms);
+    CHECK_CUDA(cudaStreamWaitEvent(side->context->stream, side->ready, 0));
+    use_multiprocessors(side->context, sms);
     for (int i = 0; i < side->num_waiting; i++) {
         const auto &p = side->waiting[i];
-        linear_backward_weight(aside, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N, p.K);
+        linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N,
+                               p.K);
     }
     side->num_waiting = 0;
+    side->busy = true;
 }
 /* With the share of all that they have beside kernels which would take any. */
 template <typename T> static void side_start(Context *context) {

@@ -85,19 +85,18 @@ typedef struct Pair {
     MegalodonModel *model[2];
 } Pair;
 
-/* A backend may keep more than it must where there is memory: our model in less than it would like, or NULL if it can do
- * with no less. */
+/* A backend may keep more than it must where there is memory: our model in the least memory that it can do with. */
 static MegalodonModel *create_least(const Pair *pair, MegalodonOptions options, uint64_t seed) {
     const MegalodonBackend *backend = pair->backend[OURS];
     MegalodonModel *model = NULL;
     MegalodonMemory m;
-    must(backend->create(&model, &pair->config, &options));
-    backend->memory(model, &m);
-    backend->destroy(model);
-    options.max_bytes = m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace - 1;
-    if (backend->create(&model, &pair->config, &options)) return NULL;
-    must(megalodon_initialise(backend, model, &pair->config, seed));
-    return model;
+    while (!backend->create(&model, &pair->config, &options)) { /* each time with a byte less than the last one took */
+        backend->memory(model, &m);
+        backend->destroy(model);
+        options.max_bytes = m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace - 1;
+    }
+    options.max_bytes++;
+    return model_create(backend, &pair->config, &options, seed);
 }
 
 static MegalodonModel *create_side(const Pair *pair, int side, bool training, uint64_t seed) {
@@ -105,8 +104,8 @@ static MegalodonModel *create_side(const Pair *pair, int side, bool training, ui
                                 .keep_activations = training && (side == REFERENCE || pair->keep), .carry = true,
                                 .state_gradients = training,
                                 .precision = side == OURS ? pair->candidate->precision : MEGALODON_FP32};
-    MegalodonModel *least = training && side == OURS && !pair->keep ? create_least(pair, options, seed) : NULL;
-    return least ? least : model_create(pair->backend[side], &pair->config, &options, seed);
+    if (training && side == OURS && !pair->keep) return create_least(pair, options, seed);
+    return model_create(pair->backend[side], &pair->config, &options, seed);
 }
 
 static Pair pair_create(const Candidate *candidate, const char *what, const MegalodonConfig *config, bool training,
