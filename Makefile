@@ -3,6 +3,7 @@
 # Variables that one may set on the command line:
 #   CC=clang        another C compiler
 #   ARCH=           portable code instead of this machine's instructions (default -march=native)
+#   OPT=-O1         another optimisation than -O3, MODEL_OPT=... another one for megalodon.c alone
 #   OPENMP=0        one thread, even where the compiler knows OpenMP
 #   LIBOMP=...      libomp for a clang that has none of its own, as Apple's (default: where Homebrew puts it)
 #   CUDA=0          no CUDA, even where nvcc and megalodon.cu are there
@@ -96,10 +97,14 @@ GOLDEN ?= $(sort $(wildcard tests/golden/*.safetensors))
 TEST_PROGRAMS := $(foreach t,$(TESTS),$(if $(filter %/test_golden,$(t)),"$(t) $(GOLDEN)","$(t)"))
 TEST_COMMANDS := $(TEST_PROGRAMS) $(foreach t,$(TEST_SCRIPTS),"sh $(t)")
 
+# What the tests of faults preload into the programs.
+SHIMS := $(BUILD)/shim.so $(if $(CUDA_OBJECT),$(BUILD)/gpu.so)
+
 MODEL_OBJECTS := $(BUILD)/megalodon.o $(CUDA_OBJECT)
 TEST_OBJECTS := $(MODEL_OBJECTS) $(BUILD)/megalodon_double.o
 
 .PHONY: all test test-cross test-programs build-tests test-python test-install test-kill test-large soak demo asan bench \
+        sanitize sanitize-programs \
         golden lib install uninstall fuzz lint lint-tidy lint-cppcheck lint-gcc coverage test-musl integer clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -109,27 +114,31 @@ all: $(PROGRAMS) ## build ./train, ./generate, ./evaluate, ./tokenize and ./numd
 # `make -j2 test` runs two of them at a time (a make before 4.2 does not tell its number: one then).
 JOBS = $(or $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS))),1)
 
-test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## prove every number: all tests, ends in "N passed, N failed"
+test: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## prove every number: all tests, ends in "N passed, N failed"
 	@MEGALODON_BIN=$(BIN) MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_COMMANDS)
 
-build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(BUILD)/shim.so ## build the tests without running them
+build-tests: $(PROGRAMS) $(TESTS) $(BUILD)/recall $(BUILD)/bench $(SHIMS) ## build the tests without running them
 
 demo: $(PROGRAMS) ## train a small model on TinyStories for about three minutes, then let it write a story
 	@MEGALODON_BIN=$(BIN) sh dev/demo.sh
 
-# Shorter cases, the same programs: the sanitizers make everything several times slower.
+# Shorter cases, the same programs: the sanitizers make everything several times slower. What is not the model is quicker
+# to compile without optimisation than it is to run with it.
 asan: ## run all tests under AddressSanitizer and UBSan, with shorter cases
-	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O1 -g" \
-	    CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test BUILD=$(BUILD)/asan BIN=$(BUILD)/asan CUDA=0 OPT="-O0 -g1" \
+	    MODEL_OPT="-O1 -g" CFLAGS="$(CFLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 # Shell tests are left out: they would run compilers and other programs of this machine. Linked statically, so that the
 # emulator needs no libraries of the other machine.
 CROSS ?= aarch64-linux-gnu
 EMULATOR ?= qemu-$(patsubst i686,i386,$(firstword $(subst -, ,$(CROSS))))
 CROSS_ARCH ?=
-test-cross: ## run the C tests as another machine would, in an emulator: CROSS=aarch64-linux-gnu, i686-linux-gnu, ...
+# All tests, or some: CROSS_TESTS="json golden". EMULATOR= where this machine runs the other one's programs itself.
+CROSS_TESTS ?=
+test-cross: ## run the C tests as another machine would: CROSS=aarch64-linux-gnu, s390x-linux-gnu, i686-linux-gnu ...
 	@MEGALODON_TEST_SHORT=1 $(MAKE) --no-print-directory test-programs BUILD=$(BUILD)/$(CROSS) BIN=$(BUILD)/$(CROSS) \
-	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)"
+	    CC=$(CROSS)-gcc ARCH="$(CROSS_ARCH)" OPT=-O2 OPENMP=0 CUDA=0 CFLAGS="$(CFLAGS) -static" RUN="$(EMULATOR)" \
+	    $(if $(CROSS_TESTS),TESTS="$(addprefix $(BUILD)/$(CROSS)/test_,$(CROSS_TESTS))")
 
 test-programs: $(TESTS)
 	@MEGALODON_RUN="$(RUN)" MEGALODON_BUILD=$(BUILD) MEGALODON_JOBS=$(JOBS) sh tests/run.sh $(TEST_PROGRAMS)
@@ -210,6 +219,15 @@ test-kill: $(PROGRAMS) ## kill a training run KILLS times (200) while it writes 
 
 test-large: $(BUILD)/test_large ## tensors of more than 2^31 elements, files past 4 GB, a million tokens in a step
 	@$(BUILD)/test_large --large
+
+# Every product by our own kernel (see cuda/plain.cuh): the tools see all that a step does, and no instruction of
+# Hopper's that they cannot follow.
+SANITIZE_ARCH ?= -arch=native
+sanitize: ## run the GPU tests, short, under compute-sanitizer: memory, races, uninitialised values, barriers
+	@$(MAKE) --no-print-directory sanitize-programs BUILD=$(BUILD)/sanitize BIN=$(BUILD)/sanitize \
+	    NVCCFLAGS="-O3 -std=c++17 -lineinfo $(SANITIZE_ARCH) -DPLAIN_PRODUCTS=1"
+	@sh tests/sanitize.sh $(BUILD)/sanitize
+sanitize-programs: $(addprefix $(BUILD)/test_,golden backends components)
 
 SOAK_MINUTES ?= 60
 SOAK_TOKENS ?= 1000000
@@ -306,12 +324,14 @@ uninstall: ## remove what `make install` with the same PREFIX put there
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules. Objects depend on the headers that the compiler saw (-MMD) and on the flags, so that a changed flag rebuilds.
 
-FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(NVCC) $(NVCCFLAGS)
+FLAGS_LINE := $(CC) $(ALL_CFLAGS) | $(MODEL_OPT) | $(NVCC) $(NVCCFLAGS)
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
 	@printf '%s\n' '$(FLAGS_LINE)' | cmp -s - $@ || printf '%s\n' '$(FLAGS_LINE)' > $@
 .PHONY: FORCE
 FORCE:
+
+$(addprefix $(BUILD)/,megalodon.o megalodon_double.o megalodon_pic.o test_gradcheck.o): ALL_CFLAGS += $(MODEL_OPT)
 
 COMPILE = $(CC) $(ALL_CFLAGS) -I. -MMD -MP -c $< -o $@
 LINK = $(CC) $(ALL_CFLAGS) $(filter %.o,$^) $(CUDA_LDLIBS) $(LDLIBS) -o $@
@@ -378,6 +398,9 @@ $(BUILD)/recall: $(BUILD)/recall.o $(MODEL_OBJECTS)
 # A disk that fails on purpose, for tests/test_fault*.sh, which do without it where it cannot be built.
 $(BUILD)/shim.so: tests/faults/shim.c $(BUILD)/flags
 	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC $< -o $@ -ldl || : > $@
+# A GPU that is none and that fails on purpose, for tests/test_gpu_faults.sh.
+$(BUILD)/gpu.so: tests/faults/gpu.c $(BUILD)/flags
+	@$(CC) -std=c11 -O1 -Wall -Wextra -Werror -shared -fPIC -isystem $(CUDA_HOME)/include $< -o $@ || : > $@
 
 # The benchmark looks for OpenBLAS when it runs, so it builds without.
 $(BUILD)/bench: $(BUILD)/bench.o $(TEST_OBJECTS) $(if $(CUDA_OBJECT),$(BUILD)/bench_cuda.o)

@@ -1074,9 +1074,12 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     size_t size = measure(m, layout);
     if (size == 0) return nullptr;
     if (cudaMalloc((void **)&arena.base, size) != cudaSuccess) {
+        size_t free_bytes = 0, all = 0;
         cudaGetLastError(); // the refusal is reported here and must not be found again later
-        return errorf("out of device memory: asked for %.2f GiB (%zu bytes); a smaller batch needs less",
-                      (double)size / (1 << 30), size);
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+        return errorf("out of device memory: asked for %.2f GiB (%zu bytes) in one piece, and %.2f GiB (%zu "
+                      "bytes) are free; a smaller batch needs less, and other programs may use the device",
+                      (double)size / (1 << 30), size, (double)free_bytes / (1 << 30), free_bytes);
     }
     m->arenas.push_back(arena.base);
     CHECK_CUDA(cudaMemset(arena.base, 0, size));
@@ -1273,6 +1276,8 @@ static const char *cuda_unavailable(void) {
                      "the driver knows CUDA %d.%d and this program was built for %d.%d: update the "
                      "driver",
                      driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        else if (driver == 0)
+            snprintf(message, sizeof message, "no CUDA device was found: this machine has no NVIDIA driver");
         else
             snprintf(message, sizeof message, "no CUDA device was found (%s)",
                      status == cudaSuccess ? "none is visible" : cudaGetErrorString(status));

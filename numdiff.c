@@ -948,5 +948,6 @@ int main(int argc, char **argv) {
     inputs_free(&in);
     inputs_free(&other);
     free(plan.items);
+    if (fflush(stdout) != 0 || ferror(stdout)) die(errorf("the results cannot be written: %s", strerror(errno)));
     return status;
 }

@@ -195,7 +195,7 @@ static void encode_text(Encoder *e, const uint8_t *text, size_t n) {
     if (!e->ids || need > e->ids_room) {
         free(e->ids);
         e->ids_room = need;
-        e->ids = malloc(need * sizeof *e->ids);
+        e->ids = need <= SIZE_MAX / sizeof *e->ids ? malloc(need * sizeof *e->ids) : NULL;
         if (!e->ids) output_end(e->out, errorf("no memory for %zu tokens", need));
     }
     output_die_if(e->out, tokenizer_encode(e->tok, text, n, e->ids, need, &count));
@@ -316,8 +316,7 @@ static void write_text(Encoder *e, const char *text, size_t n) {
     FILE *file = e->out->file;
     size_t end = without_break((const uint8_t *)text, n);
     if (end == 0) return;
-    fwrite(text, 1, end, file);
-    if (fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
+    if (fwrite(text, 1, end, file) != end || fprintf(file, "\n%s\n", e->end) < 0) output_die(e->out, "be written");
     e->documents++;
 }
 
@@ -354,7 +353,7 @@ static void encode_lines(Encoder *e, const char *path) {
         json_free(&json);
         show_progress(e);
     }
-    if (ferror(file)) output_end(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
+    if (!feof(file)) output_end(e->out, errorf("%s: cannot be read: %s", path, strerror(errno)));
     fclose(file);
     free(line);
 }

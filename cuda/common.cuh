@@ -27,6 +27,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 #include "../megalodon.h"
@@ -40,14 +41,20 @@ using bf16 = __nv_bfloat16;
 [[noreturn]] static inline void cuda_failed(const char *what, const char *call, const char *file, int line,
                                             const char *hint = "") {
     fflush(stdout);
-    fprintf(stderr, "error: %s:%d: %s failed: %s%s\n", file, line, call, what, hint);
+    int length = (int)strcspn(call, "("); // of its name
+    fprintf(stderr, "error: %s:%d: %.*s failed: %s%s\n", file, line, length, call, what, hint);
     exit(1);
 }
+
+#define MEMORY_HINT "; the device's memory is full: a smaller batch needs less of it"
+#define LOST_HINT                                                                                           \
+    "; the device is lost to this program: start it again, a training run from its last checkpoint by "     \
+    "--resume"
 
 /* What the user can do about a failed call; nothing where the message says it all. */
 static inline const char *cuda_hint(cudaError_t status) {
     switch (status) {
-    case cudaErrorMemoryAllocation: return "; the device's memory is full: a smaller batch needs less of it";
+    case cudaErrorMemoryAllocation: return MEMORY_HINT;
     case cudaErrorDevicesUnavailable: return "; another program has the device for itself";
     case cudaErrorNoKernelImageForDevice:
         return "; this program was built for other devices: build it again on this machine";
@@ -59,8 +66,17 @@ static inline const char *cuda_hint(cudaError_t status) {
     case cudaErrorNoDevice:
     case cudaErrorSystemNotReady:
     case cudaErrorUnknown:
-        return "; the device is lost to this program: start it again, a training run from its last checkpoint "
-               "by --resume";
+        return LOST_HINT;
+    default: return "";
+    }
+}
+static inline const char *cublas_hint(cublasStatus_t status) {
+    switch (status) {
+    case CUBLAS_STATUS_NOT_INITIALIZED: // what a device without room for its handle says
+    case CUBLAS_STATUS_ALLOC_FAILED: return MEMORY_HINT;
+    case CUBLAS_STATUS_ARCH_MISMATCH: return "; at least compute capability 8.0 is needed";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+    case CUBLAS_STATUS_INTERNAL_ERROR: return LOST_HINT;
     default: return "";
     }
 }
@@ -75,12 +91,12 @@ static inline const char *cuda_hint(cudaError_t status) {
     do {                                                                                                    \
         cublasStatus_t status_ = (call);                                                                    \
         if (status_ != CUBLAS_STATUS_SUCCESS)                                                               \
-            cuda_failed(cublasGetStatusString(status_), #call, __FILE__, __LINE__);                         \
+            cuda_failed(cublasGetStatusString(status_), #call, __FILE__, __LINE__, cublas_hint(status_));   \
     } while (0)
 /* An always-on assertion: a mistake of ours, not of the user. */
 #define REQUIRE(condition)                                                                                  \
     do {                                                                                                    \
-        if (!(condition)) cuda_failed("assertion", #condition, __FILE__, __LINE__);                         \
+        if (!(condition)) cuda_failed(#condition, "assertion", __FILE__, __LINE__);                         \
     } while (0)
 
 /* ----------------------------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
     __shared__ float shared_rstd;
     int b = (int)blockIdx.y, size = p.D / p.G, first = (int)blockIdx.x * size, thread = (int)threadIdx.x;
     int64_t group = (int64_t)b * p.G + blockIdx.x;
-    Moments<double> before = {(double)p.count[b], p.mean[group], p.var[group]};
+    Moments<double> before = {}; // of the thread that will write them
+    if (thread == 0) before = Moments<double>{(double)p.count[b], p.mean[group], p.var[group]};
     if (p.c) {
         const float *arrays[] = {p.coef.p, p.coef.q_re, p.coef.q_im, p.coef.c_re, p.coef.c_im};
         int64_t states = (int64_t)size * p.N, at = (int64_t)first * p.N;

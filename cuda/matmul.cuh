@@ -1,8 +1,8 @@
 /* matmul.cuh - matrix products through cuBLAS, a small kernel for a few rows, and the linear layer on top.
  *
  * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here;
- * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory. All that knows of
- * cuBLAS stands in the first half of this file, behind six functions; -DPLAIN_PRODUCTS=1 takes others.
+ * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory. All that knows
+ * of cuBLAS stands in the first half of this file, behind six functions; -DPLAIN_PRODUCTS=1 takes others.
  */
 #ifndef CUDA_MATMUL_CUH
 #define CUDA_MATMUL_CUH
@@ -43,8 +43,9 @@ static void matmul(Context *context, bool transpose_a, bool transpose_b, int64_t
     if (M == 0 || N == 0 || batch == 0) return;
     PlainProduct<T, O> p = {};
     p.out = C.data, p.add = beta != 0 ? C.data : nullptr, p.beta = beta, p.alpha = alpha;
-    p.a = PlainOperand<T>{A.data, transpose_a ? 1 : A.row_stride, transpose_a ? A.row_stride : 1, A.batch_stride};
-    p.b = PlainOperand<T>{B.data, transpose_b ? B.row_stride : 1, transpose_b ? 1 : B.row_stride, B.batch_stride};
+    int64_t a = A.row_stride, b = B.row_stride;
+    p.a = PlainOperand<T>{A.data, transpose_a ? 1 : a, transpose_a ? a : 1, A.batch_stride};
+    p.b = PlainOperand<T>{B.data, transpose_b ? b : 1, transpose_b ? 1 : b, B.batch_stride};
     p.M = M, p.N = N, p.K = K, p.row_stride = C.row_stride, p.batch_stride = C.batch_stride;
     plain_product(context, p, batch);
 }

@@ -1,9 +1,9 @@
-/* plain.cuh - one kernel for every matrix product: any sizes, layouts, strides and batches, float or bf16 in and
- * out. It wants nothing of a device but loads, shared memory, barriers and multiply-adds, and no library.
+/* plain.cuh - one kernel for every matrix product: any sizes, layouts, strides and batches, float or bf16 in
+ * and out. It wants nothing of a device but loads, shared memory, barriers and multiply-adds, and no library.
  *
- * Built with -DPLAIN_PRODUCTS=1 the backend makes all its products by it, in place of cuBLAS and of the kernels
- * for Hopper: tools that check memory and races see every access of a step then, and a port to other devices
- * has all products from the first day. cuBLAS is many times faster.
+ * Built with -DPLAIN_PRODUCTS=1 the backend makes all its products by it, in place of cuBLAS and of the
+ * kernels for Hopper: tools that check memory and races see every access of a step then, and a port to other
+ * devices has all products from the first day. cuBLAS is many times faster.
  */
 #ifndef CUDA_PLAIN_CUH
 #define CUDA_PLAIN_CUH
@@ -18,13 +18,13 @@ enum {
     PLAIN_THREADS = PLAIN_LANES * PLAIN_LANES
 };
 
-/* Element (i, k) of matrix b of a batch stands at data[b batch + i outer + k inner]; k is what is summed over. */
+/* Element (i, k) of matrix b of a batch stands at data[b batch + i outer + k inner]; sums are over k. */
 template <typename T> struct PlainOperand {
     const T *data;
     int64_t outer, inner, batch;
 };
 
-/* out[b, m, n] = alpha (sum over k of A[b, m, k] B[b, n, k]) + beta add[b, m, n] + bias[n]; add NULL or bias NULL:
+/* out[b, m, n] = alpha (sum over k of A[b, m, k] B[b, n, k]) + beta add[b, m, n] + bias[n]; add or bias NULL:
  * without. add lies as out does, and may be out. */
 template <typename T, typename O> struct PlainProduct {
     O *out;
@@ -35,8 +35,8 @@ template <typename T, typename O> struct PlainProduct {
     float alpha, beta;
 };
 
-/* PLAIN_TILE rows of an operand from `first` on, and PLAIN_DEPTH of K; zero where the matrix ends. Neighbouring
- * threads read what is next to each other in memory. */
+/* PLAIN_TILE rows of an operand from `first` on, and PLAIN_DEPTH of K; zero where the matrix ends.
+ * Neighbouring threads read what is next to each other in memory. */
 template <typename T>
 __device__ inline void plain_fill(float (&piece)[PLAIN_DEPTH][PLAIN_TILE + 1], const PlainOperand<T> &from,
                                   const T *data, int64_t first, int64_t rows, int64_t first_k, int64_t K) {
@@ -44,12 +44,13 @@ __device__ inline void plain_fill(float (&piece)[PLAIN_DEPTH][PLAIN_TILE + 1], c
         int k = from.inner == 1 ? i % PLAIN_DEPTH : i / PLAIN_TILE;
         int row = from.inner == 1 ? i / PLAIN_DEPTH : i % PLAIN_TILE;
         bool inside = first + row < rows && first_k + k < K;
-        piece[k][row] = inside ? to_float(data[(first + row) * from.outer + (first_k + k) * from.inner]) : 0.0f;
+        int64_t at = (first + row) * from.outer + (first_k + k) * from.inner;
+        piece[k][row] = inside ? to_float(data[at]) : 0.0f;
     }
 }
 
 /* computes: a PlainProduct
- * launch:   grid ceil(M / 64) ceil(N / 64) batch, block 256: a block owns 64 x 64 of the result, a thread 4 x 4
+ * launch:   grid ceil(M / 64) ceil(N / 64) batch, block 256: a block owns 64 x 64 results, a thread 4 x 4
  * traffic:  (M N / 64) 2 K sizeof(T) bytes a batch, most of it from the caches
  * needs:    nothing
  * numerics: float, k in order: deterministic */

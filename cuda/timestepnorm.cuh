@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
 
-    /* The state may be overwritten as soon as this block has told its sums to the one that has the last tile: the
-     * state is in this block's memory before. */
+    /* The state may be overwritten as soon as this block has told its sums to the one that has the last tile:
+     * it is in this block's memory before. */
     if (mean_in && (int)threadIdx.x < tile.groups) {
         int bg = tile.b * shape.G + tile.first_group + (int)threadIdx.x;
         state[threadIdx.x] = Slot{mean_in[bg], var_in[bg]};

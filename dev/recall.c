@@ -345,16 +345,18 @@ static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX
 }
 
 /* A line of shares, a column a distance: over all hops, or of one number of them. mixed: of mixed answers, not right
- * ones. */
+ * ones. A condition inside the loop over hops would meet a fault of gcc 12, which mixes up the members at -O3 with AVX2. */
 static void print_counts(const Experiment *e, int hops, bool mixed, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
+    int from = hops ? hops : 1, to = hops ? hops : e->recall.hops;
     for (int d = 0; d < e->recall.num_distances; d++) {
-        int64_t asked = 0, given = 0;
-        for (int h = 1; h <= e->recall.hops; h++) {
-            if (hops != 0 && h != hops) continue;
-            asked += counts[d][h].asked;
-            given += mixed ? counts[d][h].mixed : counts[d][h].right;
+        Count sum = {0, 0, 0};
+        for (int h = from; h <= to; h++) {
+            sum.asked += counts[d][h].asked;
+            sum.right += counts[d][h].right;
+            sum.mixed += counts[d][h].mixed;
         }
-        if (asked) printf(" %6.1f%%", 100. * (double)given / (double)asked);
+        int64_t given = mixed ? sum.mixed : sum.right;
+        if (sum.asked) printf(" %6.1f%%", 100. * (double)given / (double)sum.asked);
         else printf("       -");
     }
     printf("\n");

@@ -60,7 +60,8 @@ static inline void examples_close(Examples *e) {
 static inline const char *examples_append(Examples *e, const int32_t *ids, size_t count) {
     size_t need = (size_t)e->num_tokens + count;
     if (need > e->tokens_room) {
-        int32_t *tokens = realloc(e->tokens, 2 * need * sizeof *tokens);
+        bool countable = need <= SIZE_MAX / 2 / sizeof *e->tokens;
+        int32_t *tokens = countable ? realloc(e->tokens, 2 * need * sizeof *tokens) : NULL;
         if (!tokens) return errorf("no memory for %zu tokens of examples", 2 * need);
         e->tokens = tokens;
         e->tokens_room = 2 * need;

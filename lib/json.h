@@ -431,6 +431,8 @@ static inline const char *json_read_text(const char *path, char **text, size_t *
         *length += fread(*text + *length, 1, capacity - 1 - *length, file);
         if (ferror(file)) error = errorf("%s: cannot read: %s", path, strerror(errno));
         if (*length < capacity - 1) break;           /* the end of the file */
+        if (!error && capacity > SIZE_MAX / 2)
+            error = errorf("%s: has more than %zu bytes, too many for this machine's memory", path, capacity);
         capacity *= 2;
     }
     fclose(file);

@@ -36,6 +36,7 @@ static inline int64_t memory_available(void) {
     if (file) fclose(file);
     if (!told) return 0;
     int64_t bytes = total * 1024, limit = memory_read("/sys/fs/cgroup/memory.max");
+    if ((uint64_t)bytes > SIZE_MAX) bytes = (int64_t)SIZE_MAX;       /* 4 GiB for a process of 32 bits */
     if (limit < 0) limit = memory_read("/sys/fs/cgroup/memory/memory.limit_in_bytes");
     return limit > 0 && limit < bytes ? limit : bytes;
 }

@@ -76,7 +76,7 @@ static inline const char *vocabulary_fit(Vocabulary *v, int V) {
  * is wrong with the file. */
 static inline const char *vocabulary_find(Vocabulary *v, const char *checkpoint, const char *given) {
     char beside[SAFETENSORS_MAX_PATH], hash[CHECKPOINT_HASH];
-    bool there;
+    bool there = false;
     *v = (Vocabulary){0};
     const char *error = checkpoint_tokenizer(checkpoint, beside, &there, hash);
     if (!error && (given || there)) error = vocabulary_load(v, given ? given : beside);
@@ -115,7 +115,7 @@ static inline const char *vocabulary_of_checkpoint(Vocabulary *v, const char *ch
 static inline const char *vocabulary_encode(const Vocabulary *v, const void *text, size_t n, int32_t **ids,
                                             size_t *count) {
     size_t room = v->bytes ? n + 1 : tokenizer_capacity(n);
-    *ids = malloc(room * sizeof **ids);
+    *ids = room <= SIZE_MAX / sizeof **ids ? malloc(room * sizeof **ids) : NULL;
     if (!*ids) return errorf("no memory for the %zu tokens of a text", room);
     const char *error = NULL;
     if (!v->bytes) error = tokenizer_encode(&v->tok, text, n, *ids, room, count);

@@ -75,6 +75,12 @@ static void check_presets(void) {
     long long parameters = (long long)megalodon_num_parameters(&small);
     check(parameters > 12050000 && parameters < 12150000, "the default model has %lld parameters, not 12.1 M",
           parameters);
+    MegalodonConfig bytes;
+    check(!megalodon_preset("bytes12M", &bytes), "there is no preset bytes12M");
+#define X(type, field, fallback, meaning) \
+    check(bytes.field == small.field, "preset bytes12M and the default model differ in " #field);
+    MEGALODON_CONFIG_FIELDS(X)
+#undef X
     const char *error = megalodon_preset("mega9000", &unknown);
     check(error && strstr(error, "mega9000"), "an unknown preset is not named: %s", error ? error : "no error");
     for (const MegalodonPreset *p = megalodon_presets; p->name && error; p++)
@@ -120,6 +126,7 @@ static void check_validator(void) {
         {"D % G by G", AT(norm_num_groups), 7, {"norm_num_groups", "384", "7"}},
         {"more groups than features", AT(norm_num_groups), 385, {"norm_num_groups", "384", "385"}},
         {"Z % H", AT(num_heads), 5, {"num_heads", "96", "5"}},
+        {"Z < H", AT(num_heads), 128, {"num_heads", "96", "128"}},
         {"z odd", AT(z_dim), 97, {"z_dim", "97", NULL}},
         {"z odd by H", AT(num_heads), 32, {"num_heads", "96", "32"}},
         {"dropout 1", AT(dropout), 1, {"dropout", "1", NULL}},
@@ -383,6 +390,74 @@ static void check_wide_omega(void) {
     free(x);
 }
 
+/* ---- dropout ---- */
+
+/* y = x / (1-p), or 0 where the generator says so: by the words of megalodon.h. And the backward has the same mask. */
+static void check_dropout(void) {
+    enum { B = 2, T = 50 };
+    MegalodonShape shape = {.B = B, .T = T, .key = megalodon_dropout_key(7, 3, 1, MEGALODON_SITE_M)};
+    megalodon_default_config(&shape.config);
+    int64_t size = (int64_t)B * T * shape.config.model_dim;
+    float *x = malloc((size_t)size * sizeof *x), *y = malloc((size_t)size * sizeof *y);
+    if (!x || !y) exit(1);
+    for (int64_t i = 0; i < size; i++) x[i] = 1 + (float)(i % 7);
+    const double p[] = {0, 0.1, 0.25, 0.5, 0.9};
+    for (size_t at = 0; at < sizeof p / sizeof *p; at++) {
+        shape.config.dropout = p[at];
+        void *args[] = {y, x};
+        for (int backward = 0; backward < 2; backward++) {
+            memset(y, 0xff, (size_t)size * sizeof *y);
+            if (backward) megalodon_cpu.components[MEGALODON_DROPOUT].backward((void *[]){x, y}, args, &shape);
+            else megalodon_cpu.components[MEGALODON_DROPOUT].forward(args, &shape);
+            int64_t wrong = 0, dropped = 0;
+            for (int64_t i = 0; i < size; i++) {
+                bool out = (double)(megalodon_random(shape.key, (uint64_t)i) >> 40) < floor(p[at] * (1 << 24));
+                double want = out ? 0 : x[i] / (1 - p[at]);
+                if (!(fabs(y[i] - want) <= 1e-6 * want)) wrong++;
+                if (out) dropped++;
+            }
+            check(wrong == 0, "dropout %g, %s: %lld of %lld elements are wrong", p[at], backward ? "backward" : "forward",
+                  (long long)wrong, (long long)size);
+            double share = (double)dropped / (double)size, deviation = sqrt(p[at] * (1 - p[at]) / (double)size);
+            check(fabs(share - p[at]) <= 5 * deviation, "dropout %g drops %g of all elements", p[at], share);
+        }
+    }
+    free(x);
+    free(y);
+}
+
+/* The weight of key j for query t has the index ((b H + h) T + t) C + j, j counted from the start of the chunk. Queries
+ * of 0 give equal weights, and values that are unit vectors show each of them. */
+static void check_attention_dropout(void) {
+    enum { B = 2, T = 9, H = 2, C = 6, n = 2, PAIR = 2 };       /* keys of two entries; values of C */
+    MegalodonShape shape = {.B = B, .T = T, .n = n, .key = megalodon_dropout_key(7, 3, 1, MEGALODON_SITE_ATTENTION)};
+    float a[B][T][H][C], lse[B][T][H], q[B][T][H][PAIR] = {0}, k[B][T][H][PAIR] = {0}, v[B][T][H][C] = {0};
+    float k_in[B][n][H][PAIR] = {0}, v_in[B][n][H][C] = {0};
+    const double p = 0.4;
+    megalodon_default_config(&shape.config);
+    shape.config.num_heads = H;
+    shape.config.z_dim = H * PAIR;
+    shape.config.value_dim = H * C;
+    shape.config.chunk_size = C;
+    shape.config.attention_dropout = p;
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            for (int t = 0; t < T; t++) v[b][t][h][(n + t) % C] = 1;
+            for (int t = 0; t < n; t++) v_in[b][t][h][t] = 1;
+        }
+    memset(a, 0xff, sizeof a);
+    megalodon_cpu.components[MEGALODON_ATTENTION].forward((void *[]){a, lse, q, k, v, k_in, v_in}, &shape);
+    int wrong = 0;
+    for (int i = 0; i < B * T * H * C; i++) {
+        int j = i % C, h = i / C % H, t = i / C / H % T, b = i / C / H / T, place = (n + t) % C;
+        uint64_t index = (uint64_t)(((b * H + h) * T + t) * C + j);
+        bool kept = (double)(megalodon_random(shape.key, index) >> 40) >= floor(p * (1 << 24));
+        double want = j <= place && kept ? 1 / (1 - p) / (place + 1) : 0;
+        if (!(fabs(a[b][t][h][j] - want) <= 1e-6)) wrong++;
+    }
+    check(wrong == 0, "dropout in attention: %d of %d weights are wrong", wrong, B * T * H * C);
+}
+
 /* ---- the generator ---- */
 
 static void check_random(void) {
@@ -417,6 +492,8 @@ int main(void) {
     check_lists();
     check_initial_values();
     check_wide_omega();
+    check_dropout();
+    check_attention_dropout();
     check_random();
     return test_end();
 }

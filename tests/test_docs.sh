@@ -65,6 +65,10 @@ while IFS="$(printf '\t')" read -r page link; do
     [ -z "$heading" ] || grep -qxF "$target#$heading" "$dir/headings" || echo "$page: no heading $link"
 done < "$dir/links" > "$dir/wrong"
 check "links"
+for page in $pages; do
+    case $page in README.md | *LICENSE*) ;; *) grep -qF "($page" README.md || echo "README.md does not lead to $page" ;; esac
+done > "$dir/wrong"
+check "pages that the README leads to"
 if [ "$(wc -l < "$dir/links")" -ge 40 ]; then ok; else fail "links: only some were found"; fi
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,9 +81,11 @@ for program in bench recall; do
     "$build/$program" --help 2>&1 | grep -o -e '--[a-z0-9-]*' > "$dir/options-$program"
 done
 for script in data/*.sh dev/*.py tests/python/*.py; do
-    lib=
-    case $script in *.sh) lib=data/lib.sh ;; esac
-    grep -h -o -e '--[a-z][a-z0-9-]*' "$script" $lib > "$dir/options-$(basename "$script")"
+    case $script in
+    data/*) parts="$script data/lib.sh $(grep -o '[a-z]*\.sh"' "$script" | sed 's,",,; s,^,data/,')" ;;
+    *) parts=$script ;;
+    esac
+    grep -h -o -e '--[a-z][a-z0-9-]*' $parts > "$dir/options-$(basename "$script")"
 done
 sort -u "$dir"/options-* > "$dir/options"
 
@@ -103,8 +109,10 @@ while IFS="$(printf '\t')" read -r page program option; do
 done < "$dir/used" > "$dir/wrong"
 check "options of commands"
 if [ "$(wc -l < "$dir/used")" -ge 150 ]; then ok; else fail "options: only some were found"; fi
-grep -o -E '^[^	]*|--[a-z][a-z0-9-]+' "$dir/code" | awk '/^--/ { print page "\t" $0; next } { page = $0 }' |
-    grep -v -e '--version$' -e '--install$' -e '--prefix$' | sort -u |
+awk -F '\t' '$2 ~ /^(\.\/)?(--|(train|generate|evaluate|tokenize|numdiff|bench|recall) )/ {
+    n = split($2, word, /[^a-z0-9-]+/)
+    for (i = 1; i <= n; i++) if (word[i] ~ /^--[a-z]/) print $1 "\t" word[i]
+}' "$dir/code" | sort -u |
     while IFS="$(printf '\t')" read -r page option; do
         grep -qxF -e "$option" "$dir/options" || echo "$page: nothing has the option $option"
     done > "$dir/wrong"

@@ -10,7 +10,7 @@ generate=$bin/generate
 # In memory where that can be: every checkpoint is made durable, for which a disk takes its time.
 [ -z "$TMPDIR" ] && [ -d /dev/shm ] && [ -w /dev/shm ] && export TMPDIR=/dev/shm
 dir=$(mktemp -d) || exit 1
-trap 'kill -9 $(jobs -p) 2> /dev/null; rm -rf "$dir"' EXIT
+trap 'kill -9 $(jobs -p) 2> /dev/null; umount "$dir/disk" 2> /dev/null; rm -rf "$dir"' EXIT
 passed=0 failed=0 skipped=0
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 export ASAN_OPTIONS="$ASAN_OPTIONS:verify_asan_link_order=0"     # the shim is loaded before the sanitizer
@@ -266,6 +266,44 @@ status=$?
 if [ $status -eq 1 ] && grep -q '^error: .*too large' "$dir/err"; then ok
 else fail "tokens of at most 1 kB: status $status"; fi
 
+# A real disk that is too small for a third checkpoint, and one that may only be read, where this may be mounted.
+mkdir "$dir/disk"
+if mount -t tmpfs -o size=400k none "$dir/disk" 2> /dev/null; then
+    run $unsaved --keep 2 --checkpoint-dir "$dir/disk/run"
+    holds "a small disk" "warning: step 6 could not be saved: " "$dir/err"
+    if [ $status -eq 1 ] && tail -n 1 "$dir/err" | grep '^error: step 8 could not be saved: ' |
+        grep -q 'No space left on device; the newest checkpoint is that of step 4'; then ok
+    else fail "a small disk: status $status"; fi
+    same "a small disk" "$dir/whole/step-00000004" "$dir/disk/run/step-00000004"
+    mount -o remount,ro "$dir/disk"
+    bad "Read-only file system" "$train" --resume "$dir/disk/run"
+    bad "Read-only file system" "$generate" --checkpoint "$dir/disk/run" --max-tokens 1 --save-state "$dir/disk/state"
+    good "a disk that may be read" "$generate" --checkpoint "$dir/disk/run" --max-tokens 1
+    mount -o remount,rw,size=1m "$dir/disk"
+    good "a larger disk" "$train" --resume "$dir/disk/run"
+    same "a larger disk" "$dir/whole/step-00000008" "$dir/disk/run/step-00000008"
+    umount "$dir/disk"
+else
+    skip "a small disk: nothing may be mounted"
+fi
+# Results that nobody can read are an error.
+if [ -w /dev/full ]; then
+    full() {
+        "$@" > /dev/full 2> "$dir/err"
+        status=$?
+        if [ $status -eq 1 ] && grep -q '^error: .*cannot be written: No space left on device' "$dir/err"; then ok
+        else fail "standard output is full: $*: status $status"; fi
+    }
+    full "$generate" --checkpoint "$dir/whole" --max-tokens 20
+    full "$bin/evaluate" --checkpoint "$dir/whole" --data "$dir/text"
+    full "$bin/numdiff" --checkpoint "$dir/whole"
+    echo '{"text": "A story."}' > "$dir/lines.jsonl"
+    full "$bin/tokenize" --data "$dir/lines.jsonl" --out -
+    bad "cannot be written: No space left on device" "$bin/evaluate" --checkpoint "$dir/whole" --data "$dir/text" --csv /dev/full
+else
+    skip "a full standard output: there is no /dev/full"
+fi
+
 # A folder that goes away in the middle of a run is made again.
 rm -rf "$dir/run"
 "$train" $fit --steps 1000000 --warmup 0 --save-every 5 --checkpoint-dir "$dir/run" --log-every 5 > "$dir/out" 2> "$dir/err" &
@@ -303,20 +341,23 @@ count=$(ls -d "$dir"/run/step-* | wc -l)
 if [ "$count" -le 3 ]; then ok; else fail "--keep 3 kept $count checkpoints"; fi
 
 # A second signal does not wait: not for the step either, which takes long here.
-slow="--data $dir/text --batch 16 --seq-len 4000 --num-layers 8 --model-dim 192 --z-dim 64 --value-dim 384
-      --ffn-hidden-dim 384 --chunk-size 512 --norm-num-groups 4 --val-fraction 0"
-"$train" $slow --steps 10 --threads 1 --checkpoint-dir "$dir/slow" > "$dir/out" 2> "$dir/err" &
-pid=$!
-wait_for "^run" "$dir/out"
-sleep 0.3
-kill -TERM $pid
-sleep 0.2
-kill -TERM $pid
-begin=$(date +%s)
-wait $pid
-status=$?
-if [ $status -eq 143 ] && [ $(($(date +%s) - begin)) -le 5 ] && [ ! -f "$dir/slow/latest" ]; then ok
-else fail "a second SIGTERM: status $status"; fi
+slow="--data $dir/text --batch 1 --seq-len 512 --accumulate 4000 --val-fraction 0"
+for signal in TERM INT; do
+    "$train" $slow --steps 10 --threads 1 --checkpoint-dir "$dir/slow" > "$dir/out" 2> "$dir/err" &
+    pid=$!
+    wait_for "^run" "$dir/out"
+    sleep 0.3
+    kill -$signal $pid
+    sleep 0.2
+    kill -$signal $pid
+    begin=$(date +%s)
+    wait $pid
+    status=$?
+    expected=143
+    [ $signal = TERM ] || expected=130
+    if [ $status -eq $expected ] && [ $(($(date +%s) - begin)) -le 5 ] && [ ! -f "$dir/slow/latest" ]; then ok
+    else fail "a second SIG$signal: status $status"; fi
+done
 "$train" $fit --steps 1000000 --warmup 0 --checkpoint-dir "$dir/hup" > "$dir/out" 2> "$dir/err" &
 pid=$!
 wait_for "step *10/" "$dir/out"

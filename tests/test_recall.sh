@@ -20,9 +20,14 @@ if [ "$asked" = 31 ]; then ok; else fail "$asked questions were counted, expecte
 # No answer is both right and mixed up with another, and one fact cannot be mixed up.
 odd=$(awk -F, 'NR > 1 && ($6 + $7 > $5 || ($2 == 1 && $7 > 0))' "$dir/csv" | wc -l)
 if [ "$odd" = 0 ]; then ok; else fail "$odd lines of the counts contradict themselves"; fi
-good "hops" "$recall" test --backend cpu --checkpoint "$model" --task hops --hops 2 --facts 1 --distances 0,1 \
-    --letters 1 --questions 5 --batch 4
-holds "hops" "     2 hops" "$dir/out"
+# The table tells of every distance and number of hops that was asked for.
+good "hops" "$recall" test --backend cpu --checkpoint "$model" --task hops --hops 5 --facts 1 --distances 0,1 \
+    --letters 1 --questions 80 --batch 4 --csv "$dir/csv"
+for hops in 1 2 3 4 5; do
+    told=$(grep "^ *$hops hop" "$dir/out" | tr -cd % | wc -c)
+    asked=$(awk -F, -v hops=$hops '$3 == hops' "$dir/csv" | wc -l)
+    if [ "$told" = 2 ] && [ "$asked" = 2 ]; then ok; else fail "$hops hops: $told shares of $asked distances"; fi
+done
 good "init" "$recall" train --backend cpu --init "$model" --facts 1 --distances 0 --steps 2 --batch 2 --out "$dir/b"
 good "spread" "$recall" train $tiny --cema-init spread --cema-decay false --facts 1 --distances 0 --steps 2 \
     --batch 2 --out "$dir/c"

@@ -142,6 +142,11 @@ static void check_million(const MegalodonBackend *backend) {
         stream_read(&s, end, ways[i].largest > PAGE ? 1 : ways[i].length);
         /* The large call is the first to touch memory that was set aside for it. */
         if (ways[i].largest <= PAGE) check_memory(early, memory_resident());
+        MegalodonMemory memory;
+        backend->memory(s.model, &memory);
+        bool on_cpu = strncmp(backend->name, "cpu", 3) == 0;
+        check(on_cpu == (memory.device_used == 0), "%s: %lld bytes of the device's memory are in use", backend->name,
+              (long long)memory.device_used);
         stream_logits(&s, logits);
         statistics(&s, ours);
         if (i == 0) memcpy(first, logits, sizeof first);

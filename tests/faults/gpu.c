@@ -29,6 +29,7 @@
 enum { CALLS = 128 };
 static struct { const char *name; long number; } calls[CALLS];
 static int lost;                     /* the status of all calls after the one that failed; 0: none did */
+static int last;                     /* what cudaGetLastError will say                                 */
 static size_t used;                  /* bytes of the device's memory                                   */
 
 static long long setting(const char *name, long long fallback) {
@@ -53,7 +54,7 @@ static int status_of(const char *name, long long usual) {
     if (!chosen || strcmp(chosen, name) != 0 || before < setting("GPU_AFTER", 0)) return 0;
     int status = (int)setting("GPU_ERROR", usual);
     if (setting("GPU_LOST", 0)) lost = status;
-    return status;
+    return last = status;
 }
 #define CUDA_STATUS ((cudaError_t)status_of(__func__, cudaErrorMemoryAllocation))
 #define BLAS_STATUS ((cublasStatus_t)status_of(__func__, CUBLAS_STATUS_ALLOC_FAILED))
@@ -82,7 +83,11 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = CUDART_VERSION;
     return CUDA_STATUS;
 }
-cudaError_t cudaGetLastError(void) { return CUDA_STATUS; }
+cudaError_t cudaGetLastError(void) {
+    cudaError_t status = CUDA_STATUS, before = (cudaError_t)last;
+    last = cudaSuccess;
+    return status ? status : before;
+}
 cudaError_t cudaDeviceSynchronize(void) { return CUDA_STATUS; }
 
 /* ---- memory: the size stands in front of each piece ---- */
@@ -197,6 +202,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *ke
     return (void)config, (void)kernel, (void)arguments, CUDA_STATUS;
 }
 /* What <<<...>>> calls. */
+cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
+    (void)function;
+    *kernel = (cudaKernel_t)(void *)&anything;
+    return cudaSuccess;
+}
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                cudaStream_t stream) {
     return (void)kernel, (void)grid, (void)block, (void)arguments, (void)shared, (void)stream, CUDA_STATUS;
@@ -229,6 +239,14 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
     (void)handle, (void)at, (void)bt, (void)m, (void)n, (void)k, (void)alpha, (void)a, (void)a_type, (void)lda;
     (void)a_stride, (void)b, (void)b_type, (void)ldb, (void)b_stride, (void)beta, (void)c, (void)c_type, (void)ldc;
     (void)c_stride, (void)count, (void)compute, (void)algo;
+    return BLAS_STATUS;
+}
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t at, cublasOperation_t bt, int m, int n, int k,
+                            const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
+                            cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+    (void)handle, (void)at, (void)bt, (void)m, (void)n, (void)k, (void)alpha, (void)a, (void)a_type, (void)lda, (void)b;
+    (void)b_type, (void)ldb, (void)beta, (void)c, (void)c_type, (void)ldc, (void)compute, (void)algo;
     return BLAS_STATUS;
 }
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
