@@ -200,16 +200,16 @@ enum { SMALLEST_LOGIT_ROWS = 128 };
 #define TRAINING_GRAPHS 0
 #endif
 
-/* What the launches of a pass depend on. n: tokens before in the chunk; of a backward, the scale of the loss and
- * whether gradients are added to. */
+/* What the launches of a pass depend on. n: tokens before in the chunk; of a backward, the scale of the loss
+ * and whether gradients are added to. */
 struct PassShape {
     int B, T, n;
     bool targets;
     float scale;
     bool add;
     bool operator==(const PassShape &other) const {
-        return B == other.B && T == other.T && n == other.n && targets == other.targets && scale == other.scale &&
-               add == other.add;
+        return B == other.B && T == other.T && n == other.n && targets == other.targets &&
+               scale == other.scale && add == other.add;
     }
 };
 /* A pass that was recorded, and the shape of the last one. B 0: none */
@@ -314,14 +314,14 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* Of m, n, ar and hidden as many are kept as well as leave all activations of a model for training within so many
- * GiB. */
+/* Of m, n, ar and hidden as many are kept as well as leave all activations of a model for training within so
+ * many GiB. */
 #ifndef KEPT_GIB
 #define KEPT_GIB 0
 #endif
 
-/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes, and where
- * there is memory enough what the backward would have to write once more. */
+/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes,
+ * and where there is memory enough what the backward would have to write once more. */
 enum { MOST_KEPT = 4 };
 static bool keeps(const MegalodonModel *m, const char *field) {
     static const char *const more[MOST_KEPT] = {"m", "n", "ar", "hidden"};
@@ -612,8 +612,8 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
-/* 1: in the gradient of u, CEMA's share is written and that of v's layer added by its product, which reads du under its
- * arithmetic; 0: the other way round, and CEMA reads du. */
+/* 1: in the gradient of u, CEMA's share is written and that of v's layer added by its product, which reads du
+ * under its arithmetic; 0: the other way round, and CEMA reads du. */
 #ifndef CEMA_FIRST
 #define CEMA_FIRST 0
 #endif
@@ -684,12 +684,12 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         dropout_forward<T>(context, dropped, dy, rows, D, dropout);
         dh = dropped;
     }
-    /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been read by
-     * ffn_backward. */
+    /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been
+     * read by ffn_backward. */
     T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
     T *ar = a->ar ? a->ar : a->v ? a->rr : take<T>(context, rows * E);
-    linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr, a->a, rows,
-                            D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+    linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
+                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
     linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
 
@@ -1098,10 +1098,11 @@ static bool has_product_gradient(const MegalodonTensor *tensor) {
     return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
 }
 
-/* Is there enough memory, before any is taken? Where it is short, what need not be kept is not. Error: how much is
- * needed, how much is free, and the largest batch, by halves, that would fit. */
+/* Is there enough memory, before any is taken? Where it is short, what need not be kept is not. Error: how
+ * much is needed, how much is free, and the largest batch, by halves, that would fit. */
 template <typename F>
-static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, int *keeps_more, F bytes_needed) {
+static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, int *keeps_more,
+                               F bytes_needed) {
     int B = options->max_batch, T = options->max_length, widest = c->model_dim;
     for (int size : {c->z_dim, c->value_dim, c->ffn_hidden_dim, c->vocab_size}) widest = max(widest, size);
     double tensor = (double)widest * B * max(T, c->chunk_size) * sizeof(float);
@@ -1422,12 +1423,13 @@ template <typename F> static void replay(MegalodonModel *m, Recording *r, const 
     CHECK_CUDA(cudaGraphLaunch(r->graph, m->context.stream));
 }
 
-/* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training that keeps
- * the state has it in two places in turn. */
+/* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training
+ * that keeps the state has it in two places in turn. */
 static bool repeats(const MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
     bool drops = m->batch.dropout && (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0);
-    return !drops && !m->options.keep_activations && (!m->options.training || (TRAINING_GRAPHS && !keeps_state(m)));
+    bool recorded = !m->options.training || (TRAINING_GRAPHS && !keeps_state(m));
+    return recorded && !drops && !m->options.keep_activations;
 }
 
 template <typename T>
@@ -1440,7 +1442,8 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     refresh_weights(m);
     if (repeats(m)) {
         /* a step finds its place in the chunk on the device */
-        PassShape shape = {batch->B, batch->T, is_step(m) ? 0 : m->state_in.n, batch->targets != nullptr, 0, false};
+        int n = is_step(m) ? 0 : m->state_in.n;
+        PassShape shape = {batch->B, batch->T, n, batch->targets != nullptr, 0, false};
         replay(m, &m->forwards, shape, [&] { make_pass(m); });
     } else {
         forward_pass(m);

@@ -24,7 +24,7 @@ constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the 
  * SCORES_HELD vectors of a row in registers. */
 enum { SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
 
-/* 1: without dropout the softmax has kernels that know nothing of it, and need fewer registers; 0: it has the same */
+/* 1: without dropout the softmax has kernels that know nothing of it, and need fewer registers; 0: the same */
 #ifndef SOFTMAX_PLAIN
 #define SOFTMAX_PLAIN 0
 #endif
@@ -163,7 +163,8 @@ template <bool DROPS>
 __device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows &s, int64_t row, int key) {
 #pragma unroll
     for (int i = 0; i < SCORE_VEC; i++) keep[i] = 1.0f;
-    if (DROPS && s.dropout.threshold) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
+    if (DROPS && s.dropout.threshold)
+        keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
 template <int WARPS> __device__ inline float row_sum(float x, float *shared) {
@@ -304,7 +305,8 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
         dim3 grid((unsigned)rows.queries, (unsigned)(items)), short_grid = grid;                            \
         short_grid.x = blocks_for(rows.queries, SOFTMAX_WARPS);                                             \
         if (rows.columns <= HELD)                                                                           \
-            LAUNCH((kernel<T, 1, drops>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__, rows); \
+            LAUNCH((kernel<T, 1, drops>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__,      \
+                   rows);                                                                                   \
         else if (rows.columns <= 2 * HELD)                                                                  \
             LAUNCH((kernel<T, 2, drops>), grid, 2 * WARP_SIZE, context, __VA_ARGS__, rows);                 \
         else if (rows.columns <= 4 * HELD)                                                                  \

@@ -64,9 +64,9 @@ template <typename T> struct HeldLogits {
 };
 
 /* computes: as loss_kernel
- * launch:   grid rows, block 32..512: a block owns a row, a thread eight vectors of it in registers, all asked for at
- *           once; two blocks a multiprocessor, one's row moves while the other's is computed. exp(x - lse) is
- *           2^(x log2 e - shift), a multiplication and addition and a power
+ * launch:   grid rows, block 32..512: a block owns a row, a thread eight vectors of it in registers, all asked
+ *           for at once; two blocks a multiprocessor, one's row moves while the other's is computed.
+ *           exp(x - lse) is 2^(x log2 e - shift), a multiplication and addition and a power
  * traffic:  2 rows V sizeof(T) bytes
  * needs:    V at most 8 VEC times the block; V and pointers in multiples of 16 bytes; dlogits may be logits
  * numerics: float, fixed order: deterministic */
@@ -119,8 +119,8 @@ static void loss_and_gradient(Context *context, T *dlogits, float *nll, const T 
     WITH_VEC(T, vectorises<T>(V, logits, dlogits), {
         int64_t held = ceil_div(V, VEC * LOSS_HELD * WARP_SIZE) * WARP_SIZE;
         if (LOSS_HOLDS && VEC > 1 && held > 2 * WARP_SIZE && held <= LOSS_HELD_THREADS) {
-            LAUNCH((loss_held_kernel<T>), (unsigned)rows, (unsigned)held, context, dlogits, nll, logits, targets,
-                   (int)V);
+            LAUNCH((loss_held_kernel<T>), (unsigned)rows, (unsigned)held, context, dlogits, nll, logits,
+                   targets, (int)V);
             return;
         }
         int64_t warps = ceil_div(V, VEC * WARP_SIZE), most = LOSS_THREADS / WARP_SIZE;

@@ -304,28 +304,29 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
 
 /* ---- products beside other kernels ----
  *
- * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more than some of
- * the multiprocessors, so a product on the others costs little. The order of things makes them meet:
+ * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more than
+ * some of the multiprocessors, so a product on the others costs little. The order of things makes them meet:
  *
  *     main stream   ... | side_ready | a product | side_start | kernels bound by memory | ... | side_join
  *     side stream                                  the gradient of a weight, on its share of multiprocessors
  *
- * What waits may begin while the main stream's product runs, and has the first right to multiprocessors which that
- * leaves; what follows on the main stream gets the rest. Everything is in the order of the calls again after side_join,
- * and the results do not depend on who runs when.
+ * What waits may begin while the main stream's product runs, and has the first right to multiprocessors which
+ * that leaves; what follows on the main stream gets the rest. Everything is in the order of the calls again
+ * after side_join, and the results do not depend on who runs when.
  */
 
-/* The share of multiprocessors, in percent; 0: no side stream, all is done in the order of the calls. Where CEMA leaves
- * SIDE_LEAST percent idle, because there are few channels, those are used as well. */
+/* The share of multiprocessors, in percent; 0: no side stream, all is done in the order of the calls. Where
+ * CEMA leaves SIDE_LEAST percent idle, because there are few channels, those are used as well. */
 #ifndef SIDE_PERCENT
 #define SIDE_PERCENT 0
 #endif
 enum { SIDE_LEAST = 20 };
 
-/* linear_backward_weight, on the side stream from the next side_start on. dy and x must stay until side_join. */
+/* linear_backward_weight, on the side stream from the next side_start on. dy and x must stay until
+ * side_join. */
 template <typename T>
-static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy, const T *x,
-                                         int64_t M, int64_t N, int64_t K) {
+static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy,
+                                         const T *x, int64_t M, int64_t N, int64_t K) {
     if (!context->side.context || context->dry_run) {
         linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
         return;
@@ -347,8 +348,8 @@ template <typename T> static void side_start(Context *context, int sms) {
     use_multiprocessors(side->context, sms);
     for (int i = 0; i < side->num_waiting; i++) {
         const auto &p = side->waiting[i];
-        linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M, p.N,
-                               p.K);
+        linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M,
+                               p.N, p.K);
     }
     side->num_waiting = 0;
     side->busy = true;

@@ -8,8 +8,8 @@
 
 enum { QUERY_WARPS = 8, QUERY_THREADS = QUERY_WARPS * WARP_SIZE, QUERY_ROWS = 16 };
 
-/* 1: heads that a vector a lane holds have kernels of their own, which ask for a row while they work on the one before;
- * 0: never */
+/* 1: heads that a vector a lane holds have kernels of their own, which ask for a row while they work on the one
+ * before; 0: never */
 #ifndef QUERIES_AHEAD
 #define QUERIES_AHEAD 0
 #endif
@@ -193,7 +193,8 @@ struct QueryWalk {
         z = shape.z, Z = shape.H * z, column = (int)blockIdx.y * z + lane * vec, has = lane * vec < z;
     }
     /* (cos, sin) of the columns' pairs in token `row`, where no tokens were before */
-    template <int VEC> __device__ Packed<float, VEC> angles(const float2 *table, const QueryShape &shape, int row) const {
+    template <int VEC>
+    __device__ Packed<float, VEC> angles(const float2 *table, const QueryShape &shape, int row) const {
         unsigned position = (unsigned)row % (unsigned)shape.steps % (unsigned)shape.C;
         return packed<VEC>((const float *)(table + position * (unsigned)(z / 2)) + lane * VEC);
     }
@@ -202,12 +203,13 @@ struct QueryWalk {
 /* computes: as queries_forward_kernel with everything wanted but perhaps zn
  * launch:   grid (at most 3 blocks a multiprocessor, H), block 256: see QueryWalk
  * traffic:  (1 + outputs) B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC elements
+ * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
+ *           elements
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS_PER_SM)
-    queries_forward_ahead_kernel(T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta, const float2 *table,
-                                 QueryShape shape, float eps, int lanes) {
+    queries_forward_ahead_kernel(T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta,
+                                 const float2 *table, QueryShape shape, float eps, int lanes) {
     QueryWalk walk(shape, lanes, VEC);
     float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, w[2][VEC] = {}, b[2][VEC] = {};
     if (walk.has)
@@ -265,8 +267,8 @@ static void queries_forward_any(Context *context, T *q, T *k, T *zn, const T *zz
         if (NORM && q && table && queries_ahead(shape, VEC)) {
             int64_t blocks = min(ceil_div((int64_t)shape.rows * lanes, QUERY_THREADS),
                                  ceil_div((int64_t)context->num_sms * QUERY_BLOCKS_PER_SM, shape.H));
-            LAUNCH((queries_forward_ahead_kernel<T, VEC>), dim3((unsigned)blocks, (unsigned)shape.H), QUERY_THREADS,
-                   context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
+            LAUNCH((queries_forward_ahead_kernel<T, VEC>), dim3((unsigned)blocks, (unsigned)shape.H),
+                   QUERY_THREADS, context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
             return;
         }
         LAUNCH((queries_forward_kernel<T, VEC, NORM>),
@@ -427,14 +429,14 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
 /* computes: as queries_backward_kernel with NORM and a table
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: see QueryWalk
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC elements; dzz may
- *           not be dq, dk or zz
+ * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
+ *           elements; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
-    queries_backward_ahead_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias, const T *dq,
-                                  const T *dk, const T *zz, const T *gamma, const float2 *table, QueryShape shape,
-                                  float eps, int lanes) {
+    queries_backward_ahead_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias,
+                                  const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
+                                  QueryShape shape, float eps, int lanes) {
     __shared__ SweepSums<VEC> shared;
     QueryWalk walk(shape, lanes, VEC);
     float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, sum[NUM_QUERY_SUMS][VEC] = {};
@@ -505,8 +507,9 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
               *partial_beta = take_sum(context, dbeta, blocks, 2 * Z),
               *partial_bias = take_sum(context, dbias, blocks, Z);
         if (NORM && table && dgamma && dbeta && dbias && queries_ahead(shape, VEC)) {
-            LAUNCH((queries_backward_ahead_kernel<T, VEC>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS, context,
-                   dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps, lanes);
+            LAUNCH((queries_backward_ahead_kernel<T, VEC>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
+                   context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
+                   lanes);
             return;
         }
         LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
