@@ -200,13 +200,27 @@ enum Kept { SAVED, CHEAP, LOGITS };
 constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t)512 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
-/* What the launches of a pass without a backward depend on. n: tokens before in the chunk. */
+/* 1: the passes of a training step are recorded and replayed as well; 0: only those without a backward */
+#ifndef TRAINING_GRAPHS
+#define TRAINING_GRAPHS 0
+#endif
+
+/* What the launches of a pass depend on. n: tokens before in the chunk; of a backward, the scale of the loss
+ * and whether gradients are added to. */
 struct PassShape {
     int B, T, n;
     bool targets;
+    float scale;
+    bool add;
     bool operator==(const PassShape &other) const {
-        return B == other.B && T == other.T && n == other.n && targets == other.targets;
+        return B == other.B && T == other.T && n == other.n && targets == other.targets &&
+               scale == other.scale && add == other.add;
     }
+};
+/* A pass that was recorded, and the shape of the last one. B 0: none */
+struct Recording {
+    cudaGraphExec_t graph;
+    PassShape recorded, previous;
 };
 
 /* What the two precisions share, and what the table's functions see. */
@@ -224,6 +238,7 @@ struct MegalodonModel {
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
     bool gradients_unset; /* they count as zero, whatever is in memory: the next backward's products write */
+    int keeps_more;       /* CHEAP activations, see keeps */
     bool weights_changed; /* by set, since the working copy and CEMA's coefficients were made */
     std::vector<LayerParams<float>> masters, dlayers;
     ModelParams<float> dtop;
@@ -248,8 +263,7 @@ struct MegalodonModel {
     std::vector<int32_t> token_counts;
     /* Generation, and reading a stream, repeat one pass of many short kernels: a pass that is made a second
      * time is recorded, and from then on replayed. */
-    cudaGraphExec_t graph;
-    PassShape recorded, previous; /* the graph's pass, and that of the last forward; B 0: none */
+    Recording forwards, backwards;
     virtual ~MegalodonModel() {}
 };
 
@@ -306,9 +320,21 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* The CHEAP activations that training keeps all the same: those that cost the most time for their bytes. Any
- * of u, v, m, n, ar and hidden may stand here, or none. */
-static constexpr bool keeps(const char *field) { return same(field, "u") || same(field, "v"); }
+/* Of m, n, ar and hidden as many are kept as well as leave all activations of a model for training within so
+ * many GiB. */
+#ifndef KEPT_GIB
+#define KEPT_GIB 0
+#endif
+
+/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes,
+ * and where there is memory enough what the backward would have to write once more. */
+enum { MOST_KEPT = 4 };
+static bool keeps(const MegalodonModel *m, const char *field) {
+    static const char *const more[MOST_KEPT] = {"m", "n", "ar", "hidden"};
+    bool kept = same(field, "u") || same(field, "v");
+    for (int i = 0; i < m->keeps_more; i++) kept = kept || same(field, more[i]);
+    return kept;
+}
 
 /* An activation's own memory for the largest batch. CHEAP ones have none unless they are kept: whoever
  * computes one borrows scratch. Without a backward, layers share: `earlier` is what an earlier layer has
@@ -317,7 +343,7 @@ template <typename P>
 static P *take_activation(const MegalodonModel *m, Arena *arena, const char *field, const char *shape,
                           Kept kept, MegalodonPresence presence, P *earlier) {
     const MegalodonOptions *o = &m->options;
-    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(field));
+    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(m, field));
     if (!is_present(&m->config, presence) || !own) return nullptr;
     if (earlier && !o->keep_activations && !o->training) return earlier;
     return take<P>(arena, element_count(m, shape, o->max_batch, o->max_length, 0));
@@ -410,6 +436,8 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
     m->arrivals = take<int>(arena, decode_attention_sizes(few_rows(m), c->num_heads,
                                                           c->value_dim / c->num_heads).arrivals);
     m->context.cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
+    if (m->context.side.context)
+        m->context.side.context->cublas_workspace = take<char>(arena, (int64_t)CUBLAS_WORKSPACE);
 
     Arena upload = {arena->base + arena->used, 0};
     m->tokens = take<int32_t>(&upload, rows);
@@ -606,6 +634,12 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
+/* 1: in the gradient of u, CEMA's share is written and that of v's layer added by its product, which reads du
+ * under its arithmetic; 0: the other way round, and CEMA reads du. */
+#ifndef CEMA_FIRST
+#define CEMA_FIRST 0
+#endif
+
 /* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays,
  * since out = f + x hands dout on to x unchanged. */
 template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
@@ -630,9 +664,11 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
     T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
     linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
                             a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
-    linear_backward_weight(context, dw->fc2_weight, add, df, hidden, rows, D, F);
+    linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
+    side_ready(context);
     linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
     if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
+    side_start<T>(context);
     /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
     bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
     layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
@@ -640,6 +676,7 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
                           w->ffnnorm_bias, rows, D);
     linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, F, D);
     if (c->swiglu) linear_backward_weight(context, dw->fc3_weight, add, df3, n, rows, F, D);
+    side_join(context);
     add_sums(context);
 }
 
@@ -669,14 +706,13 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         dropout_forward<T>(context, dropped, dy, rows, D, dropout);
         dh = dropped;
     }
-    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E);
-    {
-        ScratchScope gated(context);
-        T *ar = room(m, a->ar, rows * E);
-        linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
-                                a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
-        linear_backward_weight(context, dw->wh2_weight, add, dh, ar, rows, D, E);
-    }
+    /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been
+     * read by ffn_backward. */
+    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
+    T *ar = a->ar ? a->ar : a->v ? a->rr : take<T>(context, rows * E);
+    linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
+                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+    linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z. rr and a have been read for the last
@@ -693,36 +729,51 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
             attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
             attention_state_backward<T>(context, din->v, dv, dout->v, n, C, B, steps, E, C);
         }
+        side_ready(context);
+        linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
+        side_start<T>(context);
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
                             query_shape(m), eps);
     }
     silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
     /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
-    T *dm = take<T>(context, rows * D), *mm = room(m, a->m, rows * D);
-    linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
-    linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
-    linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
-    rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
-                        w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
-    linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-    linear_backward_weight(context, dw->wr_weight, add, drr, mm, rows, E, D);
-    linear_backward_weight(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
-
-    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
-    T *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
+    T *mm = room(m, a->m, rows * D), *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
     if (!a->u)
         timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
                               G, eps);
-    linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
-    linear_backward_weight(context, dw->wv_weight, add, dv, u, rows, E, D);
-    cema_backward<T>(context, du, true, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,
+    linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
+    side_ready(context);
+    linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
+    linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
+    side_start<T>(context);
+    rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
+                        w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    int idle = cema_idle(context, B, steps, D);
+    if (side_fits(context, idle)) {
+        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
+        side_ready(context);
+        side_start<T>(context, idle);
+        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
+    } else {
+        linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
+        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
+    }
+    linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
+
+    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
+    if (!CEMA_FIRST) linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
+    cema_backward<T>(context, du, !CEMA_FIRST, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,
                      dw->cema_gamma, dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l],
                      master->cema_alpha, master->cema_delta, master->cema_theta, master->cema_omega, B,
                      steps, D, c->cema_ndim);
+    side_ready(context);
+    if (CEMA_FIRST) linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
+    side_start<T>(context);
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
                              dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
                              x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
+    side_join(context);
     add_sums(context);
 }
 
@@ -1053,6 +1104,7 @@ template <typename T> static void decode_pass(Model<T> *m) {
                                    cudaMemcpyDeviceToHost, context->stream));
 }
 
+/* All but the embedding's gradient. The gradient of its output is at the bottom of scratch after that. */
 template <typename T> static void backward_pass(Model<T> *m, double scale) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
@@ -1076,6 +1128,16 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
         ffn_backward<T>(m, l, dx, dy);
         mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
     }
+}
+
+/* The end of the backward, whose launches depend on the tokens. dx is where backward_pass has left it. */
+template <typename T> static void embedding_pass(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    Context *context = &m->context;
+    ScratchScope scope(context);
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim;
+    REQUIRE(context->scratch_used == 0);
+    const T *dx = take<T>(context, rows * D);
     embedding_backward<T>(context, m->dtop.embed_weight, dx, m->plan, embedding_scale(c), rows, D,
                           dropout_at(m, c->dropout, -1, MEGALODON_SITE_EMBED));
 }
@@ -1102,7 +1164,10 @@ template <typename T> static size_t measure_scratch(Model<T> *m) {
             m->state_in.n = m->config.chunk_size > 1 && m->carried ? 1 : 0;
             m->have_dstate_out = m->options.training && m->options.state_gradients;
             forward_pass(m);
-            if (m->options.training) backward_pass(m, 1);
+            if (m->options.training) {
+                backward_pass(m, 1);
+                embedding_pass(m);
+            }
         }
         if (!m->options.training) {
             m->batch.B = (int)few_rows(m);
@@ -1154,10 +1219,11 @@ static bool has_product_gradient(const MegalodonTensor *tensor) {
     return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
 }
 
-/* Is there enough memory, before any is taken? Error: how much is needed, how much is free, and the largest batch, by
- * halves, that would fit. */
+/* Is there enough memory, before any is taken? Where it is short, what need not be kept is not. Error: how
+ * much is needed, how much is free, and the largest batch, by halves, that would fit. */
 template <typename F>
-static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, F bytes_needed) {
+static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, int *keeps_more,
+                               F bytes_needed) {
     int B = options->max_batch, T = options->max_length, widest = c->model_dim;
     for (int size : {c->z_dim, c->value_dim, c->ffn_hidden_dim, c->vocab_size}) widest = max(widest, size);
     double tensor = (double)widest * B * max(T, c->chunk_size) * sizeof(float);
@@ -1169,6 +1235,10 @@ static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *optio
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
     size_t limit = free_bytes;
     if (options->max_bytes > 0 && (size_t)options->max_bytes < limit) limit = (size_t)options->max_bytes;
+    while (needed > limit && *keeps_more > 0) {
+        *keeps_more -= 1;
+        needed = bytes_needed();
+    }
     if (needed <= limit) return nullptr;
     int fitting = B / 2;
     while (options->max_batch = fitting, fitting > 0 && bytes_needed() > limit) fitting /= 2;
@@ -1213,6 +1283,9 @@ template <typename T> static const char *build(Model<T> *m) {
     auto bytes_needed = [&] {
         size_t needed = 0;
         for (const auto &arena : arenas) {
+            while (arena.layout == layout_activations<T> && m->keeps_more > 0 &&
+                   measure(m, arena.layout) > (size_t)KEPT_GIB << 30)
+                m->keeps_more--;
             if (arena.layout == layout_scratch<T>) {
                 point_all_params(m);
                 m->context.scratch_bytes = measure_scratch(m);
@@ -1221,7 +1294,8 @@ template <typename T> static const char *build(Model<T> *m) {
         }
         return needed;
     };
-    const char *refusal = check_bytes(&m->config, &m->options, bytes_needed);
+    m->keeps_more = m->options.training && KEPT_GIB > 0 ? MOST_KEPT : 0;
+    const char *refusal = check_bytes(&m->config, &m->options, &m->keeps_more, bytes_needed);
     if (refusal) return refusal;
     for (const auto &arena : arenas) {
         const char *error = build_arena(m, arena.layout, arena.bytes);
@@ -1235,6 +1309,7 @@ template <typename T> static const char *build(Model<T> *m) {
     CHECK_CUDA(cudaMallocHost((void **)&m->host_logits,
                               (size_t)(few_rows(m) * c->vocab_size) * sizeof(float)));
     use_workspace(&m->context);
+    if (m->context.side.context) use_workspace(m->context.side.context);
     rope_table(&m->context, m->rope, c->chunk_size, c->z_dim / c->num_heads, c->rope_base);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
     return nullptr;
@@ -1252,15 +1327,41 @@ static void start_context(Context *context, bool own_stream) {
     CHECK_CUDA(cudaFree(answer));
 }
 
+/* The side stream: its blocks go first, so that they find multiprocessors as soon as a kernel leaves them. */
+static void start_side(Context *context) {
+    int lowest = 0, highest = 0;
+    SideStream *side = &context->side;
+    if (SIDE_PERCENT == 0) return;
+    side->context = new Context();
+    side->context->hopper = context->hopper;
+    CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+    CHECK_CUDA(cudaStreamCreateWithPriority(&side->context->stream, cudaStreamNonBlocking, highest));
+    CHECK_CUDA(cudaEventCreateWithFlags(&side->ready, cudaEventDisableTiming));
+    CHECK_CUDA(cudaEventCreateWithFlags(&side->done, cudaEventDisableTiming));
+    start_products(side->context);
+}
+static void end_side(SideStream *side) {
+    if (!side->context) return;
+    CHECK_CUDA(cudaStreamSynchronize(side->context->stream));
+    end_products(side->context);
+    CHECK_CUDA(cudaEventDestroy(side->ready));
+    CHECK_CUDA(cudaEventDestroy(side->done));
+    CHECK_CUDA(cudaStreamDestroy(side->context->stream));
+    delete side->context;
+}
+
 static void cuda_destroy(MegalodonModel *m) {
     if (!m) return;
+    end_side(&m->context.side);
     CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
 #if DECODE_TIMELINE
-    if (m->recorded.B && m->recorded.T == 1 && !m->recorded.targets) timeline_report(&m->context, m->graph);
+    const PassShape &last = m->forwards.recorded;
+    if (last.B && last.T == 1 && !last.targets) timeline_report(&m->context, m->forwards.graph);
 #endif
     end_products(&m->context);
     CHECK_CUDA(cudaEventDestroy(m->uploaded));
-    if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
+    for (Recording *recording : {&m->forwards, &m->backwards})
+        if (recording->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(recording->graph));
     CHECK_CUDA(cudaStreamDestroy(m->context.stream));
     for (void *arena : m->arenas) CHECK_CUDA(cudaFree(arena));
     if (m->host_upload) CHECK_CUDA(cudaFreeHost(m->host_upload));
@@ -1276,6 +1377,7 @@ static const char *create_model(MegalodonModel **model, const MegalodonConfig *c
     m->config = *config;
     m->options = *options;
     start_context(&m->context, true);
+    if (options->training) start_side(&m->context);
     CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
     m->weights_changed = true;
     const char *error = build(m);
@@ -1380,18 +1482,16 @@ static void upload(MegalodonModel *m, size_t from, size_t bytes) {
     CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
 }
 
-/* Sends tokens and targets; a step may read them where they are. */
+/* Sends tokens, and while they are on their way targets; a step may read them where they are. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
     if (DECODE_PINNED && is_decode_step(m)) return;
-    size_t used = rows * sizeof(int32_t);
-    if (m->batch.targets) {
-        memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
-        used = (size_t)((char *)m->targets - m->device_upload) + rows * sizeof(int32_t);
-    }
-    upload(m, 0, used);
+    upload(m, 0, rows * sizeof(int32_t));
+    if (!m->batch.targets) return;
+    memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
+    upload(m, (size_t)((char *)m->targets - m->device_upload), rows * sizeof(int32_t));
 }
 
 /* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy with
@@ -1427,28 +1527,35 @@ template <typename T> static void make_pass(Model<T> *m) {
     else forward_pass(m);
 }
 
-/* The pass of a forward without a backward. A step finds its place in the chunk on the device, so that its
- * shape has none. */
-template <typename T> static void replay_pass(Model<T> *m) {
-    PassShape shape = {m->batch.B, m->batch.T, is_step(m) ? 0 : m->state_in.n, m->batch.targets != nullptr};
-    if (!(m->recorded == shape)) {
-        bool again = m->previous == shape;
-        m->previous = shape;
+/* Makes a pass, whose launches are the same for the same shape. */
+template <typename F> static void replay(MegalodonModel *m, Recording *r, const PassShape &shape, F &&pass) {
+    if (!(r->recorded == shape)) {
+        bool again = r->previous == shape;
+        r->previous = shape;
         if (!again) {
-            make_pass(m);
+            pass();
             return;
         }
         cudaGraph_t graph;
-        if (m->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(m->graph));
+        if (r->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(r->graph));
         CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
-        make_pass(m);
+        pass();
         CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&m->graph, graph, 0));
+        CHECK_CUDA(cudaGraphInstantiate(&r->graph, graph, 0));
         CHECK_CUDA(cudaGraphDestroy(graph));
-        m->recorded = shape;
+        r->recorded = shape;
     }
-    m->previous = shape;
-    CHECK_CUDA(cudaGraphLaunch(m->graph, m->context.stream));
+    r->previous = shape;
+    CHECK_CUDA(cudaGraphLaunch(r->graph, m->context.stream));
+}
+
+/* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training
+ * that keeps the state has it in two places in turn. */
+static bool repeats(const MegalodonModel *m) {
+    const MegalodonConfig *c = &m->config;
+    bool drops = m->batch.dropout && (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0);
+    bool recorded = !m->options.training || (TRAINING_GRAPHS && !keeps_state(m));
+    return recorded && !drops && !m->options.keep_activations;
 }
 
 template <typename T>
@@ -1459,10 +1566,14 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     begin_state(m);
     upload_batch(m);
     refresh_weights(m);
-    if (!m->options.training && !m->options.keep_activations && !batch->dropout)
-        replay_pass(m);
-    else
+    if (repeats(m)) {
+        /* a step finds its place in the chunk on the device */
+        int n = is_step(m) ? 0 : m->state_in.n;
+        PassShape shape = {batch->B, batch->T, n, batch->targets != nullptr, 0, false};
+        replay(m, &m->forwards, shape, [&] { make_pass(m); });
+    } else {
         forward_pass(m);
+    }
     m->logits_sent = is_decode_step(m);
     if (DECODE_PINNED && m->logits_sent) CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
     m->can_backward = m->options.training && batch->targets;
@@ -1512,7 +1623,13 @@ template <typename T> static const char *backward_model(Model<T> *m, double scal
     m->can_backward = false;
     if (m->carried && m->options.state_gradients)
         m->dstate_in.B = m->state_in.B, m->dstate_in.n = m->state_in.n;
-    backward_pass(m, scale);
+    if (repeats(m)) {
+        PassShape shape = {m->batch.B, m->batch.T, 0, true, (float)scale, !m->gradients_unset};
+        replay(m, &m->backwards, shape, [&] { backward_pass(m, scale); });
+    } else {
+        backward_pass(m, scale);
+    }
+    embedding_pass(m);
     m->gradients_unset = false;
     return nullptr;
 }

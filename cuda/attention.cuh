@@ -24,6 +24,11 @@ constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the 
  * SCORES_HELD vectors of a row in registers. */
 enum { SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
 
+/* 1: without dropout the softmax has kernels that know nothing of it, and need fewer registers; 0: the same */
+#ifndef SOFTMAX_PLAIN
+#define SOFTMAX_PLAIN 0
+#endif
+
 /* Where the keys and values of a call come from: n tokens of the chunk in the state, `capacity` rows of
  * memory for each row of the batch, and this call's steps tokens. k (B,T,H,z), v (B,T,H,e), k_in
  * (B,capacity,H,z), v_in (B,capacity,H,e). */
@@ -66,8 +71,10 @@ __host__ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
 /* Into how many blocks of queries chunks are cut: as many as still give three quarters of the multiprocessors a
- * tile of 256 x 128 in the products with v. */
-enum { MOST_QUERY_BLOCKS = 4 };
+ * tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores, eight 9/16. */
+#ifndef MOST_QUERY_BLOCKS
+#define MOST_QUERY_BLOCKS 4
+#endif
 template <typename T>
 static int64_t query_blocks(const Context *context, const AttentionKeys<T> &a, int64_t items) {
     int64_t blocks = MOST_QUERY_BLOCKS;
@@ -152,10 +159,12 @@ __device__ inline void load_scores(float (&to)[SCORE_VEC], const float *from, in
 }
 
 /* The dropout factors of weights from key `key` on. */
+template <bool DROPS>
 __device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows &s, int64_t row, int key) {
 #pragma unroll
     for (int i = 0; i < SCORE_VEC; i++) keep[i] = 1.0f;
-    if (s.dropout.threshold) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
+    if (DROPS && s.dropout.threshold)
+        keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
 template <int WARPS> __device__ inline float row_sum(float x, float *shared) {
@@ -174,7 +183,7 @@ template <int WARPS> __device__ inline float row_max(float x, float *shared) {
  * traffic:  (6 + sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
  * needs:    rows start at multiples of 8 elements
  * numerics: float, fixed order: deterministic */
-template <typename T, int WARPS>
+template <typename T, int WARPS, bool DROPS>
 __global__ void softmax_forward_kernel(T *weights, KeptWeight<T> *kept, float *lse, const float *scores,
                                        SoftmaxRows s) {
     __shared__ float shared[WARPS];
@@ -216,7 +225,7 @@ __global__ void softmax_forward_kernel(T *weights, KeptWeight<T> *kept, float *l
         float w[SCORE_VEC], keep[SCORE_VEC];
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) w[i] = __expf(value[i] - top) * scale;
-        keep_weights(keep, s, row, j);
+        keep_weights<DROPS>(keep, s, row, j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) keep[i] *= w[i], w[i] *= KEPT_SCALE;
         store<SCORE_VEC>(weights + to + j, keep);
@@ -230,7 +239,7 @@ __global__ void softmax_forward_kernel(T *weights, KeptWeight<T> *kept, float *l
  * traffic:  (6 + 2 sizeof(T)) bytes a score; what the registers cannot hold is read again from the caches
  * needs:    rows start at multiples of 8 elements; keys not seen have weight 0
  * numerics: float, fixed order: deterministic */
-template <typename T, int WARPS>
+template <typename T, int WARPS, bool DROPS>
 __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight<T> *kept,
                                         const float *dweights, SoftmaxRows s) {
     __shared__ float shared[WARPS];
@@ -264,14 +273,14 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
     };
     each_vector([&](int j, const float (&w)[SCORE_VEC], const float (&grad)[SCORE_VEC]) {
         float keep[SCORE_VEC];
-        keep_weights(keep, s, row, j);
+        keep_weights<DROPS>(keep, s, row, j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) sum += w[i] * grad[i] * keep[i];
     });
     sum = row_sum<WARPS>(sum, shared);
     each_vector([&](int j, const float (&w)[SCORE_VEC], const float (&grad)[SCORE_VEC]) {
         float keep[SCORE_VEC], value[SCORE_VEC];
-        keep_weights(keep, s, row, j);
+        keep_weights<DROPS>(keep, s, row, j);
 #pragma unroll
         for (int i = 0; i < SCORE_VEC; i++) value[i] = w[i] * (keep[i] * grad[i] - sum);
         store<SCORE_VEC>(dscores + to + j, value);
@@ -284,18 +293,26 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
 /* Launches one of the two with as many warps a row as hold it in registers, at most 8. */
 #define LAUNCH_SOFTMAX(kernel, context, shape, items, ...)                                                  \
     do {                                                                                                    \
-        constexpr int HELD = WARP_SIZE * SCORE_VEC * SCORES_HELD;                                           \
         SoftmaxRows rows = shape;                                                                           \
+        if (SOFTMAX_PLAIN && rows.dropout.threshold == 0)                                                   \
+            LAUNCH_SOFTMAX_OF(kernel, false, context, rows, items, __VA_ARGS__);                            \
+        else                                                                                                \
+            LAUNCH_SOFTMAX_OF(kernel, true, context, rows, items, __VA_ARGS__);                             \
+    } while (0)
+#define LAUNCH_SOFTMAX_OF(kernel, drops, context, rows, items, ...)                                         \
+    do {                                                                                                    \
+        constexpr int HELD = WARP_SIZE * SCORE_VEC * SCORES_HELD;                                           \
         dim3 grid((unsigned)rows.queries, (unsigned)(items)), short_grid = grid;                            \
         short_grid.x = blocks_for(rows.queries, SOFTMAX_WARPS);                                             \
         if (rows.columns <= HELD)                                                                           \
-            LAUNCH((kernel<T, 1>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__, rows);      \
+            LAUNCH((kernel<T, 1, drops>), short_grid, SOFTMAX_WARPS * WARP_SIZE, context, __VA_ARGS__,      \
+                   rows);                                                                                   \
         else if (rows.columns <= 2 * HELD)                                                                  \
-            LAUNCH((kernel<T, 2>), grid, 2 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+            LAUNCH((kernel<T, 2, drops>), grid, 2 * WARP_SIZE, context, __VA_ARGS__, rows);                 \
         else if (rows.columns <= 4 * HELD)                                                                  \
-            LAUNCH((kernel<T, 4>), grid, 4 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+            LAUNCH((kernel<T, 4, drops>), grid, 4 * WARP_SIZE, context, __VA_ARGS__, rows);                 \
         else                                                                                                \
-            LAUNCH((kernel<T, 8>), grid, 8 * WARP_SIZE, context, __VA_ARGS__, rows);                        \
+            LAUNCH((kernel<T, 8, drops>), grid, 8 * WARP_SIZE, context, __VA_ARGS__, rows);                 \
     } while (0)
 
 /* The keys (or values) of a span and their distances: this call's own, or the state's and this call's side

@@ -231,6 +231,13 @@ static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t st
     int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
     return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
 }
+/* Multiprocessors that have nothing to do while these sizes are computed. */
+static inline int cema_idle(Context *context, int64_t B, int64_t steps, int64_t D) {
+    int64_t strips = B * cema_segments(context, B, steps, D).count;
+    int64_t blocks = ceil_div(D, CEMA_CHANNELS) * ceil_div(strips, CEMA_STRIPS);
+    int64_t busy = ceil_div(blocks, CEMA_BLOCKS_PER_SM);
+    return busy < context->num_sms ? context->num_sms - (int)busy : 0;
+}
 static inline CemaStrips cema_strips(const CemaSegments &segments, int64_t B, int64_t count, bool reverse) {
     return CemaStrips{(int)B, (int)count, (int)segments.length, 0, reverse};
 }

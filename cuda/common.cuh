@@ -120,8 +120,24 @@ struct PendingSum {
 };
 enum { MAX_SUMS = 16 };
 
+/* A second stream beside the main one, see matmul.cuh. context NULL: there is none. */
+enum { MAX_WAITING = 2 };
+struct SideStream {
+    struct Context *context; /* its stream and what products need; no scratch */
+    cudaEvent_t ready, done;
+    struct {
+        float *dweight;
+        const void *dy, *x;
+        int64_t M, N, K;
+        bool accumulate;
+    } waiting[MAX_WAITING]; /* products for the next side_start */
+    int num_waiting;
+    bool busy; /* it was given work that nobody waits for yet */
+};
+
 struct Context {
     cudaStream_t stream;
+    SideStream side;
 #if !PLAIN_PRODUCTS
     cublasHandle_t cublas;
     cublasLtHandle_t cublas_lt;

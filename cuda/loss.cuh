@@ -6,7 +6,12 @@
 
 #include "pointwise.cuh"
 
-enum { LOSS_THREADS = 1024 };
+enum { LOSS_THREADS = 1024, LOSS_HELD = 8, LOSS_HELD_THREADS = 512 };
+
+/* 1: rows of thousands of logits are held in registers and read once; 0: never */
+#ifndef LOSS_HOLDS
+#define LOSS_HOLDS 0
+#endif
 
 /* computes: nll[row] = lse - logits[row, target], lse = log sum exp logits[row];  dlogits[row, v] =
  *           exp(logits[row, v] - lse) - (v == target); both 0 where the target is ignored
@@ -37,11 +42,87 @@ __global__ void __launch_bounds__(LOSS_THREADS, 2)
     }
 }
 
+/* 2^x, 0 where that is no normal number: one instruction */
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 16 bytes of logits as words, since the compiler takes a register for each bf16 of an array of them. */
+template <typename T> struct HeldLogits {
+    Packed<uint32_t, 4> words;
+    __device__ void load(const T *from, bool here) {
+        uint32_t nothing = sizeof(T) == 2 ? 0xFF80FF80u : 0xFF800000u; // -inf
+        words = Packed<uint32_t, 4>{{nothing, nothing, nothing, nothing}};
+        if (here) words = packed<4>(reinterpret_cast<const uint32_t *>(from));
+    }
+    __device__ float operator[](int i) const {
+        if constexpr (sizeof(T) == 4) return __uint_as_float(words.v[i]);
+        return __uint_as_float(i % 2 ? words.v[i / 2] & 0xFFFF0000u : words.v[i / 2] << 16);
+    }
+};
+
+/* computes: as loss_kernel
+ * launch:   grid rows, block 32..512: a block owns a row, a thread eight vectors of it in registers, all asked
+ *           for at once; two blocks a multiprocessor, one's row moves while the other's is computed.
+ *           exp(x - lse) is 2^(x log2 e - shift), a multiplication and addition and a power
+ * traffic:  2 rows V sizeof(T) bytes
+ * needs:    V at most 8 VEC times the block; V and pointers in multiples of 16 bytes; dlogits may be logits
+ * numerics: float, fixed order: deterministic */
+template <typename T>
+__global__ void __launch_bounds__(LOSS_HELD_THREADS, 2)
+    loss_held_kernel(T *dlogits, float *nll, const T *logits, const int32_t *targets, int V) {
+    constexpr int VEC = 16 / (int)sizeof(T);
+    constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
+    __shared__ float shared[LOSS_HELD_THREADS / WARP_SIZE];
+    const T *row = logits + (int64_t)blockIdx.x * V;
+    T *drow = dlogits + (int64_t)blockIdx.x * V;
+    int target = targets[blockIdx.x], first = (int)threadIdx.x * VEC, step = (int)blockDim.x * VEC;
+    float value[VEC] = {}, largest = -INFINITY, sum = 0;
+    if (target == MEGALODON_IGNORE) { // the whole block leaves
+        if (threadIdx.x == 0) nll[blockIdx.x] = 0;
+        for (int v = first; v < V; v += step) store<VEC>(drow + v, value);
+        return;
+    }
+    HeldLogits<T> held[LOSS_HELD];
+#pragma unroll
+    for (int k = 0; k < LOSS_HELD; k++) held[k].load(row + first + k * step, first + k * step < V);
+#pragma unroll
+    for (int k = 0; k < LOSS_HELD; k++)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) largest = fmaxf(largest, held[k][i]);
+    float shift = LOG2_E * block_max(largest, shared);
+#pragma unroll
+    for (int k = 0; k < LOSS_HELD; k++)
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum += power_of_two(fmaf(held[k][i], LOG2_E, -shift)); // 2^-inf is 0
+    shift += log2f(block_sum(sum, shared));
+#pragma unroll
+    for (int k = 0; k < LOSS_HELD; k++) {
+        int v = first + k * step;
+        if (v >= V) break;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) value[i] = power_of_two(fmaf(held[k][i], LOG2_E, -shift));
+        if (target >= v && target < v + VEC) // one thread's
+#pragma unroll
+            for (int i = 0; i < VEC; i++)
+                if (v + i == target) nll[blockIdx.x] = LN_2 * shift - held[k][i], value[i] -= 1;
+        store<VEC>(drow + v, value);
+    }
+}
+
 /* nll (rows), dlogits (rows,V): the loss of each row and its gradient; logits (rows,V), targets (rows) */
 template <typename T>
 static void loss_and_gradient(Context *context, T *dlogits, float *nll, const T *logits,
                               const int32_t *targets, int64_t rows, int64_t V) {
     WITH_VEC(T, vectorises<T>(V, logits, dlogits), {
+        int64_t held = ceil_div(V, VEC * LOSS_HELD * WARP_SIZE) * WARP_SIZE;
+        if (LOSS_HOLDS && VEC > 1 && held > 2 * WARP_SIZE && held <= LOSS_HELD_THREADS) {
+            LAUNCH((loss_held_kernel<T>), (unsigned)rows, (unsigned)held, context, dlogits, nll, logits,
+                   targets, (int)V);
+            return;
+        }
         int64_t warps = ceil_div(V, VEC * WARP_SIZE), most = LOSS_THREADS / WARP_SIZE;
         unsigned threads = (unsigned)(warps < most ? warps : most) * WARP_SIZE;
         LAUNCH((loss_kernel<T, VEC>), (unsigned)rows, threads, context, dlogits, nll, logits, targets,

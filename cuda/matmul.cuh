@@ -2,7 +2,7 @@
  *
  * float products are true float (no TF32), bf16 products add up in float. All matrices are row-major here;
  * cuBLAS is column-major, so it is asked for C^T = op(B)^T op(A)^T, which is the same memory. All that knows
- * of cuBLAS stands in the first half of this file, behind five functions; -DPLAIN_PRODUCTS=1 takes others.
+ * of cuBLAS stands in the first half of this file, behind six functions; -DPLAIN_PRODUCTS=1 takes others.
  */
 #ifndef CUDA_MATMUL_CUH
 #define CUDA_MATMUL_CUH
@@ -33,6 +33,7 @@ template <typename T> static Matrix<T> matrix(T *data, int64_t row_stride, int64
 
 static inline void start_products(Context *) {}
 static inline void use_workspace(Context *) {}
+static inline void use_multiprocessors(Context *context, int sms) { context->num_sms = sms; }
 static inline void end_products(Context *) {}
 
 template <typename T, typename O>
@@ -77,6 +78,11 @@ static inline void start_products(Context *context) {
 static inline void use_workspace(Context *context) {
     CHECK_CUBLAS(
         cublasSetWorkspace(context->cublas, context->cublas_workspace, context->cublas_workspace_bytes));
+}
+/* Products are planned for so many multiprocessors from here on. */
+static inline void use_multiprocessors(Context *context, int sms) {
+    context->num_sms = sms;
+    CHECK_CUBLAS(cublasSetSmCountTarget(context->cublas, sms));
 }
 static inline void end_products(Context *context) {
     CHECK_CUBLAS(cublasDestroy(context->cublas));
@@ -294,6 +300,78 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
                                    const T *x, int64_t M, int64_t N, int64_t K) {
     matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N), matrix(x, K), accumulate ? 1.0f : 0.0f,
            matrix(dweight, K));
+}
+
+/* ---- products beside other kernels ----
+ *
+ * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more than
+ * some of the multiprocessors, so a product on the others costs little. The order of things makes them meet:
+ *
+ *     main stream   ... | side_ready | a product | side_start | kernels bound by memory | ... | side_join
+ *     side stream                                  the gradient of a weight, on its share of multiprocessors
+ *
+ * What waits may begin while the main stream's product runs, and has the first right to multiprocessors which
+ * that leaves; what follows on the main stream gets the rest. Everything is in the order of the calls again
+ * after side_join, and the results do not depend on who runs when.
+ */
+
+/* The share of multiprocessors, in percent; 0: no side stream, all is done in the order of the calls. Where
+ * CEMA leaves SIDE_LEAST percent idle, because there are few channels, those are used as well. */
+#ifndef SIDE_PERCENT
+#define SIDE_PERCENT 0
+#endif
+enum { SIDE_LEAST = 20 };
+
+/* linear_backward_weight, on the side stream from the next side_start on. dy and x must stay until
+ * side_join. */
+template <typename T>
+static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy,
+                                         const T *x, int64_t M, int64_t N, int64_t K) {
+    if (!context->side.context || context->dry_run) {
+        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
+        return;
+    }
+    REQUIRE(context->side.num_waiting < MAX_WAITING);
+    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate};
+}
+
+/* What waits may begin when all that the main stream was given up to here is done. */
+static inline void side_ready(Context *context) {
+    if (context->side.num_waiting) CHECK_CUDA(cudaEventRecord(context->side.ready, context->stream));
+}
+
+/* sms: how many multiprocessors it may have */
+template <typename T> static void side_start(Context *context, int sms) {
+    SideStream *side = &context->side;
+    if (!side->num_waiting) return;
+    CHECK_CUDA(cudaStreamWaitEvent(side->context->stream, side->ready, 0));
+    use_multiprocessors(side->context, sms);
+    for (int i = 0; i < side->num_waiting; i++) {
+        const auto &p = side->waiting[i];
+        linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M,
+                               p.N, p.K);
+    }
+    side->num_waiting = 0;
+    side->busy = true;
+}
+/* With the share of all that they have beside kernels which would take any. */
+template <typename T> static void side_start(Context *context) {
+    side_start<T>(context, context->num_sms * SIDE_PERCENT / 100);
+}
+
+/* Is it worth while to leave so many multiprocessors to the side stream? */
+static inline bool side_fits(const Context *context, int sms) {
+    return context->side.context && sms * 100 >= context->num_sms * SIDE_LEAST;
+}
+
+/* The main stream goes on when the side stream has nothing left to do. */
+static inline void side_join(Context *context) {
+    SideStream *side = &context->side;
+    REQUIRE(!side->num_waiting);
+    if (!side->busy) return;
+    CHECK_CUDA(cudaEventRecord(side->done, side->context->stream));
+    CHECK_CUDA(cudaStreamWaitEvent(context->stream, side->done, 0));
+    side->busy = false;
 }
 
 /* y = x W^T + bias:  dx = dy W;  dW += dy^T x;  dbias += column sums of dy. Any of the three may be NULL. */

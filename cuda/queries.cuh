@@ -8,6 +8,12 @@
 
 enum { QUERY_WARPS = 8, QUERY_THREADS = QUERY_WARPS * WARP_SIZE, QUERY_ROWS = 16 };
 
+/* 1: heads that a vector a lane holds have kernels of their own, which ask for a row while they work on the one
+ * before; 0: never */
+#ifndef QUERIES_AHEAD
+#define QUERIES_AHEAD 0
+#endif
+
 /* ----------------------------------------------------------------------------------------------------------
  * RoPE: the pair (x[2i], x[2i+1]) turns by the angle position base^(-2i/z), position = (n + t) mod C.
  */
@@ -173,11 +179,98 @@ __global__ void queries_forward_kernel(T *q, T *k, T *zn, const T *zz, const T *
     }
 }
 
+
+/* ---- heads that a vector a lane holds ---- */
+
+enum { QUERY_BLOCKS_PER_SM = 3 };
+
+/* Where a thread stands: `lanes` lanes keep a head's columns and walk down every gridDim.x-th of its rows. */
+struct QueryWalk {
+    int lane, z, Z, column, group, groups;
+    bool has; /* columns: the last lanes may have none */
+    __device__ QueryWalk(const QueryShape &shape, int lanes, int vec) {
+        lane = (int)threadIdx.x % lanes, group = (int)threadIdx.x / lanes, groups = QUERY_THREADS / lanes;
+        z = shape.z, Z = shape.H * z, column = (int)blockIdx.y * z + lane * vec, has = lane * vec < z;
+    }
+    /* (cos, sin) of the columns' pairs in token `row`, where no tokens were before */
+    template <int VEC>
+    __device__ Packed<float, VEC> angles(const float2 *table, const QueryShape &shape, int row) const {
+        unsigned position = (unsigned)row % (unsigned)shape.steps % (unsigned)shape.C;
+        return packed<VEC>((const float *)(table + position * (unsigned)(z / 2)) + lane * VEC);
+    }
+};
+
+/* computes: as queries_forward_kernel with everything wanted but perhaps zn
+ * launch:   grid (at most 3 blocks a multiprocessor, H), block 256: see QueryWalk
+ * traffic:  (1 + outputs) B T Z sizeof(T) bytes, the table from the caches
+ * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
+ *           elements
+ * numerics: float, fixed order: deterministic */
+template <typename T, int VEC>
+__global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS_PER_SM)
+    queries_forward_ahead_kernel(T *q, T *k, T *zn, const T *zz, const T *gamma, const T *beta,
+                                 const float2 *table, QueryShape shape, float eps, int lanes) {
+    QueryWalk walk(shape, lanes, VEC);
+    float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, w[2][VEC] = {}, b[2][VEC] = {};
+    if (walk.has)
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+            load<VEC>(w[which], gamma + which * walk.Z + walk.column);
+            load<VEC>(b[which], beta + which * walk.Z + walk.column);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) w[which][i] = inverse + inverse * w[which][i];
+        }
+    Packed<T, VEC> next = {};
+    Packed<float, VEC> next_angle = {};
+    int begin = (int)blockIdx.x * walk.groups, stride = (int)gridDim.x * walk.groups;
+    auto ask = [&](int row) {
+        if (row >= shape.rows || !walk.has) return;
+        next = packed<VEC>(zz + (int64_t)row * walk.Z + walk.column);
+        next_angle = walk.template angles<VEC>(table, shape, row);
+    };
+    ask(begin + walk.group);
+    for (; begin < shape.rows; begin += stride) {
+        int row = begin + walk.group;
+        float value[VEC], angle[VEC], out[VEC], squares = 0;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            value[i] = to_float(next.v[i]), angle[i] = next_angle.v[i];
+            squares += value[i] * value[i];
+        }
+        ask(row + stride);
+        float rstd = rsqrtf(lanes_sum(squares, lanes) * share + eps);
+        if (row >= shape.rows || !walk.has) continue;
+        int64_t at = (int64_t)row * walk.Z + walk.column;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) value[i] *= rstd;
+        if (zn) store<VEC>(zn + at, value);
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++) out[i] = value[i] * w[which][i] + b[which][i];
+            turn<VEC>(out, angle, 1);
+            store<VEC>((which ? k : q) + at, out);
+        }
+    }
+}
+
+/* Do the kernels of this part serve the model's forward and backward? */
+static inline bool queries_ahead(const QueryShape &shape, int vec) {
+    return QUERIES_AHEAD && !shape.count && shape.z <= WARP_SIZE * vec;
+}
+
 template <typename T, bool NORM>
 static void queries_forward_any(Context *context, T *q, T *k, T *zn, const T *zz, const T *gamma,
                                 const T *beta, const float2 *table, QueryShape shape, float eps) {
     WITH_PAIRS(T, head_vector<T>(shape.z, q, k, zn, zz, gamma, beta), {
         int lanes = head_lanes(shape.z, VEC);
+        if (NORM && q && table && queries_ahead(shape, VEC)) {
+            int64_t blocks = min(ceil_div((int64_t)shape.rows * lanes, QUERY_THREADS),
+                                 ceil_div((int64_t)context->num_sms * QUERY_BLOCKS_PER_SM, shape.H));
+            LAUNCH((queries_forward_ahead_kernel<T, VEC>), dim3((unsigned)blocks, (unsigned)shape.H),
+                   QUERY_THREADS, context, q, k, zn, zz, gamma, beta, table, shape, eps, lanes);
+            return;
+        }
         LAUNCH((queries_forward_kernel<T, VEC, NORM>),
                blocks_for((int64_t)shape.rows * shape.H * lanes, QUERY_THREADS), QUERY_THREADS, context, q,
                k, zn, zz, gamma, beta, table, shape, eps, lanes);
@@ -333,6 +426,75 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
         if (out[s]) sweep_row<VEC>(out[s], sweep, z, sum[s], shared);
 }
 
+/* computes: as queries_backward_kernel with NORM and a table
+ * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: see QueryWalk
+ * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
+ * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
+ *           elements; dzz may not be dq, dk or zz
+ * numerics: float sums in a fixed order: deterministic */
+template <typename T, int VEC>
+__global__ void __launch_bounds__(QUERY_THREADS, 2)
+    queries_backward_ahead_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias,
+                                  const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
+                                  QueryShape shape, float eps, int lanes) {
+    __shared__ SweepSums<VEC> shared;
+    QueryWalk walk(shape, lanes, VEC);
+    float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, sum[NUM_QUERY_SUMS][VEC] = {};
+    Packed<T, VEC> w[2] = {}, next_q = {}, next_k = {}, next_zz = {};
+    Packed<float, VEC> next_angle = {};
+    if (walk.has) w[0] = packed<VEC>(gamma + walk.column), w[1] = packed<VEC>(gamma + walk.Z + walk.column);
+    int begin = (int)blockIdx.x * walk.groups, stride = (int)gridDim.x * walk.groups;
+    auto ask = [&](int row) {
+        if (row >= shape.rows || !walk.has) return;
+        int64_t at = (int64_t)row * walk.Z + walk.column;
+        next_q = packed<VEC>(dq + at), next_k = packed<VEC>(dk + at), next_zz = packed<VEC>(zz + at);
+        next_angle = walk.template angles<VEC>(table, shape, row);
+    };
+    ask(begin + walk.group);
+    for (; begin < shape.rows; begin += stride) {
+        int row = begin + walk.group;
+        float q[VEC], k[VEC], z[VEC], dzn[VEC], angle[VEC], squares = 0, products = 0;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            q[i] = to_float(next_q.v[i]), k[i] = to_float(next_k.v[i]), z[i] = to_float(next_zz.v[i]);
+            angle[i] = next_angle.v[i];
+        }
+        ask(row + stride);
+        turn<VEC>(q, angle, -1);
+        turn<VEC>(k, angle, -1);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            dzn[i] = inverse * (q[i] * (1.0f + to_float(w[0].v[i])) + k[i] * (1.0f + to_float(w[1].v[i])));
+            squares += z[i] * z[i], products += dzn[i] * z[i];
+        }
+        for (int step = lanes / 2; step > 0; step /= 2) {
+            squares += __shfl_xor_sync(FULL_MASK, squares, step);
+            products += __shfl_xor_sync(FULL_MASK, products, step);
+        }
+        float rstd = rsqrtf(squares * share + eps), mean = rstd * products * share; // mean: of dzn zn
+        if (row >= shape.rows || !walk.has) continue;
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            float zn = z[i] * rstd, dz = rstd * (dzn[i] - zn * mean);
+            sum[DGAMMA_Q][i] += q[i] * zn, sum[DGAMMA_K][i] += k[i] * zn;
+            sum[DBETA_Q][i] += q[i], sum[DBETA_K][i] += k[i];
+            sum[DBIAS][i] += dz;
+            z[i] = dz;
+        }
+        store<VEC>(dzz + (int64_t)row * walk.Z + walk.column, z);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; i++) sum[DGAMMA_Q][i] *= inverse, sum[DGAMMA_K][i] *= inverse;
+    Sweep sweep(lanes * VEC, VEC);
+    int64_t head = (int64_t)blockIdx.y * walk.z, row_sums = (int64_t)blockIdx.x * walk.Z + head;
+    int64_t two_sums = (int64_t)blockIdx.x * 2 * walk.Z + head;
+    sweep_row<VEC>(partial_gamma + two_sums, sweep, walk.z, sum[DGAMMA_Q], shared);
+    sweep_row<VEC>(partial_gamma + two_sums + walk.Z, sweep, walk.z, sum[DGAMMA_K], shared);
+    sweep_row<VEC>(partial_beta + two_sums, sweep, walk.z, sum[DBETA_Q], shared);
+    sweep_row<VEC>(partial_beta + two_sums + walk.Z, sweep, walk.z, sum[DBETA_K], shared);
+    sweep_row<VEC>(partial_bias + row_sums, sweep, walk.z, sum[DBIAS], shared);
+}
+
 template <typename T, bool NORM>
 static void queries_backward_any(Context *context, T *dzz, float *dgamma, float *dbeta, float *dbias,
                                  const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
@@ -344,6 +506,12 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
         float *partial_gamma = take_sum(context, dgamma, blocks, 2 * Z),
               *partial_beta = take_sum(context, dbeta, blocks, 2 * Z),
               *partial_bias = take_sum(context, dbias, blocks, Z);
+        if (NORM && table && dgamma && dbeta && dbias && queries_ahead(shape, VEC)) {
+            LAUNCH((queries_backward_ahead_kernel<T, VEC>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
+                   context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
+                   lanes);
+            return;
+        }
         LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
                context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
                lanes);
