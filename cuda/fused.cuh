@@ -132,7 +132,7 @@ struct GateEpilogue {
     static constexpr bool ROWS_OF_K = true; // the weight's rows are K
     static constexpr bool HAS_BIAS = false;
     static constexpr int CHUNK = 2;
-    bf16 *dx, *da, *y; /* da and y may be NULL */
+    bf16 *dx, *da, *y; /* da and y may be NULL; y may be x: the thread that writes an element has read it */
     const bf16 *x, *a; /* a may be NULL: as if 1 */
     float *partial;    /* may be NULL */
     int columns;
@@ -492,13 +492,14 @@ template <typename E, bool GATED> struct Parcel {
         epilogue = whole.from(row * columns + column);
         asm volatile("" : "+r"(columns)); // so that no product of it waits in a register for the next parcel
     }
-    /* A row behind the matrix's last reads the last's numbers; its products are 0, and none is written. */
     /* A line is 64 numbers, a quarter of a row. */
     __device__ void prefetch() const {
 #pragma unroll
         for (int line = (int)threadIdx.x % WARP_SIZE; line < FUSED_WARP_ROWS * 4; line += WARP_SIZE)
             if (line / 4 < rows) epilogue.prefetch_inputs(line / 4 * columns + line % 4 * (FUSED_N / 4));
     }
+    /* A row behind the matrix's last reads the last's numbers, which may have been overwritten by then: its
+     * products are 0, so nothing comes of them, and nothing is written. */
     __device__ void load(typename E::Inputs *in, int batch, int i) const {
         epilogue.load(in, min(row_of(batch, i), rows - 1) * columns + piece_of(batch) * FUSED_VEC, GATED);
     }
@@ -765,7 +766,8 @@ static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, 
 }
 
 /* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx, with
- * the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL. */
+ * the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL,
+ * and h may be x. */
 template <typename T>
 static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *dbias, const T *dy, const T *weight,
                                  const T *x, const T *a, int64_t M, int64_t N, int64_t K, Dropout dropout) {
