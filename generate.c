@@ -117,7 +117,6 @@ typedef struct Generator {
     char hash[CHECKPOINT_HASH];  /* of the model; only where a state is saved or loaded */
     int64_t before, read;        /* tokens: of the loaded state, and of the prompt      */
     int64_t bytes_read;          /* of the prompt                                       */
-    int64_t memory_first, read_first;    /* in use after the first piece of a file, and its tokens */
     int read_size;
     Sampler sampler;
     float *logits;               /* vocab_size: after the last token                    */
@@ -247,12 +246,12 @@ static void show_reading(const Generator *g, int64_t size, double start, double 
     *shown = now;
 }
 
-/* Memory does not grow with the prompt: here is what to check it by. */
-static void show_memory(const Generator *g) {
+/* Memory does not grow with the prompt: here is what to check it by. memory: in use after the first `read` tokens. */
+static void show_memory(const Generator *g, int64_t memory, int64_t read) {
     char first[32], tokens[32], last[32], all[32];
     fprintf(stderr, "%smemory in use: %s bytes after %s tokens, %s bytes after %s tokens\n",
-            g->backend == &megalodon_cpu ? "" : "device ", report_count(g->memory_first, first),
-            report_count(g->read_first, tokens), report_count(memory_in_use(g), last), report_count(g->read, all));
+            g->backend == &megalodon_cpu ? "" : "device ", report_count(memory, first),
+            report_count(read, tokens), report_count(memory_in_use(g), last), report_count(g->read, all));
 }
 
 static void read_prompt_file(Generator *g, const char *name) {
@@ -260,17 +259,18 @@ static void read_prompt_file(Generator *g, const char *name) {
     PromptFile p = {.name = name, .file = is_stdin ? stdin : fopen(name, "rb")};
     struct stat info;
     double start = report_seconds(), shown = start;
+    int64_t memory = 0, first = 0;           /* in use after the first piece, and its tokens */
     if (!p.file) die(errorf("--prompt-file %s: cannot be opened: %s", name, strerror(errno)));
     bool known = fstat(fileno(p.file), &info) == 0;
     if (known && S_ISDIR(info.st_mode)) die(errorf("--prompt-file %s: is a folder; expected a file", name));
     while (!p.ended) {
         read_piece(g, &p);
-        if (g->memory_first == 0) g->memory_first = memory_in_use(g), g->read_first = g->read;
+        if (first == 0) memory = memory_in_use(g), first = g->read;
         show_reading(g, known && S_ISREG(info.st_mode) ? (int64_t)info.st_size : 0, start, &shown);
     }
     if (shown > start && isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
     if (g->read == 0) die(errorf("--prompt-file %s: is empty; expected some text to continue", name));
-    if (g->read > g->read_first && g->memory_first > 0) show_memory(g);
+    if (g->read > first && memory > 0) show_memory(g, memory, first);
     if (!is_stdin) fclose(p.file);
     free(p.bytes);
 }

@@ -143,7 +143,6 @@ struct Context {
     cublasLtHandle_t cublas_lt;
 #endif
     void *cublas_workspace;
-    size_t cublas_workspace_bytes;
     int num_sms;
     bool hopper; /* see hopper.cuh */
     char *scratch;

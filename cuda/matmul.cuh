@@ -72,12 +72,10 @@ static inline void start_products(Context *context) {
     CHECK_CUBLAS(cublasSetMathMode(
         context->cublas,
         (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-    context->cublas_workspace_bytes = CUBLAS_WORKSPACE;
 }
-/* After context->cublas_workspace, of so many bytes, was set. */
+/* After context->cublas_workspace, of CUBLAS_WORKSPACE bytes, was set. */
 static inline void use_workspace(Context *context) {
-    CHECK_CUBLAS(
-        cublasSetWorkspace(context->cublas, context->cublas_workspace, context->cublas_workspace_bytes));
+    CHECK_CUBLAS(cublasSetWorkspace(context->cublas, context->cublas_workspace, CUBLAS_WORKSPACE));
 }
 /* Products are planned for so many multiprocessors from here on. */
 static inline void use_multiprocessors(Context *context, int sms) {
@@ -164,7 +162,7 @@ static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, 
         CHECK_CUBLAS(cublasLtMatmulPreferenceInit(&preference));
         CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(&preference,
                                                           CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                          &context->cublas_workspace_bytes, sizeof(size_t)));
+                                                          &CUBLAS_WORKSPACE, sizeof(size_t)));
         const struct {
             cublasLtMatmulPreferenceAttributes_t attribute;
             const void *pointer;
@@ -191,7 +189,7 @@ static bool linear_at_once(Context *context, T *y, const T *x, const T *weight, 
     float one = 1, beta = add ? 1.0f : 0.0f;
     CHECK_CUBLAS(cublasLtMatmul(context->cublas_lt, &product, &one, weight, &layout_w, x, &layout_x, &beta,
                                 c, &layout_y, y, &layout_y, &found->second.algorithm,
-                                context->cublas_workspace, context->cublas_workspace_bytes,
+                                context->cublas_workspace, CUBLAS_WORKSPACE,
                                 context->stream));
     return true;
 }

@@ -48,7 +48,8 @@
     X(REAL,   lr,         "0.002",      0, 1, "X", "Training", \
       "highest learning rate: a tenth of the steps warm up; after it, and after --grow, it falls to a tenth") \
     X(CHOICE, cema_init,  "released",   0, 0, "released|spread|hold", "Training", "see ./train --help") \
-    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", "longest memory of --cema-init spread and hold") \
+    X(REAL,   cema_memory, "2048",      2.5, 1e9, "TOKENS", "Training", \
+      "longest memory of --cema-init spread and hold") \
     X(BOOL,   cema_decay, "true",       0, 0, "true|false", "Training", "weight decay on CEMA's parameters too") \
     X(TEXT,   init,       NULL,         0, 0, "FILE", "Training", "begin with the weights of this model") \
     X(TEXT,   out,        "recall.safetensors", 0, 0, "FILE", "Training", "the trained model") \
@@ -312,9 +313,9 @@ static int32_t likeliest(const Experiment *e, const float *logits, int at) {
 static void judge(const Experiment *e, const float *logits, const int32_t *tokens, const RecallQuestion *questions,
                   int facts, int i, Count *count) {
     const RecallQuestion *q = &questions[i];
-    bool right = true, mixed = false;
     int32_t first = likeliest(e, logits, q->at);
-    for (int k = 0; k < e->recall.letters && right; k++)
+    bool right = first == tokens[q->at], mixed = false;
+    for (int k = 1; k < e->recall.letters && right; k++)
         right = likeliest(e, logits, q->at + k) == tokens[q->at + k];
     for (int j = 0; j < facts && first != tokens[q->at]; j++) mixed = mixed || first == tokens[questions[j].at];
     count->asked++;
@@ -345,8 +346,10 @@ static void ask(Experiment *e, int facts, float *logits, Count counts[RECALL_MAX
 }
 
 /* A line of shares, a column a distance: over all hops, or of one number of them. mixed: of mixed answers, not right
- * ones. A condition inside the loop over hops would meet a fault of gcc 12, which mixes up the members at -O3 with AVX2. */
-static void print_counts(const Experiment *e, int hops, bool mixed, Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
+ * ones. A condition inside the loop over hops would meet a fault of gcc 12, which mixes up the members at -O3 with
+ * AVX2. */
+static void print_counts(const Experiment *e, int hops, bool mixed,
+                         Count counts[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1]) {
     int from = hops ? hops : 1, to = hops ? hops : e->recall.hops;
     for (int d = 0; d < e->recall.num_distances; d++) {
         Count sum = {0, 0, 0};
@@ -367,14 +370,15 @@ static void test(Experiment *e) {
     const Values *v = &e->values;
     int64_t T = recall_length(r, r->num_distances - 1);
     float *logits = malloc((size_t)(v->batch * T * e->config.vocab_size) * sizeof *logits);
-    static Count counts[RECALL_MAX_LIST][RECALL_MAX_LIST][RECALL_MAX_HOPS + 1], all[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1];
+    static Count counts[RECALL_MAX_LIST][RECALL_MAX_LIST][RECALL_MAX_HOPS + 1];
+    static Count all[RECALL_MAX_LIST][RECALL_MAX_HOPS + 1];
     FILE *csv = v->csv ? fopen(v->csv, "w") : NULL;
     if (!logits) die("no memory for the logits of a batch; use a smaller --batch");
     if (v->csv && !csv) die(errorf("--csv %s: cannot be written: %s", v->csv, strerror(errno)));
     create_model(e, false);
     die_if(checkpoint_load(v->checkpoint, e->backend, e->model, &e->config));
-    printf("%s, --task %s: right answers, by the distance in chunks of %d tokens; by guessing %.2g%%\n%13s", v->checkpoint,
-           v->task, r->unit, 100 * pow(26, -r->letters), "");
+    printf("%s, --task %s: right answers, by the distance in chunks of %d tokens; by guessing %.2g%%\n%13s",
+           v->checkpoint, v->task, r->unit, 100 * pow(26, -r->letters), "");
     for (int d = 0; d < r->num_distances; d++) printf(" %7d", r->distances[d]);
     printf("\n");
     if (csv) fprintf(csv, "task,facts,hops,distance,asked,right,mixed\n");

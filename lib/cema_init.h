@@ -57,15 +57,6 @@ static inline void cema_hold(const MegalodonConfig *config, double longest, floa
     }
 }
 
-/* Reads or writes one of the three tensors of a layer. */
-static inline const char *cema_exchange(const MegalodonBackend *backend, MegalodonModel *model, int layer,
-                                        const char *field, float *values, bool write) {
-    char name[MEGALODON_MAX_NAME];
-    snprintf(name, sizeof name, "layers.%d.mega.cema.%s", layer, field);
-    return write ? backend->set(model, MEGALODON_PARAM, name, values, MEGALODON_F32)
-                 : backend->get(model, MEGALODON_PARAM, name, values, MEGALODON_F32);
-}
-
 /* Gives CEMA of an initialised model the start called `way`: released (nothing changes), spread or hold. longest:
  * steps, more than 2. Error: no memory, or what the backend says. */
 static inline const char *cema_start(const MegalodonBackend *backend, MegalodonModel *model,
@@ -75,17 +66,21 @@ static inline const char *cema_start(const MegalodonBackend *backend, MegalodonM
     if (!spreads && strcmp(way, "hold") != 0) return NULL;
     float *alpha = malloc((2 * states + D) * sizeof *alpha);
     if (!alpha) return errorf("no memory for the %zu states of a layer's CEMA", states);
-    float *delta = alpha + states, *theta = delta + states;
+    float *delta = alpha + states, *theta = delta + states, *const values[] = {alpha, delta, theta};
+    static const char *const fields[] = {"alpha", "delta", "theta"};
+    char names[3][MEGALODON_MAX_NAME];
     const char *error = NULL;
-    for (int l = 0; l < config->num_layers && !error; l++)
-        for (int write = 0; write < 2 && !error; write++) {
-            error = cema_exchange(backend, model, l, "alpha", alpha, write);
-            if (!error) error = cema_exchange(backend, model, l, "delta", delta, write);
-            if (!error) error = cema_exchange(backend, model, l, "theta", theta, write);
-            if (write) continue;
-            if (spreads) cema_spread(config, longest, alpha, delta);
-            else cema_hold(config, longest, alpha, delta, theta);
+    for (int l = 0; l < config->num_layers && !error; l++) {
+        for (int i = 0; i < 3 && !error; i++) {
+            snprintf(names[i], sizeof names[i], "layers.%d.mega.cema.%s", l, fields[i]);
+            error = backend->get(model, MEGALODON_PARAM, names[i], values[i], MEGALODON_F32);
         }
+        if (error) break;
+        if (spreads) cema_spread(config, longest, alpha, delta);
+        else cema_hold(config, longest, alpha, delta, theta);
+        for (int i = 0; i < 3 && !error; i++)
+            error = backend->set(model, MEGALODON_PARAM, names[i], values[i], MEGALODON_F32);
+    }
     free(alpha);
     return error;
 }

@@ -151,10 +151,9 @@ static inline const char *examples_open(Examples *e, const char *path, const Voc
     const char *error = json_read_text(path, &text, &length);
     if (error) return error;
     for (size_t i = 0; i < length; i++) e->hash = (e->hash ^ (uint8_t)text[i]) * 0x100000001b3u;
-    for (size_t at = 0, next; !error && at < length; at = next) {
-        const char *feed = memchr(text + at, '\n', length - at);
-        size_t stop = feed ? (size_t)(feed - text) : length, first = at;
-        next = stop + 1;
+    for (size_t at = 0, stop; !error && at < length; at = stop + 1) {
+        size_t first = at;
+        stop = json_line_end(text, at, length);
         number++;
         while (first < stop && (text[first] == ' ' || text[first] == '\t' || text[first] == '\r')) first++;
         if (first == stop) continue;                         /* a blank line */

@@ -412,6 +412,12 @@ static inline const char *json_parse(Json *json, const char *text, size_t length
     return error;
 }
 
+/* Where the line ends that begins at text[at], of n bytes in all: at its line feed, or at n. */
+static inline size_t json_line_end(const char *text, size_t at, size_t n) {
+    const char *feed = memchr(text + at, '\n', n - at);
+    return feed ? (size_t)(feed - text) : n;
+}
+
 /* Reads a file into memory: *text has *length bytes and a 0 byte after them; free() it. Error: the file and
  * why. */
 static inline const char *json_read_text(const char *path, char **text, size_t *length) {

@@ -454,6 +454,14 @@ static inline double safetensors_half(uint16_t bits) {
     return bits >> 15 ? -value : value;
 }
 
+/* Copies elements [first, first + count) as they are, in this machine's order of bytes. */
+static inline void safetensors_take(const SafetensorsTensor *tensor, int64_t first, int64_t count, void *out) {
+    size_t width = safetensors_dtype_bytes(tensor->dtype);
+    const char *at = (const char *)tensor->data + (size_t)first * width;
+    if (tensor->in_file) safetensors_copy(out, at, (size_t)count, width);
+    else if (count > 0) memcpy(out, at, (size_t)count * width);
+}
+
 /* Element i as a double: exact but for an I64 above 2^53. */
 static inline double safetensors_element(const SafetensorsTensor *tensor, int64_t i) {
     union {
@@ -465,10 +473,7 @@ static inline double safetensors_element(const SafetensorsTensor *tensor, int64_
         uint16_t u16;
         uint8_t u8;
     } x = {0}, wide;
-    size_t bytes = safetensors_dtype_bytes(tensor->dtype);
-    const char *at = (const char *)tensor->data + (size_t)i * bytes;
-    if (tensor->in_file) safetensors_copy(&x, at, 1, bytes);
-    else memcpy(&x, at, bytes);
+    safetensors_take(tensor, i, 1, &x);
     switch (tensor->dtype) {
     case SAFETENSORS_F64: return x.f64;
     case SAFETENSORS_I64: return (double)x.i64;
@@ -485,17 +490,14 @@ static inline void safetensors_to_double(const SafetensorsTensor *tensor, double
     for (int64_t i = 0; i < tensor->size; i++) out[i] = safetensors_element(tensor, i);
 }
 static inline void safetensors_to_float(const SafetensorsTensor *tensor, float *out) {
-    if (tensor->dtype == SAFETENSORS_F32 && tensor->in_file)
-        safetensors_copy(out, tensor->data, (size_t)tensor->size, sizeof *out);
+    if (tensor->dtype == SAFETENSORS_F32) safetensors_take(tensor, 0, tensor->size, out);
     else for (int64_t i = 0; i < tensor->size; i++) out[i] = (float)safetensors_element(tensor, i);
 }
 
 /* All elements of an I64, I32 or U8 tensor, exactly. Error: it has another dtype. */
 static inline const char *safetensors_to_int64(const SafetensorsTensor *tensor, int64_t *out) {
-    if (tensor->dtype == SAFETENSORS_I64 && tensor->in_file)
-        safetensors_copy(out, tensor->data, (size_t)tensor->size, sizeof *out);
-    else if (tensor->dtype == SAFETENSORS_I64)
-        memcpy(out, tensor->data, tensor->bytes);
+    if (tensor->dtype == SAFETENSORS_I64)
+        safetensors_take(tensor, 0, tensor->size, out);
     else if (tensor->dtype == SAFETENSORS_I32 || tensor->dtype == SAFETENSORS_U8)
         for (int64_t i = 0; i < tensor->size; i++) out[i] = (int64_t)safetensors_element(tensor, i);
     else

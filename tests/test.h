@@ -67,6 +67,26 @@ static inline bool test_among(const char *names, const char *name) {
     return !names;
 }
 
+/* What the command line of a test chooses: a short form, and of backends and parts those named between commas (NULL:
+ * all). */
+typedef struct TestChoice {
+    bool brief;
+    const char *backends, *parts;
+} TestChoice;
+
+/* Reads [--short] [--backend NAMES] [--only NAMES]. False: there is something else. */
+static inline bool test_choose(TestChoice *choice, int argc, char **argv) {
+    *choice = (TestChoice){.brief = false};
+    for (int i = 1; i < argc; i++) {
+        const char **names = !strcmp(argv[i], "--backend") ? &choice->backends
+                             : !strcmp(argv[i], "--only")  ? &choice->parts : NULL;
+        if (!strcmp(argv[i], "--short")) choice->brief = true;
+        else if (names && i + 1 < argc) *names = argv[++i];
+        else return false;
+    }
+    return true;
+}
+
 /* Root of the mean square; NaN or infinite where an element is. */
 static inline double test_rms(const double *x, size_t n) {
     double sum = 0;

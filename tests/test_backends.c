@@ -842,15 +842,11 @@ static void usage(void) {
 }
 
 int main(int argc, char **argv) {
-    const char *backend = NULL, *only = NULL;
-    bool known = true, any = false;
-    for (int i = 1; i < argc; i++) {
-        const char **name = !strcmp(argv[i], "--backend") ? &backend : !strcmp(argv[i], "--only") ? &only : NULL;
-        if (!strcmp(argv[i], "--short")) brief = true;
-        else if (name && i + 1 < argc) *name = argv[++i];
-        else usage();
-    }
-    if (backend) known = false;
+    TestChoice choice;
+    if (!test_choose(&choice, argc, argv)) usage();
+    const char *backend = choice.backends, *only = choice.parts;
+    bool known = !backend, any = false;
+    brief = choice.brief;
     for (int i = 0; i < NUM_CANDIDATES; i++) known = known || !strcmp(backend, candidates[i].name);
     for (int i = 0; i < NUM_PARTS; i++) any = any || test_among(only, parts[i]);
     if (!known || !any) usage();

@@ -127,10 +127,31 @@ static bool has_role(MegalodonComponentId id, MegalodonRole role) {
     return false;
 }
 
+/* Rows and heads too large for a block of threads to hold at once. */
+static MegalodonConfig wide_config(void) {
+    MegalodonConfig config = odd_config();
+    config.model_dim = 1284;
+    config.value_dim = 1281;
+    config.ffn_hidden_dim = config.z_dim = 1030;
+    config.num_heads = 1;
+    config.cema_ndim = 2;
+    config.norm_num_groups = 3;
+    return config;
+}
+
+/* CEMA with more states than a launch takes, channels that are read eight at a time, and time in segments of which the
+ * last one is shorter and no whole number of groups. */
+static void check_many_states(const Candidate *candidate, const Port *reference) {
+    MegalodonShape shape = {odd_config(), 2, 333, 3, 3, MEGALODON_FP32};
+    shape.config.model_dim = 40;
+    shape.config.cema_ndim = 20;
+    check_component(candidate, reference, MEGALODON_CEMA, "20 states", &shape, true, true);
+}
+
 /* The short form. A GPU's kernels come in variants by the width of what may be loaded at once, and treat long rows,
  * many rows and long times in their own ways. */
 static void check_briefly(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
-    MegalodonConfig odd = odd_config(), dropout = odd, even = odd, half = odd, wide = odd, states = odd, few = odd;
+    MegalodonConfig odd = odd_config(), dropout = odd, even = odd, half = odd, wide = wide_config(), few = odd;
     bool stateful = has_role(id, MEGALODON_STATE_IN);
     check_component(candidate, reference, id, "no state", &(MegalodonShape){odd, 3, 17, 0, 3, MEGALODON_FP32}, false,
                     false);
@@ -164,10 +185,8 @@ static void check_briefly(const Candidate *candidate, const Port *reference, Meg
         check_component(candidate, reference, id, "group, half", &(MegalodonShape){half, 2, 70, 3, 3, MEGALODON_FP32},
                         true, true);
     }
-    /* Rows and heads too large for a block of threads, with and without wide loads. */
+    /* With and without wide loads. */
     bool products = id == MEGALODON_LINEAR || id == MEGALODON_ATTENTION;
-    wide.model_dim = 1284, wide.value_dim = 1281, wide.ffn_hidden_dim = 1030, wide.num_heads = 1, wide.z_dim = 1030;
-    wide.cema_ndim = 2, wide.norm_num_groups = 3;
     for (int i = 0; i < 2 && !products; i++) {
         check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 5, 3, 3, MEGALODON_FP32}, true,
                         true);
@@ -176,11 +195,7 @@ static void check_briefly(const Candidate *candidate, const Port *reference, Meg
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // more rows than all blocks take in one turn
         check_component(candidate, reference, id, "many rows", &(MegalodonShape){wide, 1, 800, 0, 3, MEGALODON_FP32},
                         true, true);
-    /* More states than a launch takes, and segments of time of which the last one is short. */
-    states.model_dim = 40, states.cema_ndim = 20;
-    if (id == MEGALODON_CEMA)
-        check_component(candidate, reference, id, "20 states", &(MegalodonShape){states, 2, 333, 3, 3, MEGALODON_FP32},
-                        true, true);
+    if (id == MEGALODON_CEMA) check_many_states(candidate, reference);
     /* Time for which sums get one more level, and tokens with many rows. */
     few.model_dim = few.z_dim = few.value_dim = few.vocab_size = 6, few.cema_ndim = 2, few.norm_num_groups = 3;
     if (id == MEGALODON_TIMESTEPNORM || id == MEGALODON_CEMA || id == MEGALODON_EMBEDDING)
@@ -197,7 +212,7 @@ static void check_briefly(const Candidate *candidate, const Port *reference, Meg
 
 /* All shapes of one component: T around the chunk size, a prime, 1; with and without a state; then real sizes. */
 static void check_shapes(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
-    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = odd, narrow = odd, states = odd;
+    MegalodonConfig odd = odd_config(), real, dropout = odd, wide = wide_config(), narrow = odd;
     int C = odd.chunk_size, lengths[] = {1, C - 1, C, C + 1, 53};
     bool stateful = has_role(id, MEGALODON_STATE_IN);
     for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
@@ -213,20 +228,12 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     dropout.scale_emb = true;
     check_component(candidate, reference, id, "dropout", &(MegalodonShape){dropout, 2, 31, 2, 3, MEGALODON_FP32}, true,
                     true);
-    /* Rows and heads too large for a block of threads to hold at once, and more time than 32 times 32 steps, which
-     * is where sums over time get one more level. */
-    wide.model_dim = 1284, wide.value_dim = 1281, wide.ffn_hidden_dim = 1030;
-    wide.num_heads = 1, wide.z_dim = 1030, wide.cema_ndim = 2, wide.norm_num_groups = 3;
     check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 9, 3, 3, MEGALODON_FP32}, true, true);
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // and more rows than all blocks take in one turn
         check_component(candidate, reference, id, "wide, many", &(MegalodonShape){wide, 2, 800, 3, 3, MEGALODON_FP32},
                         true, true);
-    /* More states than a launch takes, channels that are read eight at a time, and time in segments of which the last
-     * one is shorter and no whole number of groups. */
-    states.model_dim = 40, states.cema_ndim = 20;
-    if (id == MEGALODON_CEMA)
-        check_component(candidate, reference, id, "20 states", &(MegalodonShape){states, 2, 333, 3, 3, MEGALODON_FP32},
-                        true, true);
+    if (id == MEGALODON_CEMA) check_many_states(candidate, reference);
+    /* More time than 32 times 32 steps, which is where sums over time get one more level. */
     narrow.model_dim = narrow.z_dim = narrow.value_dim = 6, narrow.cema_ndim = 2, narrow.norm_num_groups = 3;
     check_component(candidate, reference, id, "long", &(MegalodonShape){narrow, 2, 2100, 4, 3, MEGALODON_FP32}, true,
                     true);
@@ -245,12 +252,6 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     int T = candidate->large ? 4096 : 150;
     check_component(candidate, reference, id, "real", &(MegalodonShape){real, 2, T, 7, 3, MEGALODON_FP32}, true, true);
 }
-
-/* Which of them the command line asks for. */
-typedef struct Choice {
-    bool brief;
-    const char *backends, *components;       /* names between commas, or NULL: all */
-} Choice;
 
 static void usage(const Candidate *candidates, size_t count) {
     fprintf(stderr, "usage: test_components [--short] [--backend NAME,...] [--only COMPONENT,...]\n  NAME:");
@@ -274,14 +275,8 @@ int main(int argc, char **argv) {
 #endif
     };
     const size_t count = sizeof candidates / sizeof *candidates;
-    Choice choice = {.brief = false};
-    for (int i = 1; i < argc; i++) {
-        const char **names = !strcmp(argv[i], "--backend") ? &choice.backends
-                             : !strcmp(argv[i], "--only")  ? &choice.components : NULL;
-        if (!strcmp(argv[i], "--short")) choice.brief = true;
-        else if (names && i + 1 < argc) *names = argv[++i];
-        else usage(candidates, count);
-    }
+    TestChoice choice;
+    if (!test_choose(&choice, argc, argv)) usage(candidates, count);
     test_begin("components");
     Port reference = host_port(&megalodon_cpu_double, true);
     bool any = false;
@@ -290,7 +285,7 @@ int main(int argc, char **argv) {
         if (!test_among(choice.backends, candidates[i].port.name)) continue;
         for (int id = 0; id < MEGALODON_NUM_COMPONENTS; id++) {
             char text[256];
-            if (!test_among(choice.components, megalodon_components[id].name)) continue;
+            if (!test_among(choice.parts, megalodon_components[id].name)) continue;
             any = true;
             snprintf(text, sizeof text, "%s %s: %s", candidates[i].port.name, megalodon_components[id].name,
                      why ? why : "");

@@ -150,7 +150,8 @@ cudaError_t cudaMemcpyAsync(void *out, const void *in, size_t bytes, enum cudaMe
 cudaError_t cudaMemcpy2DAsync(void *out, size_t out_pitch, const void *in, size_t in_pitch, size_t width, size_t height,
                               enum cudaMemcpyKind kind, cudaStream_t stream) {
     (void)kind, (void)stream;
-    for (size_t row = 0; row < height; row++) memmove((char *)out + row * out_pitch, (const char *)in + row * in_pitch, width);
+    for (size_t row = 0; row < height; row++)
+        memmove((char *)out + row * out_pitch, (const char *)in + row * in_pitch, width);
     return CUDA_STATUS;
 }
 
@@ -180,7 +181,9 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *graph, cudaGraph_t from, unsig
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return (void)graph, CUDA_STATUS; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return (void)graph, CUDA_STATUS; }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) { return (void)graph, (void)stream, CUDA_STATUS; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    return (void)graph, (void)stream, CUDA_STATUS;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     (void)flags;
     *event = (cudaEvent_t)(void *)&anything;
@@ -226,12 +229,14 @@ cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) { return (void)handle, BL
 cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
     return (void)handle, (void)stream, BLAS_STATUS;
 }
-cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) { return (void)handle, (void)mode, BLAS_STATUS; }
+cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
+    return (void)handle, (void)mode, BLAS_STATUS;
+}
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void *memory, size_t bytes) {
     return (void)handle, (void)memory, (void)bytes, BLAS_STATUS;
 }
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t at, cublasOperation_t bt, int m, int n,
-                                          int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t at, cublasOperation_t bt, int m,
+                                          int n, int k, const void *alpha, const void *a, cudaDataType a_type, int lda,
                                           long long a_stride, const void *b, cudaDataType b_type, int ldb,
                                           long long b_stride, const void *beta, void *c, cudaDataType c_type, int ldc,
                                           long long c_stride, int count, cublasComputeType_t compute,

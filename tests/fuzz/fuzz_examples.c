@@ -45,11 +45,9 @@ static void compare_text(const Examples *e, const Example *item, const Vocabular
 /* Reads the lines again, one by one. */
 static void compare_lines(const Examples *e, const Vocabulary *v, const DocumentMark *end, const char *text, size_t n) {
     int64_t found = 0;
-    for (size_t at = 0, next; at < n; at = next) {
-        const char *feed = memchr(text + at, '\n', n - at);
-        size_t stop = feed ? (size_t)(feed - text) : n;
+    for (size_t at = 0, stop; at < n; at = stop + 1) {
         Json json;
-        next = stop + 1;
+        stop = json_line_end(text, at, n);
         if (json_parse(&json, text + at, stop - at)) continue;       /* a blank line; others were refused */
         expect(found < e->count, "more lines than examples");
         compare_text(e, &e->items[found++], v, end, json.root);

@@ -89,11 +89,9 @@ static void check_tokens(const uint8_t *text, size_t n) {
 /* Each line that is not blank is an object with a text alone, and all of their bytes were read. */
 static void check_lines(const char *text, size_t n) {
     int64_t bytes = 0;
-    for (size_t at = 0, next; at < n; at = next) {
-        const char *feed = memchr(text + at, '\n', n - at);
-        size_t stop = feed ? (size_t)(feed - text) : n;
+    for (size_t at = 0, stop; at < n; at = stop + 1) {
         Json json;
-        next = stop + 1;
+        stop = json_line_end(text, at, n);
         while (at < stop && (text[at] == ' ' || text[at] == '\t' || text[at] == '\r')) at++;
         if (at == stop) continue;
         const char *error = json_parse(&json, text + at, stop - at);
