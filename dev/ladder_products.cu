@@ -270,7 +270,7 @@ int main(int argc, char **argv) {
     ladder_open(&ladder, (size_t)512 << 20);
     Context *context = &ladder.context;
     start_products(context);
-    context->cublas_workspace = ladder_allocate<char>((int64_t)context->cublas_workspace_bytes);
+    context->cublas_workspace = ladder_allocate<char>((int64_t)CUBLAS_WORKSPACE);
     use_workspace(context);
     context->hopper = hopper_code(context, (int *)context->scratch);
     if (!context->hopper) printf("this device or this build knows no wgmma: the fused versions are left out\n");
