@@ -359,7 +359,9 @@ template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true> struct 
     static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
     static_assert(WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
 };
-using BestTeam = Team<2, 1, 3>;
+/* An epilogue that only gates is written by other warps under the next tile's product; one that reads and writes
+ * more takes so long that all warps have to do it. */
+template <typename E> using BestTeam = std::conditional_t<E::ROWS_OF_K, Team<2, 1, 0>, Team<1, 1, 3>>;
 
 /* Shared memory: the ring of places, the parcels, the biases of the last tiles' columns, the barriers. */
 template <typename T> struct TeamMemory {
@@ -739,7 +741,7 @@ template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
                           int64_t columns, int64_t K) {
     if (FUSED_VERSION == 2) {
-        team_product<BestTeam>(context, epilogue, x, weight, rows, columns, K);
+        team_product<BestTeam<E>>(context, epilogue, x, weight, rows, columns, K);
         return;
     }
     if (context->dry_run) return;

@@ -259,7 +259,7 @@ static void climb_shape(Ladder *ladder, const Shape &s) {
 
 int main(int argc, char **argv) {
     Ladder ladder;
-    Values values;
+    Values values = {}; // an option without a default is not set by ladder_options
     ladder_options(&ladder, argc, argv, "ladder_products",
                    "Times products with SiLU and gates, bf16, and checks each version against double.", options,
                    OPTION_COUNT(options), &values);
