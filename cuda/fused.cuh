@@ -609,17 +609,23 @@ __device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamW
     auto go_inside = [&] {
         while (!done() && !walk.inside()) walk.next();
     };
-    auto ask = [&](int64_t at, bool here, int place) {
+    /* for a row behind the matrix's last the last again: its products are 0, and 0 times something has to be 0 */
+    auto ask = [&](const LaneRows &from, int row, char *place) {
 #pragma unroll
-        for (int i = 0; i < INPUTS; i++)
-            if (here) copy_aside(ring + (place * INPUTS + i) * FUSED_ROW_BYTES, epilogue.input(i) + at);
+        for (int i = 0; i < TOGETHER; i++) {
+            int64_t at = from.at + min(row + i, from.count - 1) * columns;
+#pragma unroll
+            for (int k = 0; k < INPUTS; k++)
+                if (from.count > 0)
+                    copy_aside(place + (i * INPUTS + k) * FUSED_ROW_BYTES, epilogue.input(k) + at);
+        }
         copies_commit();
     };
     go_inside();
     if (done()) return;
     LaneRows now(walk, number, rows, columns);
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) ask(now.at + min(i, now.count - 1) * columns, now.count > 0, i);
+    for (int row = 0; row < AHEAD; row += TOGETHER) ask(now, row, ring + row * (INPUTS * FUSED_ROW_BYTES));
     for (bool more = true; more;) {
         float sum[FUSED_VEC] = {};
         int mine = number, parity = tiles & 1;
@@ -630,32 +636,26 @@ __device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamW
         const char *parcel = memory.parcel(mine);
         barrier_wait(memory.staged(T::OWN ? mine : mine / (WARPGROUP / WARP_SIZE)), parity);
 #pragma unroll 1
-        for (int first = 0; first < FUSED_WARP_ROWS; first += AHEAD) {
-            bool last = first == FUSED_WARP_ROWS - AHEAD; // then the next parcel's rows are asked for
-            int64_t ahead = last ? next.at : now.at;
-            int count = last ? next.count : now.count, start = last ? 0 : first + AHEAD;
+        for (int row = 0; row < FUSED_WARP_ROWS; row += TOGETHER) {
+            typename E::Inputs in[TOGETHER];
+            char *place = ring + row % AHEAD * (INPUTS * FUSED_ROW_BYTES);
+            copies_wait<AHEAD / TOGETHER - 1>();
 #pragma unroll
-            for (int i = 0; i < AHEAD; i += TOGETHER) {
-                typename E::Inputs in[TOGETHER];
-                copies_wait<AHEAD - TOGETHER>();
+            for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
-                for (int k = 0; k < TOGETHER; k++)
+                for (int k = 0; k < INPUTS; k++)
+                    E::take(&in[i], k, load_eight((const bf16 *)(place + (i * INPUTS + k) * FUSED_ROW_BYTES)));
+            /* the places are free again */
+            int later = row + AHEAD;
+            if (later < FUSED_WARP_ROWS)
+                ask(now, later, place);
+            else
+                ask(next, later - FUSED_WARP_ROWS, place);
+            if (row >= now.count) continue;
 #pragma unroll
-                    for (int n = 0; n < INPUTS; n++)
-                        E::take(&in[k], n,
-                                load_eight((const bf16 *)(ring + ((i + k) * INPUTS + n) * FUSED_ROW_BYTES)));
-                if (first + i < now.count)
-#pragma unroll
-                    for (int k = 0; k < TOGETHER; k++)
-                        epilogue.template apply<true>(sum, row_of_parcel(parcel, first + i + k), in[k],
-                                                      now.at + (first + i + k) * columns, GATED,
-                                                      first + i + k < now.count);
-                /* for a row behind the matrix's last, the last again: its products are 0, and 0 times
-                 * something has to be 0 */
-#pragma unroll
-                for (int k = i; k < i + TOGETHER; k++)
-                    ask(ahead + min(start + k, count - 1) * columns, count > 0, k);
-            }
+            for (int i = 0; i < TOGETHER; i++)
+                epilogue.template apply<true>(sum, row_of_parcel(parcel, row + i), in[i],
+                                              now.at + (row + i) * columns, GATED, row + i < now.count);
         }
         __syncwarp(); // all lanes have read the parcel
         if (lane == 0) barrier_arrive(memory.drained(mine));
