@@ -28,9 +28,9 @@
 #define FUSED_PRODUCTS 1
 #endif
 
-/* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, forward with the epilogue
- * under the next tile's product, backward in pairs of blocks. 3: both with writers that go row by row; 4: both
- * with eight such writers, in pairs; these two have run on no device yet. */
+/* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, forward with the
+ * epilogue under the next tile's product, backward in pairs of blocks. 3: both with writers that go row by row;
+ * 4: both with eight such writers, in pairs; these two have run on no device yet. */
 #ifndef FUSED_VERSION
 #define FUSED_VERSION 1
 #endif
@@ -95,7 +95,7 @@ struct SiluEpilogue {
     };
     /* the arrays that it reads, in the order of Inputs */
     __host__ __device__ static constexpr int inputs(bool gate) { return gate ? 1 : 0; }
-    __device__ const bf16 *input(int) const { return other; }
+    __host__ __device__ const bf16 *input(int) const { return other; }
     __device__ static void take(Inputs *in, int, const Eight &words) { in->other = words; }
     __device__ uint32_t bias_at(int column) const {
         return bias ? *reinterpret_cast<const uint32_t *>(bias + column) : 0;
@@ -146,7 +146,7 @@ struct GateEpilogue {
         Eight x, a;
     };
     __host__ __device__ static constexpr int inputs(bool gate) { return gate ? 2 : 1; }
-    __device__ const bf16 *input(int i) const { return i == 0 ? x : a; }
+    __host__ __device__ const bf16 *input(int i) const { return i == 0 ? x : a; }
     __device__ static void take(Inputs *in, int i, const Eight &words) { (i == 0 ? in->x : in->a) = words; }
     static constexpr const bf16 *bias = nullptr;
     __device__ uint32_t bias_at(int) const { return 0; }
@@ -344,17 +344,17 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
 }
 
 /* ----------------------------------------------------------------------------------------------------------
- * The second version. One warp copies, two groups of four warps multiply, and three warps do nothing but
- * epilogues, so that the tensor cores go on with the next tile:
+ * The second version. One warp copies, two groups of four warps multiply, and three or eight warps do nothing
+ * but epilogues, so that the tensor cores go on with the next tile:
  *
  *     copies     | tile 0         | tile 1         | tile 2         |
  *     products     | tile 0        >| tile 1        >| tile 2        |
  *     writers                       | tile 0    |    | tile 1    |
  *
  * At > a multiplying warp rounds its 16 rows of the tile to bf16 and puts them into shared memory, its parcel,
- * which a writing warp takes from there. Barriers hand them to and fro: `staged` a group's four parcels,
- * `drained` one. With the last tile, when nothing is left to multiply, each multiplying warp writes its own
- * parcel.
+ * which a writing warp takes from there. Barriers hand them to and fro: `staged` a group's four parcels (with
+ * eight writers one), `drained` one. With the last tile, when nothing is left to multiply, each multiplying
+ * warp writes its own parcel, if there are not as many writers.
  *
  * Blocks form clusters of ROWS x COLUMNS tiles. Those of one row share the rows of A: each copies its part of
  * them to all; those of one column share B alike. So a place is free when both groups of every block that
@@ -364,9 +364,11 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
 
 /* What a kernel is made for. WRITER_WARPS: 8, one for each parcel; 3, which take them in turns; or 0: the
  * multiplying warps do all epilogues themselves as in the first version, which leaves room for a place more.
- * PREFETCH: what the epilogue will read is brought into the second cache before. ROWWISE: writers take a row at
- * a time. */
-template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true, bool ROWWISE = WRITER_WARPS == FUSED_PARCELS>
+ * PREFETCH: what the epilogue will read is brought into the second cache before. ROWWISE: writers walk through
+ * the rows in a short loop and find what they read in shared memory; without it all of a parcel is one piece of
+ * code, and registers wait for what is read. */
+template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true,
+          bool ROWWISE = WRITER_WARPS == FUSED_PARCELS>
 struct Team {
     static constexpr bool PREFETCHES = PREFETCH && WRITER_WARPS > 0, OWN = WRITER_WARPS == FUSED_PARCELS,
                           BY_ROWS = ROWWISE;
@@ -376,21 +378,25 @@ struct Team {
                          STAGED = OWN ? PARCELS : 2, BARRIERS = 2 * PLACES + STAGED + PARCELS,
                          RING_ROWS = OWN ? 4 : 8, RING_BYTES = RING_ROWS * FUSED_ROW_BYTES,
                          SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES +
-                                  (BY_ROWS ? WRITERS * RING_BYTES : 0) + BIASES * FUSED_BIAS_BYTES + BARRIERS * 8;
-    /* warpgroups that do not multiply, and registers of a thread */
+                                  (BY_ROWS ? WRITERS * RING_BYTES : 0) + BIASES * FUSED_BIAS_BYTES +
+                                  BARRIERS * 8;
+    /* Warpgroups that do not multiply, and registers of a thread. 640 threads begin with 96 each, too few for
+     * a product of 64 x 256 in one instruction. */
     static constexpr int OTHERS = OWN ? 3 : 1, THREADS = (OTHERS + 2) * WARPGROUP,
-                         MULTIPLY_REGISTERS = OWN ? 160 : 232, WRITE_REGISTERS = 64, COPY_REGISTERS = OWN ? 32 : 40;
+                         MULTIPLY_REGISTERS = OWN ? 160 : 232, WRITE_REGISTERS = 64,
+                         COPY_REGISTERS = OWN ? 32 : 40;
+    static constexpr bool HALVES = OWN;
     static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
     static_assert(OWN || WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
 };
 /* An epilogue that only gates is written by other warps under the next tile's product; of one that reads and
  * writes more all warps do a part. */
-template <typename E>
-using BestTeam = std::conditional_t<FUSED_VERSION == 4, Team<2, 1, 8>,
-                                    std::conditional_t<FUSED_VERSION == 3, Team<1, 1, 3, true, true>,
-                                                       std::conditional_t<E::ROWS_OF_K, Team<2, 1, 0>, Team<1, 1, 3>>>>;
+template <typename E> using MeasuredTeam = std::conditional_t<E::ROWS_OF_K, Team<2, 1, 0>, Team<1, 1, 3>>;
+using RowsTeam = std::conditional_t<FUSED_VERSION == 4, Team<2, 1, 8>, Team<1, 1, 3, true, true>>;
+template <typename E> using BestTeam = std::conditional_t<FUSED_VERSION == 2, MeasuredTeam<E>, RowsTeam>;
 
-/* Shared memory: the ring of places, the parcels, their writers' rings, the biases of the last tiles' columns, the barriers. */
+/* Shared memory: the ring of places, the parcels, the writers' rings, the biases of the last tiles' columns,
+ * the barriers. */
 template <typename T> struct TeamMemory {
     char *memory;
     __device__ char *place(int i) const { return memory + i * FUSED_BYTES; }
@@ -444,11 +450,18 @@ __device__ inline void load_part(unsigned blocks, void *to, const CUtensorMap *m
         load_tile_for(blocks, to, map, row, column, barrier);
 }
 
+/* The maps of a kernel: the operands, and what the epilogue reads. */
+struct TeamMaps {
+    CUtensorMap A, B, input[2];
+};
+
 /* One thread of a block: asks for its parts of all pieces of all tiles, as far ahead as there are places. */
-template <typename E, typename T>
-__device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, const CUtensorMap *B,
-                                   TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows, int columns, int pieces) {
-    constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K;
+template <bool GATED, typename E, typename T>
+__device__ inline void copy_pieces(const E &epilogue, const TeamMaps &maps, TeamMemory<T> memory,
+                                   TeamWalk<T> walk, int pieces) {
+    const CUtensorMap *A = &maps.A, *B = &maps.B;
+    constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K,
+                  INPUT_BOXES = E::inputs(GATED) * BOXES;
     int part_a = walk.column_in_cluster(), part_b = walk.row_in_cluster(), place = 0, round = 0, tile = 0;
     unsigned for_a = walk.same_row(), for_b = walk.same_column();
     for (; walk.goes_on(); walk.next(), tile++) {
@@ -474,9 +487,8 @@ __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, cons
                                        full);
                 }
             if (T::BY_ROWS && T::PREFETCHES && walk.inside())
-                for (int i = piece * FUSED_M / pieces; i < (piece + 1) * FUSED_M / pieces; i++)
-                    if (walk.row() + i < rows)
-                        epilogue.prefetch((walk.row() + i) * columns + column, FUSED_ROW_BYTES);
+                for (int i = piece * INPUT_BOXES / pieces; i < (piece + 1) * INPUT_BOXES / pieces; i++)
+                    prefetch_tile(&maps.input[i / BOXES], (int)walk.row(), column + i % BOXES * FUSED_K);
             if (++place == T::PLACES) place = 0, round++;
         }
     }
@@ -591,8 +603,10 @@ struct LaneRows {
         count = left < 0 ? 0 : left < FUSED_WARP_ROWS ? (int)left : FUSED_WARP_ROWS;
     }
 };
+/* The lane's eight columns of a row. */
 __device__ inline Eight row_of_parcel(const char *parcel, int row) {
-    return load_eight((const bf16 *)(parcel + row * FUSED_ROW_BYTES + ((int)threadIdx.x % WARP_SIZE ^ row % 8) * 16));
+    int piece = (int)threadIdx.x % WARP_SIZE ^ row % 8;
+    return load_eight((const bf16 *)(parcel + row * FUSED_ROW_BYTES + piece * 16));
 }
 
 /* A writing warp, row by row: hands parcels to the epilogue; of each row, a lane has eight columns. What the
@@ -601,7 +615,8 @@ __device__ inline Eight row_of_parcel(const char *parcel, int row) {
 template <bool GATED, typename E, typename T>
 __device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
                                   int columns) {
-    constexpr int INPUTS = E::inputs(GATED), AHEAD = T::RING_ROWS / (INPUTS > 1 ? 2 : 1), TOGETHER = T::OWN ? 1 : 2;
+    constexpr int INPUTS = E::inputs(GATED), AHEAD = T::RING_ROWS / (INPUTS > 1 ? 2 : 1),
+                  TOGETHER = T::OWN ? 1 : 2; // rows at a time
     int writer = (int)threadIdx.x / WARP_SIZE - (T::OWN ? WARPGROUP / WARP_SIZE : 1),
         lane = (int)threadIdx.x % WARP_SIZE, number = writer, tiles = 0;
     char *ring = memory.ring(writer) + lane * 16;
@@ -666,7 +681,8 @@ __device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamW
 
 /* The same by the warp that multiplied the parcel, when nothing is left to multiply. */
 template <bool GATED, typename E>
-__device__ inline void write_last_rows(const E &epilogue, const LaneRows &rows, const char *parcel, int columns) {
+__device__ inline void write_last_rows(const E &epilogue, const LaneRows &rows, const char *parcel,
+                                       int columns) {
     float sum[FUSED_VEC] = {};
 #pragma unroll 1
     for (int first = 0; first < rows.count; first += FUSED_BATCH) {
@@ -723,7 +739,7 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
                                         : operand(from + k * 32, 16, 1024);
                 };
                 bool add = piece > 0 || k > 0;
-                if constexpr (T::OWN) {
+                if constexpr (T::HALVES) {
                     product_64x128<E::ROWS_OF_K, 0>(d, of_a, of_b(0), add);
                     product_64x128<E::ROWS_OF_K, 1>(d, of_a, of_b(1), add);
                 } else {
@@ -809,16 +825,15 @@ template <typename T> __device__ inline void leave() {
 
 /* computes: A B^T (B's rows along K) or A B (B's rows are K), each result handed to the epilogue
  *           (GATED: epilogue.gated())
- * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384: a warp copies, three write,
- *           eight multiply 16 x 256 of a tile each
+ * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384 or 640: a warp copies,
+ *           T::WRITERS write, eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; from the second cache, a block takes
  *           A / T::CLUSTER_COLUMNS + B / T::CLUSTER_ROWS of a tile
  * needs:    sm_90a; columns a multiple of 256, K of 64; T::SHARED bytes of shared memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the epilogue */
 template <typename E, typename T, bool GATED>
 __global__ void __launch_bounds__(T::THREADS, 1)
-    team_product_kernel(const __grid_constant__ CUtensorMap A, const __grid_constant__ CUtensorMap B, E epilogue,
-                        int64_t rows, int columns, int K) {
+    team_product_kernel(const __grid_constant__ TeamMaps maps, E epilogue, int64_t rows, int columns, int K) {
     TeamMemory<T> memory = {dynamic_shared()};
     TeamWalk<T> walk(rows, columns);
     int pieces = K / FUSED_K;
@@ -845,7 +860,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
     } else {
         if (T::WRITERS == 0 || T::OWN) fewer_registers<T::COPY_REGISTERS>();
         if (threadIdx.x == 0)
-            copy_pieces(epilogue, &A, &B, memory, walk, rows, columns, pieces);
+            copy_pieces<GATED>(epilogue, maps, memory, walk, pieces);
         else if (threadIdx.x >= WARP_SIZE && T::WRITERS > 0 && !T::OWN) {
             if constexpr (T::BY_ROWS)
                 write_rows<GATED>(epilogue, memory, walk, rows, columns);
@@ -864,13 +879,16 @@ static void launch_team(Context *context, const E &epilogue, const bf16 *x, cons
     if (most == 0)
         most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, T::THREADS,
                                 T::SHARED);
-    CUtensorMap A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS),
-                B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
-                                 : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
+    TeamMaps maps = {};
+    maps.A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS);
+    maps.B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
+                          : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
+    for (int i = 0; i < E::inputs(GATED); i++)
+        maps.input[i] = tile_map(epilogue.input(i), rows, columns, FUSED_M);
     int64_t clusters =
         ceil_div(rows, FUSED_M * T::CLUSTER_ROWS) * ceil_div(columns, FUSED_N * T::CLUSTER_COLUMNS);
     LAUNCH_CLUSTERS((team_product_kernel<E, T, GATED>), clusters < most ? clusters : most, T::CLUSTER,
-                    T::THREADS, T::SHARED, context, A, B, epilogue, rows, (int)columns, (int)K);
+                    T::THREADS, T::SHARED, context, maps, epilogue, rows, (int)columns, (int)K);
 }
 /* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename T, typename E>

@@ -200,6 +200,15 @@ __device__ inline void prefetch_bytes(const void *from, int bytes) {
 #endif
 }
 
+/* Brings a tile of a map's matrix into the second cache: one instruction for what load_tile would copy. */
+__device__ inline void prefetch_tile(const CUtensorMap *map, int row, int column) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
+                 "r"(row)
+                 : "memory");
+#endif
+}
+
 /* Brings the 128 bytes around an address into the second cache. */
 __device__ inline void prefetch_line(const void *at) {
 #if HOPPER_CODE

@@ -2,8 +2,8 @@
  * clusters of multiprocessors that share operands and write one tile while they multiply the next.
  *
  * The last versions of each direction are those of cuda/fused.cuh, called, not copied: `fused` is its first
- * kernel, `cluster` and `team` its second without and with warps that only write, for several clusters. The
- * products are those of the models that the speed targets name; truth is computed on the device, in double.
+ * kernel, `cluster` its second in pairs, `team`, `rows` and `eight` with warps that only write. The products are
+ * those of the models that the speed targets name; truth is computed on the device, in double.
  *
  * A kernel that has never run may hang. -DFUSED_WATCHDOG ends the program when a barrier is waited for longer
  * than a second.
