@@ -29,8 +29,9 @@
 #endif
 
 /* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, forward with the
- * epilogue under the next tile's product, backward in pairs of blocks. 3: both with writers that go row by row;
- * 4: both with eight such writers, in pairs; these two have run on no device yet. */
+ * epilogue under the next tile's product, backward in pairs of blocks. 3: both with three writers that go row
+ * by row; 4: with eight of them, in pairs; 5: three, in pairs; 6: eight. Those from 3 on have run on no device
+ * yet. */
 #ifndef FUSED_VERSION
 #define FUSED_VERSION 1
 #endif
@@ -392,7 +393,8 @@ struct Team {
 /* An epilogue that only gates is written by other warps under the next tile's product; of one that reads and
  * writes more all warps do a part. */
 template <typename E> using MeasuredTeam = std::conditional_t<E::ROWS_OF_K, Team<2, 1, 0>, Team<1, 1, 3>>;
-using RowsTeam = std::conditional_t<FUSED_VERSION == 4, Team<2, 1, 8>, Team<1, 1, 3, true, true>>;
+constexpr bool IN_PAIRS = FUSED_VERSION == 4 || FUSED_VERSION == 5;
+using RowsTeam = Team<IN_PAIRS ? 2 : 1, 1, FUSED_VERSION % 2 ? 3 : FUSED_PARCELS, true, true>;
 template <typename E> using BestTeam = std::conditional_t<FUSED_VERSION == 2, MeasuredTeam<E>, RowsTeam>;
 
 /* Shared memory: the ring of places, the parcels, the writers' rings, the biases of the last tiles' columns,
@@ -624,7 +626,7 @@ __device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamW
     auto go_inside = [&] {
         while (!done() && !walk.inside()) walk.next();
     };
-    /* for a row behind the matrix's last the last again: its products are 0, and 0 times something has to be 0 */
+    /* For a row behind the matrix's last the last again: its products are 0, and 0 times that has to be 0. */
     auto ask = [&](const LaneRows &from, int row, char *place) {
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
