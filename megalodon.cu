@@ -10,7 +10,7 @@
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
  *   cuda/decode.cuh        one token a row, the kernels of generation
  *   cuda/decode_tiles.cuh  its products on the tensor cores, a layer's first kernel
- *   cuda/decode_warps.cuh  its attention by warps
+ *   cuda/decode_warps.cuh  its attention by warps, cuda/decode_clusters.cuh: and in clusters of blocks
  *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
@@ -27,6 +27,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_clusters.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/decode_warps.cuh"
 #include "cuda/fused.cuh"
@@ -1015,11 +1016,10 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
 
     DecodeAhead ahead = {};
     ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
-    decode_step_attention(context,
-                          DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
-                                             w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0},
-                          B);
+    DecodeAttention<T> attention = {ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
+                                    w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
+                                    (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0};
+    decode_cluster_attention(context, attention, B);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);

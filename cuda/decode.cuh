@@ -132,19 +132,28 @@ template <typename T, int VEC> __device__ inline void unpack(float (&to)[VEC], c
 
 /* Launches a kernel of a step, which may start before the one before it has ended, but for the first one: it
  * reads counts that the last kernel of the step before moves on. Code for an older device has no way to wait,
- * so it starts in the usual order. bytes: of shared memory whose size is known only here. */
+ * so it starts in the usual order. bytes: of shared memory whose size is known only here. cluster: so many
+ * blocks of a row of the grid are one. */
 template <typename P>
 static void launch_step(Context *context, const char *name, void (*kernel)(const P), dim3 grid,
-                        unsigned threads, P arguments, bool is_first = false, size_t bytes = 0) {
+                        unsigned threads, P arguments, bool is_first = false, size_t bytes = 0,
+                        unsigned cluster = 1) {
     if (context->dry_run) return;
     arguments.launch = timeline_number(context, name, grid);
     cudaFuncAttributes code;
     CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {grid, dim3(threads), bytes, context->stream, &early,
-                                 code.ptxVersion >= 90 && !is_first ? 1u : 0u};
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned number = 0;
+    if (code.ptxVersion >= 90 && !is_first) {
+        attributes[number].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[number++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[number].id = cudaLaunchAttributeClusterDimension;
+        attributes[number].val.clusterDim.x = cluster;
+        attributes[number].val.clusterDim.y = attributes[number].val.clusterDim.z = 1, number++;
+    }
+    cudaLaunchConfig_t config = {grid, dim3(threads), bytes, context->stream, attributes, number};
     CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
