@@ -35,6 +35,16 @@
 #define DECODE_AHEAD 0
 #endif
 
+/* 1: decode_norm has a channel's parameters and states in registers before the wait. */
+#ifndef DECODE_NORM_HELD
+#define DECODE_NORM_HELD 0
+#endif
+/* Not 0: percent of a processor's memory that all kernels of a step want as shared memory, so that it need not be
+ * divided anew between two of them. */
+#ifndef DECODE_CARVEOUT
+#define DECODE_CARVEOUT 0
+#endif
+
 enum {
     DECODE_ROWS = 8, /* largest batch */
     DECODE_THREADS = 256,
@@ -142,6 +152,9 @@ static void launch_step(Context *context, const char *name, void (*kernel)(const
     arguments.launch = timeline_number(context, name, grid);
     cudaFuncAttributes code;
     CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
+    if (DECODE_CARVEOUT)
+        CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        DECODE_CARVEOUT));
     cudaLaunchAttribute attributes[2] = {};
     unsigned number = 0;
     if (code.ptxVersion >= 90 && !is_first) {
@@ -177,19 +190,31 @@ template <typename T> struct DecodeNorm {
     int launch; /* the kernel's number in the step, for its timeline */
 };
 
-/* One channel's step, by DECODE_LANES lanes: h = q h + p u; returns the lane's part of Re(sum c h). */
-__device__ inline float decode_cema(float *h, const CemaCoefficients &coef, int64_t channel, int lane, int N,
-                                    float u) {
-    float sum = 0;
-    for (int k = lane; k < N; k += DECODE_LANES) {
-        int64_t i = channel * N + k;
-        float q_re = coef.q_re[i], q_im = coef.q_im[i], re = h[2 * k], im = h[2 * k + 1];
-        float new_re = fmaf(-q_im, im, fmaf(q_re, re, coef.p[i] * u)), new_im = fmaf(q_im, re, q_re * im);
-        h[2 * k] = new_re, h[2 * k + 1] = new_im;
-        sum += coef.c_re[i] * new_re - coef.c_im[i] * new_im;
+/* One state of a channel: h = q h + p u. */
+struct DecodeState {
+    float p, q_re, q_im, c_re, c_im, re, im;
+    __device__ DecodeState() {}
+    /* h: all states of the row */
+    __device__ DecodeState(const float *h, const CemaCoefficients &coef, int64_t i)
+        : p(coef.p[i]), q_re(coef.q_re[i]), q_im(coef.q_im[i]), c_re(coef.c_re[i]), c_im(coef.c_im[i]),
+          re(h[2 * i]), im(h[2 * i + 1]) {}
+    /* Moves it on; returns Re(c h). */
+    __device__ float move(float *h, int64_t i, float u) const {
+        float new_re = fmaf(-q_im, im, fmaf(q_re, re, p * u)), new_im = fmaf(q_im, re, q_re * im);
+        h[2 * i] = new_re, h[2 * i + 1] = new_im;
+        return c_re * new_re - c_im * new_im;
     }
-    return sum;
-}
+};
+
+/* What a lane wants of a channel d of a row. */
+template <typename T> struct DecodeChannel {
+    float weight, bias, omega;
+    DecodeState state; /* number `lane` of N, if there is one and it is wanted */
+    __device__ DecodeChannel(const DecodeNorm<T> &p, const float *h, int d, int lane, bool want_state)
+        : weight(to_float(p.weight[d])), bias(to_float(p.bias[d])), omega(p.c ? p.omega[d] : 0.0f) {
+        if (want_state && p.c && lane < p.N) state = DecodeState(h, p.coef, (int64_t)d * p.N + lane);
+    }
+};
 
 /* computes: the group's mean and variance with this step, u = (x - mean) / sqrt(var + eps) (1 + w) + b, and
  *           c = Re(sum c_k h_k) + omega u with h = q h + p u
@@ -218,6 +243,9 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
             prefetch_bytes(arrays[i] + at, states * 4, thread, DECODE_NORM_THREADS);
         prefetch_bytes(p.h + ((int64_t)b * p.D * p.N + at) * 2, states * 8, thread, DECODE_NORM_THREADS);
     }
+    int lane = thread % DECODE_LANES, own = thread / DECODE_LANES;
+    float *h = p.h + (int64_t)b * p.D * p.N * 2;
+    DecodeChannel<T> channel(p, h, first + min(own, size - 1), lane, DECODE_NORM_HELD);
     const T *x = p.x + (int64_t)b * p.D;
     if (p.tokens) { // one thread asks: they may lie on the host
         if (thread == 0) token = p.tokens[b];
@@ -242,29 +270,34 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
             Moments<double> m = merge(before, Moments<double>{1, (double)mean, (double)var});
             p.mean[group] = m.mean, p.var[group] = m.var;
             shared_mean = (A)m.mean;
-            shared_rstd = (float)(1.0 / sqrt(m.var + (double)p.eps));
+            if (DECODE_NORM_HELD && sizeof(A) < 8) shared_rstd = rsqrtf((float)m.var + p.eps);
+            else shared_rstd = (float)(1.0 / sqrt(m.var + (double)p.eps));
         }
     }
     __syncthreads(); // the group's statistics are there
     mark(p.launch, STAGE_INPUT);
 
-    int lane = thread % DECODE_LANES;
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
-    for (int round = 0; round < size; round += DECODE_NORM_THREADS / DECODE_LANES) {
-        int i = round + thread / DECODE_LANES, d = first + i;
-        bool active = i < size;
+#pragma unroll 1
+    for (int i = own; i - own < size; i += DECODE_NORM_THREADS / DECODE_LANES) {
+        int d = first + i;
+        bool active = i < size, held = DECODE_NORM_HELD && i == own;
         int64_t at = (int64_t)b * p.D + d;
         float u = 0, sum = 0;
         if (active) {
+            if (i != own) channel = DecodeChannel<T>(p, h, d, lane, false);
             T value = from_float<T>(scale * to_float(x[d]));
-            u = (float)(to_float(value) - shared_mean) * shared_rstd * (1.0f + to_float(p.weight[d])) +
-                to_float(p.bias[d]);
+            u = (float)(to_float(value) - shared_mean) * shared_rstd * (1.0f + channel.weight) + channel.bias;
             if (lane == 0) p.u[at] = from_float<T>(u);
             if (lane == 0 && p.tokens) p.embedded[at] = value;
-            if (p.c) sum = decode_cema(p.h + at * p.N * 2, p.coef, d, lane, p.N, u);
+            for (int k = lane; p.c && k < p.N; k += DECODE_LANES) {
+                int64_t state = (int64_t)d * p.N + k;
+                if (!held || k != lane) channel.state = DecodeState(h, p.coef, state);
+                sum += channel.state.move(h, state, u);
+            }
         }
         sum = lanes_sum(sum, DECODE_LANES);
-        if (active && p.c && lane == 0) p.c[at] = from_float<T>(fmaf(p.omega[d], u, sum));
+        if (active && p.c && lane == 0) p.c[at] = from_float<T>(fmaf(channel.omega, u, sum));
     }
     mark(p.launch, STAGE_ENDED);
 }
