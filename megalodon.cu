@@ -400,14 +400,16 @@ static int64_t few_rows(const MegalodonModel *m) {
     return m->options.max_batch < DECODE_ROWS ? m->options.max_batch : (int)DECODE_ROWS;
 }
 
-/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? */
+/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? It does not pay where the
+ * blocks of the states' part, which stand beside those of Wh2, would have to wait for a processor. */
 template <typename T> static bool has_openings(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     DecodeTiles opening = {};
     opening.products.M = 1, opening.K = c->model_dim;
     opening.opens = true, opening.opening.G = c->norm_num_groups;
+    int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
     return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
-           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 &&
+           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 && blocks <= m->context.num_sms &&
            tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
 

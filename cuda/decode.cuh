@@ -106,7 +106,7 @@ struct DecodeAhead {
     }
 };
 
-/* By all threads of the grid, before the wait. */
+/* By all threads of the grid, when nothing that is waited for can come after it. */
 __device__ inline void ask_ahead(const DecodeAhead &ahead) {
 #if DECODE_AHEAD && defined(__CUDA_ARCH__)
     int64_t threads = (int64_t)gridDim.x * gridDim.y * gridDim.z * blockDim.x;

@@ -42,7 +42,8 @@ enum {
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
     TILE_MANY_THREADS = 704, /* the registers that this leaves let the next kernel's blocks in beside 16 warps */
-    TILE_STATE_LANES = 16 /* lanes that share a channel's states */
+    TILE_STATE_LANES = 16, /* lanes that share a channel's states */
+    TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES /* of a block of 16 warps */
 };
 
 /* What an opening needs of the step before. response NULL: only the norm. */
@@ -666,8 +667,8 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
-        ask_ahead(p.ahead);
         decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
+        ask_ahead(p.ahead);
         return;
     }
     int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, K = p.K;
@@ -683,7 +684,6 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     else if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
     TileEnd<TILES> end(p, tile);
     tile_ends(ends, end);
-    ask_ahead(p.ahead);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
@@ -731,6 +731,7 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
         mark(p.launch, STAGE_MULTIPLIED);
         tile += TILES * p.tile_blocks;
         bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
+        if (last) ask_ahead(p.ahead); // when nothing of this kernel has to wait for it
         if (!last) tile_request<WARPS>(held, q, p, tile); // on their way while this turn's sums are added up
         wait_for_copies();
         __syncthreads(); // all warps' sums are there
