@@ -961,10 +961,10 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
 template <typename T>
 static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
                               const DecodeAhead &ahead, const DecodeOpening *opening,
-                              const DecodeStates *states) {
+                              const DecodeStates *states, const DecodeKept &kept = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead;
+        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
         if (opening) tiles.opening = *opening, tiles.opens = true;
         if (states) tiles.states = *states;
         REQUIRE(tiles_fit(&tiles));
@@ -1009,11 +1009,16 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     r->out = a->rr, r->silu = true;
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
+    DecodeKept kept = {{state->k, state->v},
+                       {Z * (int64_t)sizeof(T), E * (int64_t)sizeof(T)},
+                       m->state.count,
+                       (int)B,
+                       c->chunk_size};
     if (opens(m, l)) {
         DecodeOpening opening = decode_opening(m, l, wide_u);
-        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr, kept);
     } else {
-        decode_step_products<T>(context, "z r h1 v", p);
+        decode_step_products<T>(context, "z r h1 v", p, {}, kept);
     }
 
     DecodeAhead ahead = {};

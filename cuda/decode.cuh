@@ -45,6 +45,11 @@
 #define DECODE_CARVEOUT 0
 #endif
 
+/* 1: the first products of a layer also ask for the keys and values of the tokens before. */
+#ifndef DECODE_KEYS_AHEAD
+#define DECODE_KEYS_AHEAD 0
+#endif
+
 enum {
     DECODE_ROWS = 8, /* largest batch */
     DECODE_THREADS = 256,
@@ -117,6 +122,33 @@ __device__ inline void ask_ahead(const DecodeAhead &ahead) {
         for (int64_t at = (block * blockDim.x + threadIdx.x) * DECODE_LINE; at < ahead.bytes[i];
              at += threads * DECODE_LINE)
             asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)ahead.memory[i] + at));
+#endif
+}
+
+/* What a layer keeps of each token of a row, in two arrays of B times C rows of row_bytes; count (B). */
+struct DecodeKept {
+    const void *memory[2]; /* NULL: none */
+    int64_t row_bytes[2];
+    const int64_t *count;
+    int B, C;
+};
+
+/* Asks for what is kept of the tokens of the chunk so far; by `blocks` blocks of the grid, before the wait. */
+__device__ inline void ask_kept(const DecodeKept &kept, int blocks) {
+#if DECODE_KEYS_AHEAD && defined(__CUDA_ARCH__)
+    if (!kept.memory[0]) return;
+    int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64_t)blocks * blockDim.x;
+#pragma unroll 1
+    for (int b = 0; b < kept.B; b++) {
+        int64_t rows = (int64_t)((uint64_t)kept.count[b] % (uint32_t)kept.C);
+#pragma unroll 1
+        for (int i = 0; i < 2; i++) {
+            const char *memory = (const char *)kept.memory[i] + (int64_t)b * kept.C * kept.row_bytes[i];
+#pragma unroll 1
+            for (int64_t at = thread * DECODE_LINE; at < rows * kept.row_bytes[i]; at += threads * DECODE_LINE)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(memory + at));
+        }
+    }
 #endif
 }
 

@@ -80,6 +80,7 @@ struct DecodeTiles {
     DecodeOpening opening;
     DecodeStates states;
     DecodeAhead ahead;
+    DecodeKept kept;
     int tiles, tile_blocks, K, row_bits; /* 2^row_bits lanes of a warp share a row of the input */
     float inverse_K;
     bool opens, plain; /* plain: so are all inputs */
@@ -684,6 +685,7 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     else if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
     TileEnd<TILES> end(p, tile);
     tile_ends(ends, end);
+    ask_kept(p.kept, p.tile_blocks);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
@@ -816,10 +818,10 @@ static inline void decode_tiles(Context *context, const char *name, DecodeTiles 
 /* decode_products, in bf16 by tiles where they fit. ahead: see DecodeAhead. */
 template <typename T>
 static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products,
-                                 const DecodeAhead &ahead = {}) {
+                                 const DecodeAhead &ahead = {}, const DecodeKept &kept = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead;
+        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
         if (DECODE_TILES && tiles_fit(&tiles)) {
             decode_tiles(context, name, tiles);
             return;
