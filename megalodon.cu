@@ -10,7 +10,7 @@
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
  *   cuda/decode.cuh        one token a row, the kernels of generation
  *   cuda/decode_tiles.cuh  its products on the tensor cores, a layer's first kernel
- *   cuda/decode_warps.cuh  its attention by warps
+ *   cuda/decode_warps.cuh  its attention by warps, cuda/decode_clusters.cuh: and in clusters of blocks
  *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
@@ -27,6 +27,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_clusters.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/decode_warps.cuh"
 #include "cuda/fused.cuh"
@@ -399,14 +400,16 @@ static int64_t few_rows(const MegalodonModel *m) {
     return m->options.max_batch < DECODE_ROWS ? m->options.max_batch : (int)DECODE_ROWS;
 }
 
-/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? */
+/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? It does not pay where the
+ * blocks of the states' part, which stand beside those of Wh2, would have to wait for a processor. */
 template <typename T> static bool has_openings(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     DecodeTiles opening = {};
     opening.products.M = 1, opening.K = c->model_dim;
     opening.opens = true, opening.opening.G = c->norm_num_groups;
+    int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
     return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
-           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 &&
+           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 && blocks <= m->context.num_sms &&
            tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
 
@@ -958,10 +961,10 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
 template <typename T>
 static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
                               const DecodeAhead &ahead, const DecodeOpening *opening,
-                              const DecodeStates *states) {
+                              const DecodeStates *states, const DecodeKept &kept = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead;
+        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
         if (opening) tiles.opening = *opening, tiles.opens = true;
         if (states) tiles.states = *states;
         REQUIRE(tiles_fit(&tiles));
@@ -1006,20 +1009,24 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     r->out = a->rr, r->silu = true;
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
+    DecodeKept kept = {{state->k, state->v},
+                       {Z * (int64_t)sizeof(T), E * (int64_t)sizeof(T)},
+                       m->state.count,
+                       (int)B,
+                       c->chunk_size};
     if (opens(m, l)) {
         DecodeOpening opening = decode_opening(m, l, wide_u);
-        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr, kept);
     } else {
-        decode_step_products<T>(context, "z r h1 v", p);
+        decode_step_products<T>(context, "z r h1 v", p, {}, kept);
     }
 
     DecodeAhead ahead = {};
     ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
-    decode_step_attention(context,
-                          DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
-                                             w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0},
-                          B);
+    DecodeAttention<T> attention = {ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
+                                    w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
+                                    (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0};
+    decode_cluster_attention(context, attention, B);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);

@@ -114,6 +114,31 @@ __device__ inline void cluster_sync() {
                      : "memory");
 #endif
 }
+/* The same in two halves, which hand no stores over but cluster_barriers_ready's. */
+__device__ inline void cluster_arrive() {
+#if HOPPER_CODE
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if HOPPER_CODE
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/* Writes to the same place of another block's shared memory, or of this one's, and counts the 4 bytes at the
+ * same barrier there: whoever has waited for it reads them. */
+__device__ inline void send_there(float *place, uint64_t *barrier, int rank, float value) {
+#if HOPPER_CODE
+    asm volatile("{\n"
+                 ".reg .b32 there, counts;\n"
+                 "mapa.shared::cluster.u32 there, %0, %2;\n"
+                 "mapa.shared::cluster.u32 counts, %1, %2;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [counts];\n"
+                 "}" ::"r"(shared_address(place)),
+                 "r"(shared_address(barrier)), "r"(rank), "f"(value)
+                 : "memory");
+#endif
+}
 /* Arrives at the same barrier of another block of the cluster, or of this one. It hands no stores over: to do
  * that it would have to wait for all of the thread's. */
 __device__ inline void barrier_arrive_at(uint64_t *barrier, int rank) {
