@@ -225,11 +225,29 @@ struct CemaStrip {
 /* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this
  * one and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
+
+/* At most so many blocks one after the other on a multiprocessor, so that those of sizes which would leave some
+ * of the multiprocessors idle come out more even. Beginning a block costs about as much as CEMA_BEGIN steps, and
+ * what the segments before it left CEMA_LOOK for each of them. */
+#ifndef CEMA_WAVES
+#define CEMA_WAVES 1
+#endif
+enum { CEMA_BEGIN = 32, CEMA_LOOK = 4 };
+
 static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
-    int64_t blocks = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM / ceil_div(D, CEMA_CHANNELS);
-    int64_t rows = (blocks > 1 ? blocks : 1) * CEMA_STRIPS, wanted = rows / B > 1 ? rows / B : 1;
-    int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
-    return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
+    int64_t channels = ceil_div(D, CEMA_CHANNELS), slots = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM;
+    int64_t blocks = slots / channels > 1 ? slots / channels : 1, rows = blocks * CEMA_STRIPS;
+    int64_t wanted = rows / B > 1 ? rows / B : 1, least = INT64_MAX;
+    CemaSegments best = {};
+    for (int64_t segments = wanted; segments == wanted || segments * B <= CEMA_WAVES * rows; segments++) {
+        int64_t length = ceil_div(ceil_div(steps, segments), CEMA_TILE) * CEMA_TILE, count = ceil_div(steps, length);
+        int64_t waves = ceil_div(channels * ceil_div(B * count, CEMA_STRIPS), slots);
+        int64_t cost = waves * (length + CEMA_BEGIN) + CEMA_LOOK * count;
+        if (cost >= least) continue;
+        least = cost;
+        best = CemaSegments{count, length, CEMA_WAVES * rows > B ? CEMA_WAVES * rows : B};
+    }
+    return best;
 }
 /* Multiprocessors that have nothing to do while these sizes are computed. */
 static inline int cema_idle(Context *context, int64_t B, int64_t steps, int64_t D) {
@@ -1257,6 +1275,7 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     if (active) {
         int64_t i = (int64_t)d * N + k;
         double dp = 0, dq_re = 0, dq_im = 0, dc_re = 0, dc_im = 0;
+#pragma unroll 4
         for (int row = 0; row < rows; row++) {
             int64_t at = (int64_t)row * D * N + i;
             dp += sums.dp[at], dq_re += sums.dq_re[at], dq_im += sums.dq_im[at];

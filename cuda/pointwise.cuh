@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 4)
                 sum[i] += dv;
                 grad.v[i] = from_float<T>(dv);
                 value.v[i] = from_float<T>(kept * v * s);
-                other.v[i] = from_float<T>(keep * factor * v * s);
+                other.v[i] = from_float<T>(v * s * factor * keep); // in the order of the forward
             }
             *reinterpret_cast<Packed<T, VEC> *>(dx + at) = grad;
             if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at) = value;
