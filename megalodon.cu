@@ -1366,7 +1366,6 @@ static void start_context(Context *context, bool own_stream) {
 static void start_side(Context *context) {
     int lowest = 0, highest = 0;
     SideStream *side = &context->side;
-    if (SIDE_PERCENT == 0) return;
     side->context = new Context();
     side->context->hopper = context->hopper;
     CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
@@ -1412,7 +1411,8 @@ static const char *create_model(MegalodonModel **model, const MegalodonConfig *c
     m->config = *config;
     m->options = *options;
     start_context(&m->context, true);
-    if (options->training) start_side(&m->context);
+    int64_t widest = max(config->value_dim, max(config->ffn_hidden_dim, config->model_dim));
+    if (options->training && side_pays(&m->context, widest * config->model_dim)) start_side(&m->context);
     CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
     m->weights_changed = true;
     const char *error = build(m);

@@ -42,10 +42,14 @@
 
 #include "common.cuh"
 
+/* 16, or 8, and two blocks a multiprocessor, which wait for their barriers in turn */
+#ifndef CEMA_BLOCK_CHANNELS
+#define CEMA_BLOCK_CHANNELS 16
+#endif
 enum {
     CEMA_GROUP = 16,    /* steps of a group */
     CEMA_STRIPS = 16,   /* of a warp */
-    CEMA_CHANNELS = 16, /* of a block, a warp each; or 8, and two blocks an SM */
+    CEMA_CHANNELS = CEMA_BLOCK_CHANNELS, /* of a block, a warp each */
     CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
     CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
