@@ -843,14 +843,14 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const Ce
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out;
  *           reverse, the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
- * traffic:  2 B T D sizeof(T) bytes, 3 if y is added to
+ * traffic:  2 B T D sizeof(T) bytes, 3 if it ADDS to y
  * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may
  *           be the same memory unless there are several segments; omega NULL is zero; ends from
  *           cema_ends_kernel; y is not x; WIDE: D a multiple of 8, x and y of 16 bytes
  * numerics: as at the head of this file; y is rounded to T before it is added; fixed order: deterministic */
-template <typename T, bool WIDE>
+template <typename T, bool WIDE, bool ADDS>
 __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
-    cema_scan_kernel(T *y, bool accumulate, float *h_out, const T *x, const float *h_in, const float *ends,
+    cema_scan_kernel(T *y, float *h_out, const T *x, const float *h_in, const float *ends,
                      CemaCoefficients coef, const float *omega, CemaStrips strips, int first_state,
                      int steps, int D, int N) {
     constexpr int SLOTS = sizeof(T) == 2 ? 2 : 1, TILE = SLOTS * CEMA_GROUP;
@@ -894,9 +894,9 @@ __global__ void __launch_bounds__(CEMA_THREADS, CEMA_BLOCKS_PER_SM)
     auto carry = [&]() {
         if (moves && first > 0) {
             CemaShare<T> before, out;
-            if (accumulate) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
+            if constexpr (ADDS) cema_fetch<WIDE>(before, (const T *)y, mover, first - TILE, D);
             cema_take(out, tiles[now ^ 1], mover);
-            if (accumulate) cema_add(out, before);
+            if constexpr (ADDS) cema_add(out, before);
             cema_write<WIDE>(y, out, mover, first - TILE, D);
         }
         if (!moves || first + TILE >= longest) return;
@@ -977,8 +977,12 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, wide, {
         bool first = first_state == 0;
-        LAUNCH((cema_scan_kernel<T, WIDE>), grid, CEMA_THREADS, context, y, accumulate || !first, h_out, x,
-               h_in, ends, coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
+        if (accumulate || !first)
+            LAUNCH((cema_scan_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends, coef,
+                   first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
+        else
+            LAUNCH((cema_scan_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends, coef,
+                   omega, strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
