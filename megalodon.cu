@@ -321,13 +321,14 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* Training keeps some CHEAP activations all the same: u and v always, which the backward would have to read and
- * to write for, and within a budget those below, which it only writes once more, as many layers of the first, then
- * of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait for it.
+/* Training keeps some CHEAP activations all the same: u and v always, which the backward would have to read
+ * and to write for, and within a budget those below, which it only writes once more, as many layers of the
+ * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait for
+ * it.
  *
  * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it all
- * must fit 15 sixteenths of the device's memory. It does not depend on what is free, so that one command makes one
- * plan; only where the rest would not fit into what is free, less is kept. KEPT_GIB 0: no budget. */
+ * must fit 15 sixteenths of the device's memory. It does not depend on what is free, so that one command makes
+ * one plan; only where that would not fit into what is free, less is kept. KEPT_GIB 0: no budget. */
 #ifndef KEPT_GIB
 #define KEPT_GIB 0
 #endif
@@ -338,7 +339,8 @@ static int64_t layer_activation_bytes(const MegalodonModel *m, const char *field
     int64_t width = o->precision == MEGALODON_BF16_MIXED ? sizeof(bf16) : sizeof(float);
 #define X(name_, name, shape, ...)                                                                          \
     if (same(field, #name_))                                                                                \
-        return (int64_t)scratch_size((size_t)(element_count(m, shape, o->max_batch, o->max_length, 0) * width));
+        return (int64_t)scratch_size(                                                                       \
+            (size_t)(element_count(m, shape, o->max_batch, o->max_length, 0) * width));
     MEGALODON_LAYER_ACTS(X)
 #undef X
     return 0;

@@ -230,9 +230,9 @@ struct CemaStrip {
  * one and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
 
-/* At most so many blocks one after the other on a multiprocessor, so that those of sizes which would leave some
- * of the multiprocessors idle come out more even. Beginning a block costs about as much as CEMA_BEGIN steps, and
- * what the segments before it left CEMA_LOOK for each of them. */
+/* At most so many blocks one after the other on a multiprocessor, so that sizes which would leave some of the
+ * multiprocessors idle come out more even. Beginning a block costs about as much as CEMA_BEGIN steps, and what
+ * the segments before it left CEMA_LOOK for each of them. */
 #ifndef CEMA_WAVES
 #define CEMA_WAVES 1
 #endif
@@ -244,7 +244,8 @@ static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t st
     int64_t wanted = rows / B > 1 ? rows / B : 1, least = INT64_MAX;
     CemaSegments best = {};
     for (int64_t segments = wanted; segments == wanted || segments * B <= CEMA_WAVES * rows; segments++) {
-        int64_t length = ceil_div(ceil_div(steps, segments), CEMA_TILE) * CEMA_TILE, count = ceil_div(steps, length);
+        int64_t length = ceil_div(ceil_div(steps, segments), CEMA_TILE) * CEMA_TILE;
+        int64_t count = ceil_div(steps, length);
         int64_t waves = ceil_div(channels * ceil_div(B * count, CEMA_STRIPS), slots);
         int64_t cost = waves * (length + CEMA_BEGIN) + CEMA_LOOK * count;
         if (cost >= least) continue;
@@ -978,11 +979,11 @@ static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, con
     WITH_CEMA_STATES(N, wide, {
         bool first = first_state == 0;
         if (accumulate || !first)
-            LAUNCH((cema_scan_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends, coef,
-                   first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
+            LAUNCH((cema_scan_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends,
+                   coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
         else
-            LAUNCH((cema_scan_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends, coef,
-                   omega, strips, first_state, (int)steps, (int)D, (int)N);
+            LAUNCH((cema_scan_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends,
+                   coef, omega, strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 

@@ -88,8 +88,8 @@ static void norm_forward(Context *context, T *y, float *mean, float *rstd, const
  * Backward of both
  */
 
-/* 1: rows that a warp, or a part of one, holds in registers have a kernel of their own, and of longer ones every
- * warp of a block has one where the first cache can be made to hold them; 0: neither */
+/* 1: rows that a warp, or a part of one, holds in registers have a kernel of their own, and of longer ones
+ * every warp of a block has one where the first cache can be made to hold them; 0: neither */
 #ifndef NORM_HOLDS
 #define NORM_HOLDS 0
 #endif
@@ -209,8 +209,8 @@ enum { NORM_HELD_BLOCKS = 2 };
  * launch:   grid at most 2 blocks a multiprocessor, block 256: `lanes` lanes of a warp keep their columns and
  *           walk down the rows, each of which they read once
  * traffic:  4 rows columns sizeof(T) bytes
- * needs:    columns at most NORM_SUMMED VEC lanes; VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes;
- *           VEC 1 takes anything; dx may be dy
+ * needs:    columns at most NORM_SUMMED VEC lanes; VEC 16 / sizeof(T) wants columns and pointers in multiples
+ *           of 16 bytes; VEC 1 takes anything; dx may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool CENTRED>
 __global__ void __launch_bounds__(SWEEP_THREADS, NORM_HELD_BLOCKS)
@@ -313,7 +313,8 @@ static void norm_backward(Context *context, NormBackward<T> n, float *dweight, f
             return;
         }
         int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
-        int64_t bytes = 2 * columns * (int64_t)sizeof(T), fit = min(NORM_BATCH_BYTES / bytes, (int64_t)NORM_BATCH);
+        int64_t bytes = 2 * columns * (int64_t)sizeof(T);
+        int64_t fit = min(NORM_BATCH_BYTES / bytes, (int64_t)NORM_BATCH);
         int64_t warps = SWEEP_THREADS / WARP_SIZE;
         if (NORM_HOLDS && fit < warps) fit = min(NORM_MOST_BYTES / bytes, warps);
         n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);

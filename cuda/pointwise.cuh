@@ -8,8 +8,8 @@
 
 enum { POINT_THREADS = 256 };
 
-/* 1: blocks of the gates' backward take so many rows that they fill the device a whole number of times; 0: always
- * SWEEP_ROWS */
+/* 1: blocks of the gates' backward take so many rows that they fill the device a whole number of times; 0:
+ * always SWEEP_ROWS */
 #ifndef GATE_EVEN
 #define GATE_EVEN 0
 #endif
@@ -267,7 +267,8 @@ template <typename T>
 static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x,
                                const T *a, int64_t rows, int64_t columns, Dropout dropout) {
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
-        int64_t blocks = gate_blocks(context, rows, sweep_threads(columns, VEC)), share = ceil_div(rows, blocks);
+        int64_t blocks = gate_blocks(context, rows, sweep_threads(columns, VEC));
+        int64_t share = ceil_div(rows, blocks);
         if (!GATE_EVEN) share = SWEEP_ROWS;
         float *partial = take_sum(context, dbias, blocks, columns);
         /* Without sums the columns do not matter, and rows of just the right width keep every thread busy. */

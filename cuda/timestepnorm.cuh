@@ -28,8 +28,8 @@
 
 #include "common.cuh"
 
-/* 1: a thread asks for all vectors of a group before it uses the first, and a backward's block at once for what it
- * will add; 0: neither */
+/* 1: a thread asks for all vectors of a group before it uses the first, and a backward's block at once for what
+ * it will add; 0: neither */
 #ifndef TIMESTEP_EARLY
 #define TIMESTEP_EARLY 0
 #endif
@@ -137,8 +137,8 @@ static Slots take_slots(Context *context, const TimestepShape &shape) {
     return Slots{slots, slots + tiles};
 }
 
-/* Calls f(k, at) for a lane's vectors of a group at the elements at = first, first + step... below size, and before
- * that ask(k, at) for up to COUNT of them. */
+/* Calls f(k, at) for a lane's vectors of a group at the elements at = first, first + step... below size, and
+ * before that ask(k, at) for up to COUNT of them. */
 template <int COUNT, typename Ask, typename F>
 __device__ inline void early_vectors(int first, int step, int size, Ask &&ask, F &&f) {
     for (int begin = first; begin < size; begin += COUNT * step) {
@@ -463,7 +463,8 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         const T *w = weight + first_column + group * size;
         float mean_here = mean[statistic], var_here = var[statistic];
         A sum = 0, product = 0;
-        auto multiply = [&](const Packed<T, VEC> &value, const Packed<T, VEC> &grad, const Packed<T, VEC> &gain) {
+        auto multiply = [&](const Packed<T, VEC> &value, const Packed<T, VEC> &grad,
+                            const Packed<T, VEC> &gain) {
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 A g = to_float(grad.v[k]) * (1.0f + to_float(gain.v[k]));
