@@ -63,26 +63,15 @@ __device__ inline void barrier_expect(uint64_t *barrier, int bytes) {
                  : "memory");
 #endif
 }
-/* Waits for the end of the phase of this parity. With -DFUSED_WATCHDOG a wait of 2^31 clocks, more than a
- * second, ends the program with an error: for kernels that have not run yet. */
-#ifdef FUSED_WATCHDOG
-#define WATCH_START "mov.u64 start, %%clock64;\n"
-#define WATCH                                                                                               \
-    "mov.u64 now, %%clock64;\n"                                                                             \
-    "sub.u64 now, now, start;\n"                                                                            \
-    "setp.gt.u64 late, now, 2147483648;\n"                                                                  \
-    "@late trap;\n"
-#else
-#define WATCH_START
-#define WATCH
-#endif
+/* Waits for the end of the phase of this parity. */
 __device__ inline void barrier_wait(uint64_t *barrier, int parity) {
 #if HOPPER_CODE
     asm volatile("{\n"
-                 ".reg .pred done, late;\n"
-                 ".reg .b64 start, now;\n" WATCH_START "again:\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra ready;\n" WATCH "bra again;\n"
+                 "@done bra ready;\n"
+                 "bra again;\n"
                  "ready:\n"
                  "}" ::"r"(shared_address(barrier)),
                  "r"(parity)
@@ -92,29 +81,14 @@ __device__ inline void barrier_wait(uint64_t *barrier, int parity) {
 
 /* ---- clusters ---- */
 
-/* The block's number in its cluster. */
-__device__ inline int cluster_rank() {
-    int rank = 0;
-#if HOPPER_CODE
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
 /* Makes initialised barriers known to the other blocks of the cluster and to what they copy. */
 __device__ inline void cluster_barriers_ready() {
 #if HOPPER_CODE
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-/* All threads of all blocks of the cluster meet, each warp as one. */
-__device__ inline void cluster_sync() {
-#if HOPPER_CODE
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-#endif
-}
-/* The same in two halves, which hand no stores over but cluster_barriers_ready's. */
+/* All threads of all blocks of the cluster meet, each warp as one, in two halves. They hand no stores over but
+ * cluster_barriers_ready's. */
 __device__ inline void cluster_arrive() {
 #if HOPPER_CODE
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -139,19 +113,6 @@ __device__ inline void send_there(float *place, uint64_t *barrier, int rank, flo
                  : "memory");
 #endif
 }
-/* Arrives at the same barrier of another block of the cluster, or of this one. It hands no stores over: to do
- * that it would have to wait for all of the thread's. */
-__device__ inline void barrier_arrive_at(uint64_t *barrier, int rank) {
-#if HOPPER_CODE
-    asm volatile("{\n"
-                 ".reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-                 "}" ::"r"(shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
-#endif
-}
 
 /* ---- tiles ---- */
 
@@ -162,18 +123,6 @@ __device__ inline void load_tile(void *to, const CUtensorMap *map, int row, int 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-                 : "memory");
-#endif
-}
-
-/* The same for several blocks of a cluster at once: bit i of `blocks` is block i. The tile comes to the same
- * address of each, and each one's barrier at the same address counts its bytes. */
-__device__ inline void load_tile_for(unsigned blocks, void *to, const CUtensorMap *map, int row, int column,
-                                     uint64_t *barrier) {
-#if HOPPER_CODE
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)blocks)
                  : "memory");
 #endif
 }
@@ -215,29 +164,6 @@ __device__ inline void store_matrices(char *row, const uint32_t (&word)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                      shared_address(row)),
                  "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]));
-#endif
-}
-
-/* Brings bytes, a multiple of 16, into the second cache. */
-__device__ inline void prefetch_bytes(const void *from, int bytes) {
-#if HOPPER_CODE
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
-/* Brings a tile of a map's matrix into the second cache: one instruction for what load_tile would copy. */
-__device__ inline void prefetch_tile(const CUtensorMap *map, int row, int column) {
-#if HOPPER_CODE
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
-                 "r"(row)
-                 : "memory");
-#endif
-}
-
-/* Brings the 128 bytes around an address into the second cache. */
-__device__ inline void prefetch_line(const void *at) {
-#if HOPPER_CODE
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
 }
 
@@ -304,18 +230,6 @@ __device__ inline void products_done(float (&d)[128]) {
     for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
-/* Registers a thread from here on, for all threads of a warpgroup. */
-template <int REGISTERS> __device__ inline void fewer_registers() {
-#if HOPPER_CODE
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-#endif
-}
-template <int REGISTERS> __device__ inline void more_registers() {
-#if HOPPER_CODE
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-#endif
-}
-
 /* d (+)= A B of 64 x 256 numbers, 16 deep: A 64 rows along K, B 256 rows along K, or 16 rows of K. A thread's
  * d[4 i + 2 h + j] is row 16 warp + lane / 4 + 8 h, column 8 i + 2 (lane mod 4) + j. */
 #define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -342,27 +256,6 @@ __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, b
 #endif
 }
 
-/* The same for columns 128 HALF to 128 HALF + 127, of which B holds no others: half of the registers in one
- * instruction, for kernels whose threads begin with few. */
-template <bool ROWS_OF_K, int HALF>
-__device__ inline void product_64x128(float (&d)[128], uint64_t a, uint64_t b, bool add) {
-#if HOPPER_CODE
-    constexpr int AT = 64 * HALF;
-    asm volatile("{\n"
-                 ".reg .pred add;\n"
-                 "setp.ne.b32 add, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "%64, %65, add, 1, 1, 0, %67;\n"
-                 "}"
-                 : ACC16(AT), ACC16(AT + 16), ACC16(AT + 32), ACC16(AT + 48)
-                 : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
-#endif
-}
-
 /* sigmoid of common.cuh in four instructions: without the care for exponentials under 2^-126, to which 1 is
  * added anyway, and for quotients under 2^-126, which are 0 here. All other numbers are the same. */
 __device__ inline float quick_sigmoid(float x) {
@@ -374,41 +267,6 @@ __device__ inline float quick_sigmoid(float x) {
 #endif
     return result;
 }
-
-/* ---- launching clusters ---- */
-
-static inline cudaLaunchConfig_t cluster_launch(Context *context, cudaLaunchAttribute *attribute,
-                                                unsigned blocks, int cluster, int threads, size_t bytes) {
-    cudaLaunchConfig_t config = {};
-    attribute->id = cudaLaunchAttributeClusterDimension;
-    attribute->val.clusterDim.x = (unsigned)cluster;
-    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
-    config.gridDim = dim3(blocks), config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = bytes, config.stream = context->stream;
-    config.attrs = attribute, config.numAttrs = 1;
-    return config;
-}
-/* How many clusters of so many blocks the device runs at the same time. */
-template <typename Kernel>
-static int clusters_at_once(Context *context, Kernel kernel, int cluster, int threads, size_t bytes) {
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config =
-        cluster_launch(context, &attribute, (unsigned)cluster, cluster, threads, bytes);
-    int count = 0;
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
-    REQUIRE(count > 0);
-    return count;
-}
-/* kernel has been asked for clusters_at_once. */
-#define LAUNCH_CLUSTERS(kernel, clusters, cluster, threads, bytes, context, ...)                            \
-    do {                                                                                                    \
-        cudaLaunchAttribute attribute_;                                                                     \
-        unsigned blocks_ = (unsigned)((clusters) * (cluster));                                              \
-        cudaLaunchConfig_t config_ =                                                                        \
-            cluster_launch(context, &attribute_, blocks_, cluster, threads, bytes);                         \
-        CHECK_CUDA(cudaLaunchKernelEx(&config_, kernel, __VA_ARGS__));                                      \
-    } while (0)
 
 /* ---- is there such code, and a device for it? ---- */
 

@@ -1,12 +1,8 @@
-/* ladder_products.cu - products with SiLU and gates in their epilogue, from cuBLAS and a kernel after it to
- * clusters of multiprocessors that share operands and write one tile while they multiply the next.
+/* ladder_products.cu - products with SiLU and gates in their epilogue, from a thread a number to the tensor
+ * cores, with a kernel after cuBLAS and without one.
  *
- * The last versions of each direction are those of cuda/fused.cuh, called, not copied: `fused` is its first
- * kernel, `cluster` its second in pairs, `team`, `rows` and `eight` with warps that only write. The products are
- * those of the models that the speed targets name; truth is computed on the device, in double.
- *
- * A kernel that has never run may hang. -DFUSED_WATCHDOG ends the program when a barrier is waited for longer
- * than a second.
+ * The last version of each direction is that of cuda/fused.cuh, called, not copied. The products are those of
+ * the models that the speed targets name; truth is computed on the device, in double.
  */
 #include "ladder.cuh"
 
@@ -139,32 +135,16 @@ static void cublas_and_kernel(Context *context, const Arguments &set, const Para
         silu_gate<bf16>(context, set.two, nullptr, set.one, gate, s.rows * s.columns, no_dropout());
 }
 
-/* launch(epilogue) starts one of the kernels of fused.cuh. */
-template <typename Launch>
-static void with_epilogue(Context *context, const Arguments &set, const Parameters &p, const Shape &s,
-                          const Launch &launch) {
+static void fused(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
     const bf16 *gate = s.gated ? set.other : nullptr;
-    if (!s.backward) {
-        launch(SiluEpilogue{set.one, set.two, s.biased ? p.bias : nullptr, gate});
-        return;
-    }
-    float *partial = take_sum(context, s.biased ? p.dbias : nullptr,
-                              ceil_div(s.rows, FUSED_M) * (FUSED_M / FUSED_WARP_ROWS), s.columns);
-    launch(GateEpilogue{set.one, s.gated ? set.two : nullptr, set.three, set.x, gate, partial, (int)s.columns});
+    if (s.backward)
+        linear_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
+                                   s.biased ? p.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows, s.depth,
+                                   s.columns, no_dropout());
+    else
+        linear_silu_forward<bf16>(context, set.two, set.one, nullptr, set.in, p.weight,
+                                  s.biased ? p.bias : nullptr, gate, s.rows, s.columns, s.depth, no_dropout());
 }
-
-/* The teams to compare: name, Team, idea. */
-#define TEAM(...) Team<__VA_ARGS__>
-#define TEAMS(X)                                                                                            \
-    X("cluster_2x1", TEAM(2, 1, 0), "pairs of multiprocessors copy the weight for each other")              \
-    X("team_1x1", TEAM(1, 1, 3), "three warps write a tile while the next is multiplied")                   \
-    X("team_2x1_unasked", TEAM(2, 1, 3, false), "in pairs, without prefetching what the epilogue reads")    \
-    X("rows_1x1", TEAM(1, 1, 3, true, true), "the three write row by row, in short loops")                  \
-    X("rows_2x1", TEAM(2, 1, 3, true, true), "the same in pairs")                                           \
-    X("rows_1x1_unasked", TEAM(1, 1, 3, false, true), "without prefetching")                                \
-    X("eight_1x1", TEAM(1, 1, 8), "eight warps write")                                                      \
-    X("eight_2x1", TEAM(2, 1, 8), "the same in pairs")                                                      \
-    X("eight_1x1_unasked", TEAM(1, 1, 8, false), "without prefetching")
 
 /* ----------------------------------------------------------------------------------------------------------
  * The program
@@ -227,11 +207,6 @@ static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &se
             ladder_step(ladder, name, idea, bytes, count, run, one, three);
         table->add(s.name, name, ladder->ms);
     };
-    auto fused = [&](const char *name, const char *idea, auto launch) {
-        step(name, idea, [&](const Arguments &set) {
-            with_epilogue(context, set, p, s, [&](const auto &epilogue) { launch(epilogue, set); });
-        });
-    };
     int repeats = ladder->options.repeats;
     ladder->options.repeats = std::min(repeats, 3); // it takes a hundred times as long as the others
     if (!quick)
@@ -245,16 +220,8 @@ static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &se
     step("cublas", "tensor cores; the product is written, read, written",
          [&](const Arguments &set) { cublas_and_kernel(context, set, p, s); });
     if (!context->hopper) return;
-    fused("fused", "the gate goes into the product's epilogue",
-          [&](const auto &epilogue, const Arguments &set) {
-              fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
-          });
-#define X(name, team, idea)                                                                                 \
-    fused(name, idea, [&](const auto &epilogue, const Arguments &set) {                                     \
-        team_product<team>(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);                \
-    });
-    TEAMS(X)
-#undef X
+    step("fused", "one kernel writes a tile while it multiplies the next",
+         [&](const Arguments &set) { fused(context, set, p, s); });
 }
 
 /* The truth of set 0. */
@@ -297,7 +264,7 @@ static void climb_shape(Ladder *ladder, Table *table, const Shape &s, bool quick
 
 int main(int argc, char **argv) {
     Ladder ladder;
-    Values values = {}; // an option without a default is not set by ladder_options
+    Values values;
     ladder_options(&ladder, argc, argv, "ladder_products",
                    "Times products with SiLU and gates, bf16, and checks each version against double.", options,
                    OPTION_COUNT(options), &values);
@@ -311,7 +278,7 @@ int main(int argc, char **argv) {
     context->cublas_workspace = ladder_allocate<char>((int64_t)CUBLAS_WORKSPACE);
     use_workspace(context);
     context->hopper = hopper_code(context, (int *)context->scratch);
-    if (!context->hopper) printf("this device or this build knows no wgmma: the fused versions are left out\n");
+    if (!context->hopper) printf("this device or this build knows no wgmma: the fused version is left out\n");
     Table table;
     if (values.rows)
         for (int backward = 0; backward < 2; backward++)

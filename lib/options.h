@@ -214,6 +214,29 @@ static inline const char *options_set(OptionSet *set, int i, const char *text) {
     return NULL;
 }
 
+/* Stores what an option without a default is until it is given: 0, false or NULL. */
+static inline void options_clear(OptionSet *set, int i) {
+    switch (set->rows[i].type) {
+    case OPTION_INT:
+        *(int *)set->values[i] = 0;
+        break;
+    case OPTION_LONG:
+        *(int64_t *)set->values[i] = 0;
+        break;
+    case OPTION_REAL:
+        *(double *)set->values[i] = 0;
+        break;
+    case OPTION_BOOL:
+    case OPTION_FLAG:
+        *(bool *)set->values[i] = false;
+        break;
+    case OPTION_CHOICE:
+    case OPTION_TEXT:
+        *(const char **)set->values[i] = NULL;
+        break;
+    }
+}
+
 /* Adds a table whose values live in the struct at `values`, and stores the defaults. A table that is wrong in itself
  * (too long, a name twice, a default out of range) is a mistake in the program, which ends at once. */
 static inline void options_add(OptionSet *set, const Option *table, int count, void *values) {
@@ -228,6 +251,7 @@ static inline void options_add(OptionSet *set, const Option *table, int count, v
         set->rows[i] = table[row];
         set->values[i] = (char *)values + table[row].offset;
         set->count++;
+        options_clear(set, i);
         if (!table[row].fallback) continue;
         const char *error = options_set(set, i, table[row].fallback);
         if (error) {
