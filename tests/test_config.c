@@ -1,7 +1,8 @@
-/* test_config.c - configurations, presets, tensor lists and initial values. */
+/* test_config.c - configurations, presets, tensor lists, initial values, and what options are before they are given. */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#include "../lib/options.h"
 #include "../megalodon.h"
 #include "test.h"
 
@@ -485,8 +486,36 @@ static void check_random(void) {
     check(key != megalodon_dropout_key(2, 1, 3, MEGALODON_SITE_M), "seed and step can be exchanged");
 }
 
+/* ---- options ---- */
+
+#define TEST_OPTIONS(X)                                                           \
+    X(INT,    rows,   NULL,   1, 10, "N",    "Test", "no default")                \
+    X(LONG,   steps,  NULL,   1, 10, "N",    "Test", "no default")                \
+    X(REAL,   rate,   NULL,   1, 10, "X",    "Test", "no default")                \
+    X(BOOL,   carry,  NULL,   0, 0,  "BOOL", "Test", "no default")                \
+    X(FLAG,   quick,  NULL,   0, 0,  "",     "Test", "no default")                \
+    X(CHOICE, device, NULL,   0, 0,  "a|b",  "Test", "no default")                \
+    X(TEXT,   data,   NULL,   0, 0,  "PATH", "Test", "no default")                \
+    X(INT,    depth,  "7",    1, 10, "N",    "Test", "a default")                 \
+    X(TEXT,   name,   "here", 0, 0,  "NAME", "Test", "a default")
+typedef struct Values { TEST_OPTIONS(OPTION_MEMBER) } Values;
+
+/* Whatever lies in the struct before: without a default and without being given, a value is 0, false or NULL. */
+static void check_options(void) {
+    static const Option table[] = { TEST_OPTIONS(OPTION_ROW) };
+    static OptionSet set;
+    Values v;
+    memset(&v, 0xA5, sizeof v);
+    options_init(&set, "test", "[options]", "Is never read.");
+    options_add(&set, table, OPTION_COUNT(table), &v);
+    check(v.rows == 0 && v.steps == 0 && v.rate == 0 && !v.carry && !v.quick && !v.device && !v.data,
+          "an option without a default is not empty before it is given");
+    check(v.depth == 7 && strcmp(v.name, "here") == 0, "the defaults are %d and %s", v.depth, v.name);
+}
+
 int main(void) {
     test_begin("config");
+    check_options();
     check_presets();
     check_validator();
     check_lists();

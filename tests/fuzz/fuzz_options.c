@@ -27,8 +27,8 @@ typedef struct Job {
 } Job;
 
 static const char *read_line(Job *job, int argc, char **argv, bool *help) {
-    memset(&job->values, 0, sizeof job->values);
-    memset(&job->config, 0, sizeof job->config);
+    memset(&job->values, 0xA5, sizeof job->values);
+    memset(&job->config, 0xA5, sizeof job->config);
     options_init(&job->set, "fuzz", "[options]", "Reads a command line.");
     options_add(&job->set, fuzz_table, OPTION_COUNT(fuzz_table), &job->values);
     options_add(&job->set, model_table, OPTION_COUNT(model_table), &job->config);
