@@ -139,11 +139,12 @@ static void fused(Context *context, const Arguments &set, const Parameters &p, c
     const bf16 *gate = s.gated ? set.other : nullptr;
     if (s.backward)
         linear_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
-                                   s.biased ? p.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows, s.depth,
-                                   s.columns, no_dropout());
+                                   s.biased ? p.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows,
+                                   s.depth, s.columns, no_dropout());
     else
         linear_silu_forward<bf16>(context, set.two, set.one, nullptr, set.in, p.weight,
-                                  s.biased ? p.bias : nullptr, gate, s.rows, s.columns, s.depth, no_dropout());
+                                  s.biased ? p.bias : nullptr, gate, s.rows, s.columns, s.depth,
+                                  no_dropout());
 }
 
 /* ----------------------------------------------------------------------------------------------------------

@@ -221,7 +221,8 @@ static void check_max_bytes(const MegalodonBackend *backend) {
     int64_t whole = least_bytes(backend, &config, options);
     options.precision = MEGALODON_BF16_MIXED;
     if (backend != &megalodon_cpu) least_bytes(backend, &config, options);
-    wide.model_dim = 64, wide.value_dim = wide.ffn_hidden_dim = 256; /* a GPU may gate in the products' epilogues */
+    /* A GPU may gate in the products' epilogues. Many numbers, since few have other bits when factors change places. */
+    wide.model_dim = 64, wide.value_dim = wide.ffn_hidden_dim = 1024, wide.swiglu = true;
     if (backend != &megalodon_cpu) least_bytes(backend, &wide, options);
     options.precision = MEGALODON_FP32;
     options.max_bytes = whole;
