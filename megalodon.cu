@@ -10,7 +10,7 @@
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
  *   cuda/decode.cuh        one token a row, the kernels of generation
  *   cuda/decode_tiles.cuh  its products on the tensor cores, a layer's first kernel
- *   cuda/decode_warps.cuh  its attention by warps
+ *   cuda/decode_warps.cuh  its attention by warps, cuda/decode_clusters.cuh: and in clusters of blocks
  *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
@@ -27,6 +27,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/decode_clusters.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/decode_warps.cuh"
 #include "cuda/fused.cuh"
@@ -194,6 +195,7 @@ template <typename T> struct State {
 };
 
 enum Kept { SAVED, CHEAP, LOGITS };
+enum { MOST_KEPT = 4 }; /* CHEAP activations that there may be memory for */
 
 /* Memory for logits. In training each block of them reads and writes the gradient of the whole output matrix,
  * so that few large blocks are faster. */
@@ -238,7 +240,7 @@ struct MegalodonModel {
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
     bool gradients_unset; /* they count as zero, whatever is in memory: the next backward's products write */
-    int keeps_more;       /* CHEAP activations, see keeps */
+    int kept_layers[MOST_KEPT]; /* see plan_kept */
     bool weights_changed; /* by set, since the working copy and CEMA's coefficients were made */
     std::vector<LayerParams<float>> masters, dlayers;
     ModelParams<float> dtop;
@@ -320,30 +322,57 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
     m->moment2 = take<float>(arena, m->arena_size);
 }
 
-/* Of m, n, ar and hidden as many are kept as well as leave all activations of a model for training within so
- * many GiB. */
+/* Training keeps some CHEAP activations all the same: u and v always, which the backward would have to read
+ * and to write for, and within a budget those below, which it only writes once more, as many layers of the
+ * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait for
+ * it.
+ *
+ * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it all
+ * must fit 15 sixteenths of the device's memory. It does not depend on what is free, so that one command makes
+ * one plan; only where that would not fit into what is free, less is kept. KEPT_GIB 0: no budget. */
 #ifndef KEPT_GIB
 #define KEPT_GIB 0
 #endif
+static const char *const kept_fields[MOST_KEPT] = {"ar", "hidden", "m", "n"};
 
-/* The CHEAP activations that training keeps all the same: u and v, which cost the most time for their bytes,
- * and where there is memory enough what the backward would have to write once more. */
-enum { MOST_KEPT = 4 };
-static bool keeps(const MegalodonModel *m, const char *field) {
-    static const char *const more[MOST_KEPT] = {"m", "n", "ar", "hidden"};
-    bool kept = same(field, "u") || same(field, "v");
-    for (int i = 0; i < m->keeps_more; i++) kept = kept || same(field, more[i]);
-    return kept;
+static int64_t layer_activation_bytes(const MegalodonModel *m, const char *field) {
+    const MegalodonOptions *o = &m->options;
+    int64_t width = o->precision == MEGALODON_BF16_MIXED ? sizeof(bf16) : sizeof(float);
+#define X(name_, name, shape, ...)                                                                          \
+    if (same(field, #name_))                                                                                \
+        return (int64_t)scratch_size(                                                                       \
+            (size_t)(element_count(m, shape, o->max_batch, o->max_length, 0) * width));
+    MEGALODON_LAYER_ACTS(X)
+#undef X
+    return 0;
+}
+
+/* Plans what is kept within a budget, and returns what that takes. */
+static size_t plan_kept(MegalodonModel *m, size_t budget) {
+    size_t all = 0;
+    for (int i = 0; i < MOST_KEPT; i++) {
+        size_t bytes = (size_t)layer_activation_bytes(m, kept_fields[i]), fit = (budget - all) / bytes;
+        m->kept_layers[i] = fit < (size_t)m->config.num_layers ? (int)fit : m->config.num_layers;
+        all += (size_t)m->kept_layers[i] * bytes;
+    }
+    return all;
+}
+
+/* Does training keep this CHEAP activation of a layer? */
+static bool keeps(const MegalodonModel *m, int layer, const char *field) {
+    for (int i = 0; i < MOST_KEPT; i++)
+        if (same(field, kept_fields[i])) return layer < m->kept_layers[i];
+    return same(field, "u") || same(field, "v");
 }
 
 /* An activation's own memory for the largest batch. CHEAP ones have none unless they are kept: whoever
  * computes one borrows scratch. Without a backward, layers share: `earlier` is what an earlier layer has
  * (NULL: take). */
 template <typename P>
-static P *take_activation(const MegalodonModel *m, Arena *arena, const char *field, const char *shape,
-                          Kept kept, MegalodonPresence presence, P *earlier) {
+static P *take_activation(const MegalodonModel *m, Arena *arena, int layer, const char *field,
+                          const char *shape, Kept kept, MegalodonPresence presence, P *earlier) {
     const MegalodonOptions *o = &m->options;
-    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(m, field));
+    bool own = kept == SAVED || o->keep_activations || (o->training && keeps(m, layer, field));
     if (!is_present(&m->config, presence) || !own) return nullptr;
     if (earlier && !o->keep_activations && !o->training) return earlier;
     return take<P>(arena, element_count(m, shape, o->max_batch, o->max_length, 0));
@@ -354,7 +383,7 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
         /* A block reads the output of the one before while it writes its own: those alternate between two
          * buffers. */
 #define X(field, name, shape, kept, presence)                                                               \
-    m->acts[l].field = take_activation(m, arena, #field, shape, kept, presence,                             \
+    m->acts[l].field = take_activation(m, arena, l, #field, shape, kept, presence,                          \
                                        l < (same(#field, "out") ? 2 : 1)                                    \
                                            ? (decltype(m->acts[l].field))nullptr                            \
                                            : m->acts[l - (same(#field, "out") ? 2 : 1)].field);
@@ -363,7 +392,7 @@ template <typename T> static void layout_activations(Model<T> *m, Arena *arena) 
     }
 #define X(field, name, shape, kept, presence)                                                               \
     m->top_acts.field =                                                                                     \
-        take_activation(m, arena, #field, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
+        take_activation(m, arena, -1, #field, shape, kept, presence, (decltype(m->top_acts.field))nullptr);
     MEGALODON_MODEL_ACTS(X)
 #undef X
     m->last = take<T>(arena, (int64_t)m->options.max_batch * m->config.model_dim);
@@ -399,14 +428,16 @@ static int64_t few_rows(const MegalodonModel *m) {
     return m->options.max_batch < DECODE_ROWS ? m->options.max_batch : (int)DECODE_ROWS;
 }
 
-/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? */
+/* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? It does not pay where the
+ * blocks of the states' part, which stand beside those of Wh2, would have to wait for a processor. */
 template <typename T> static bool has_openings(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     DecodeTiles opening = {};
     opening.products.M = 1, opening.K = c->model_dim;
     opening.opens = true, opening.opening.G = c->norm_num_groups;
+    int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
     return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
-           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 &&
+           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 && blocks <= m->context.num_sms &&
            tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
 
@@ -958,10 +989,10 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
 template <typename T>
 static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
                               const DecodeAhead &ahead, const DecodeOpening *opening,
-                              const DecodeStates *states) {
+                              const DecodeStates *states, const DecodeKept &kept = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead;
+        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
         if (opening) tiles.opening = *opening, tiles.opens = true;
         if (states) tiles.states = *states;
         REQUIRE(tiles_fit(&tiles));
@@ -1006,20 +1037,24 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     r->out = a->rr, r->silu = true;
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
+    DecodeKept kept = {{state->k, state->v},
+                       {Z * (int64_t)sizeof(T), E * (int64_t)sizeof(T)},
+                       m->state.count,
+                       (int)B,
+                       c->chunk_size};
     if (opens(m, l)) {
         DecodeOpening opening = decode_opening(m, l, wide_u);
-        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr, kept);
     } else {
-        decode_step_products<T>(context, "z r h1 v", p);
+        decode_step_products<T>(context, "z r h1 v", p, {}, kept);
     }
 
     DecodeAhead ahead = {};
     ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
-    decode_step_attention(context,
-                          DecodeAttention<T>{ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
-                                             w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                             (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0},
-                          B);
+    DecodeAttention<T> attention = {ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
+                                    w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
+                                    (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0};
+    decode_cluster_attention(context, attention, B);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
@@ -1219,11 +1254,20 @@ static bool has_product_gradient(const MegalodonTensor *tensor) {
     return tensor->init == MEGALODON_INIT_HE || strcmp(tensor->name, "output.output.weight") == 0;
 }
 
-/* Is there enough memory, before any is taken? Where it is short, what need not be kept is not. Error: how
- * much is needed, how much is free, and the largest batch, by halves, that would fit. */
-template <typename F>
-static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *options, int *keeps_more,
-                               F bytes_needed) {
+/* How much may be kept that need not be. */
+static size_t kept_budget(const MegalodonModel *m) {
+    const MegalodonOptions *o = &m->options;
+    if (!o->training || o->keep_activations || KEPT_GIB == 0) return 0;
+    size_t copy = o->precision == MEGALODON_BF16_MIXED ? sizeof(bf16) : 0;
+    size_t half = (size_t)m->arena_size * (4 * sizeof(float) + copy) / 2; // weights, gradients, two moments
+    return half > (size_t)KEPT_GIB << 30 ? half : (size_t)KEPT_GIB << 30;
+}
+
+/* Is there enough memory, before any is taken? bytes_needed() is asked after a plan of what is kept was made.
+ * Error: how much is needed at least, how much is free, and the largest batch, by halves, that would fit. */
+template <typename F> static const char *check_bytes(MegalodonModel *m, F bytes_needed) {
+    const MegalodonConfig *c = &m->config;
+    MegalodonOptions *options = &m->options;
     int B = options->max_batch, T = options->max_length, widest = c->model_dim;
     for (int size : {c->z_dim, c->value_dim, c->ffn_hidden_dim, c->vocab_size}) widest = max(widest, size);
     double tensor = (double)widest * B * max(T, c->chunk_size) * sizeof(float);
@@ -1235,11 +1279,15 @@ static const char *check_bytes(const MegalodonConfig *c, MegalodonOptions *optio
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
     size_t limit = free_bytes;
     if (options->max_bytes > 0 && (size_t)options->max_bytes < limit) limit = (size_t)options->max_bytes;
-    while (needed > limit && *keeps_more > 0) {
-        *keeps_more -= 1;
-        needed = bytes_needed();
+    if (needed <= limit) {
+        size_t with_kept = all / 16 * 15, kept = plan_kept(m, kept_budget(m));
+        if (with_kept > limit) with_kept = limit;
+        while (kept > 0 && (needed = bytes_needed()) > with_kept) {
+            size_t over = needed - with_kept;
+            kept = plan_kept(m, kept > over ? kept - over : 0);
+        }
+        return nullptr;
     }
-    if (needed <= limit) return nullptr;
     int fitting = B / 2;
     while (options->max_batch = fitting, fitting > 0 && bytes_needed() > limit) fitting /= 2;
     options->max_batch = B;
@@ -1283,9 +1331,6 @@ template <typename T> static const char *build(Model<T> *m) {
     auto bytes_needed = [&] {
         size_t needed = 0;
         for (const auto &arena : arenas) {
-            while (arena.layout == layout_activations<T> && m->keeps_more > 0 &&
-                   measure(m, arena.layout) > (size_t)KEPT_GIB << 30)
-                m->keeps_more--;
             if (arena.layout == layout_scratch<T>) {
                 point_all_params(m);
                 m->context.scratch_bytes = measure_scratch(m);
@@ -1294,8 +1339,7 @@ template <typename T> static const char *build(Model<T> *m) {
         }
         return needed;
     };
-    m->keeps_more = m->options.training && KEPT_GIB > 0 ? MOST_KEPT : 0;
-    const char *refusal = check_bytes(&m->config, &m->options, &m->keeps_more, bytes_needed);
+    const char *refusal = check_bytes(m, bytes_needed);
     if (refusal) return refusal;
     for (const auto &arena : arenas) {
         const char *error = build_arena(m, arena.layout, arena.bytes);
@@ -1331,7 +1375,6 @@ static void start_context(Context *context, bool own_stream) {
 static void start_side(Context *context) {
     int lowest = 0, highest = 0;
     SideStream *side = &context->side;
-    if (SIDE_PERCENT == 0) return;
     side->context = new Context();
     side->context->hopper = context->hopper;
     CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
@@ -1377,7 +1420,8 @@ static const char *create_model(MegalodonModel **model, const MegalodonConfig *c
     m->config = *config;
     m->options = *options;
     start_context(&m->context, true);
-    if (options->training) start_side(&m->context);
+    int64_t widest = max(config->value_dim, max(config->ffn_hidden_dim, config->model_dim));
+    if (options->training && side_pays(&m->context, widest * config->model_dim)) start_side(&m->context);
     CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
     m->weights_changed = true;
     const char *error = build(m);

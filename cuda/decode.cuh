@@ -35,6 +35,21 @@
 #define DECODE_AHEAD 0
 #endif
 
+/* 1: decode_norm has a channel's parameters and states in registers before the wait. */
+#ifndef DECODE_NORM_HELD
+#define DECODE_NORM_HELD 0
+#endif
+/* Not 0: percent of a processor's memory that all kernels of a step want as shared memory, so that it need not be
+ * divided anew between two of them. */
+#ifndef DECODE_CARVEOUT
+#define DECODE_CARVEOUT 0
+#endif
+
+/* 1: the first products of a layer also ask for the keys and values of the tokens before. */
+#ifndef DECODE_KEYS_AHEAD
+#define DECODE_KEYS_AHEAD 0
+#endif
+
 enum {
     DECODE_ROWS = 8, /* largest batch */
     DECODE_THREADS = 256,
@@ -96,7 +111,7 @@ struct DecodeAhead {
     }
 };
 
-/* By all threads of the grid, before the wait. */
+/* By all threads of the grid, when nothing that is waited for can come after it. */
 __device__ inline void ask_ahead(const DecodeAhead &ahead) {
 #if DECODE_AHEAD && defined(__CUDA_ARCH__)
     int64_t threads = (int64_t)gridDim.x * gridDim.y * gridDim.z * blockDim.x;
@@ -107,6 +122,33 @@ __device__ inline void ask_ahead(const DecodeAhead &ahead) {
         for (int64_t at = (block * blockDim.x + threadIdx.x) * DECODE_LINE; at < ahead.bytes[i];
              at += threads * DECODE_LINE)
             asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)ahead.memory[i] + at));
+#endif
+}
+
+/* What a layer keeps of each token of a row, in two arrays of B times C rows of row_bytes; count (B). */
+struct DecodeKept {
+    const void *memory[2]; /* NULL: none */
+    int64_t row_bytes[2];
+    const int64_t *count;
+    int B, C;
+};
+
+/* Asks for what is kept of the tokens of the chunk so far; by `blocks` blocks of the grid, before the wait. */
+__device__ inline void ask_kept(const DecodeKept &kept, int blocks) {
+#if DECODE_KEYS_AHEAD && defined(__CUDA_ARCH__)
+    if (!kept.memory[0]) return;
+    int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64_t)blocks * blockDim.x;
+#pragma unroll 1
+    for (int b = 0; b < kept.B; b++) {
+        int64_t rows = (int64_t)((uint64_t)kept.count[b] % (uint32_t)kept.C);
+#pragma unroll 1
+        for (int i = 0; i < 2; i++) {
+            const char *memory = (const char *)kept.memory[i] + (int64_t)b * kept.C * kept.row_bytes[i];
+#pragma unroll 1
+            for (int64_t at = thread * DECODE_LINE; at < rows * kept.row_bytes[i]; at += threads * DECODE_LINE)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(memory + at));
+        }
+    }
 #endif
 }
 
@@ -132,19 +174,31 @@ template <typename T, int VEC> __device__ inline void unpack(float (&to)[VEC], c
 
 /* Launches a kernel of a step, which may start before the one before it has ended, but for the first one: it
  * reads counts that the last kernel of the step before moves on. Code for an older device has no way to wait,
- * so it starts in the usual order. bytes: of shared memory whose size is known only here. */
+ * so it starts in the usual order. bytes: of shared memory whose size is known only here. cluster: so many
+ * blocks of a row of the grid are one. */
 template <typename P>
 static void launch_step(Context *context, const char *name, void (*kernel)(const P), dim3 grid,
-                        unsigned threads, P arguments, bool is_first = false, size_t bytes = 0) {
+                        unsigned threads, P arguments, bool is_first = false, size_t bytes = 0,
+                        unsigned cluster = 1) {
     if (context->dry_run) return;
     arguments.launch = timeline_number(context, name, grid);
     cudaFuncAttributes code;
     CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {grid, dim3(threads), bytes, context->stream, &early,
-                                 code.ptxVersion >= 90 && !is_first ? 1u : 0u};
+    if (DECODE_CARVEOUT)
+        CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        DECODE_CARVEOUT));
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned number = 0;
+    if (code.ptxVersion >= 90 && !is_first) {
+        attributes[number].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[number++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[number].id = cudaLaunchAttributeClusterDimension;
+        attributes[number].val.clusterDim.x = cluster;
+        attributes[number].val.clusterDim.y = attributes[number].val.clusterDim.z = 1, number++;
+    }
+    cudaLaunchConfig_t config = {grid, dim3(threads), bytes, context->stream, attributes, number};
     CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
@@ -168,19 +222,31 @@ template <typename T> struct DecodeNorm {
     int launch; /* the kernel's number in the step, for its timeline */
 };
 
-/* One channel's step, by DECODE_LANES lanes: h = q h + p u; returns the lane's part of Re(sum c h). */
-__device__ inline float decode_cema(float *h, const CemaCoefficients &coef, int64_t channel, int lane, int N,
-                                    float u) {
-    float sum = 0;
-    for (int k = lane; k < N; k += DECODE_LANES) {
-        int64_t i = channel * N + k;
-        float q_re = coef.q_re[i], q_im = coef.q_im[i], re = h[2 * k], im = h[2 * k + 1];
-        float new_re = fmaf(-q_im, im, fmaf(q_re, re, coef.p[i] * u)), new_im = fmaf(q_im, re, q_re * im);
-        h[2 * k] = new_re, h[2 * k + 1] = new_im;
-        sum += coef.c_re[i] * new_re - coef.c_im[i] * new_im;
+/* One state of a channel: h = q h + p u. */
+struct DecodeState {
+    float p, q_re, q_im, c_re, c_im, re, im;
+    __device__ DecodeState() {}
+    /* h: all states of the row */
+    __device__ DecodeState(const float *h, const CemaCoefficients &coef, int64_t i)
+        : p(coef.p[i]), q_re(coef.q_re[i]), q_im(coef.q_im[i]), c_re(coef.c_re[i]), c_im(coef.c_im[i]),
+          re(h[2 * i]), im(h[2 * i + 1]) {}
+    /* Moves it on; returns Re(c h). */
+    __device__ float move(float *h, int64_t i, float u) const {
+        float new_re = fmaf(-q_im, im, fmaf(q_re, re, p * u)), new_im = fmaf(q_im, re, q_re * im);
+        h[2 * i] = new_re, h[2 * i + 1] = new_im;
+        return c_re * new_re - c_im * new_im;
     }
-    return sum;
-}
+};
+
+/* What a lane wants of a channel d of a row. */
+template <typename T> struct DecodeChannel {
+    float weight, bias, omega;
+    DecodeState state; /* number `lane` of N, if there is one and it is wanted */
+    __device__ DecodeChannel(const DecodeNorm<T> &p, const float *h, int d, int lane, bool want_state)
+        : weight(to_float(p.weight[d])), bias(to_float(p.bias[d])), omega(p.c ? p.omega[d] : 0.0f) {
+        if (want_state && p.c && lane < p.N) state = DecodeState(h, p.coef, (int64_t)d * p.N + lane);
+    }
+};
 
 /* computes: the group's mean and variance with this step, u = (x - mean) / sqrt(var + eps) (1 + w) + b, and
  *           c = Re(sum c_k h_k) + omega u with h = q h + p u
@@ -209,6 +275,9 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
             prefetch_bytes(arrays[i] + at, states * 4, thread, DECODE_NORM_THREADS);
         prefetch_bytes(p.h + ((int64_t)b * p.D * p.N + at) * 2, states * 8, thread, DECODE_NORM_THREADS);
     }
+    int lane = thread % DECODE_LANES, own = thread / DECODE_LANES;
+    float *h = p.h + (int64_t)b * p.D * p.N * 2;
+    DecodeChannel<T> channel(p, h, first + min(own, size - 1), lane, DECODE_NORM_HELD);
     const T *x = p.x + (int64_t)b * p.D;
     if (p.tokens) { // one thread asks: they may lie on the host
         if (thread == 0) token = p.tokens[b];
@@ -233,29 +302,34 @@ __global__ void __launch_bounds__(DECODE_NORM_THREADS)
             Moments<double> m = merge(before, Moments<double>{1, (double)mean, (double)var});
             p.mean[group] = m.mean, p.var[group] = m.var;
             shared_mean = (A)m.mean;
-            shared_rstd = (float)(1.0 / sqrt(m.var + (double)p.eps));
+            if (DECODE_NORM_HELD && sizeof(A) < 8) shared_rstd = rsqrtf((float)m.var + p.eps);
+            else shared_rstd = (float)(1.0 / sqrt(m.var + (double)p.eps));
         }
     }
     __syncthreads(); // the group's statistics are there
     mark(p.launch, STAGE_INPUT);
 
-    int lane = thread % DECODE_LANES;
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
-    for (int round = 0; round < size; round += DECODE_NORM_THREADS / DECODE_LANES) {
-        int i = round + thread / DECODE_LANES, d = first + i;
-        bool active = i < size;
+#pragma unroll 1
+    for (int i = own; i - own < size; i += DECODE_NORM_THREADS / DECODE_LANES) {
+        int d = first + i;
+        bool active = i < size, held = DECODE_NORM_HELD && i == own;
         int64_t at = (int64_t)b * p.D + d;
         float u = 0, sum = 0;
         if (active) {
+            if (i != own) channel = DecodeChannel<T>(p, h, d, lane, false);
             T value = from_float<T>(scale * to_float(x[d]));
-            u = (float)(to_float(value) - shared_mean) * shared_rstd * (1.0f + to_float(p.weight[d])) +
-                to_float(p.bias[d]);
+            u = (float)(to_float(value) - shared_mean) * shared_rstd * (1.0f + channel.weight) + channel.bias;
             if (lane == 0) p.u[at] = from_float<T>(u);
             if (lane == 0 && p.tokens) p.embedded[at] = value;
-            if (p.c) sum = decode_cema(p.h + at * p.N * 2, p.coef, d, lane, p.N, u);
+            for (int k = lane; p.c && k < p.N; k += DECODE_LANES) {
+                int64_t state = (int64_t)d * p.N + k;
+                if (!held || k != lane) channel.state = DecodeState(h, p.coef, state);
+                sum += channel.state.move(h, state, u);
+            }
         }
         sum = lanes_sum(sum, DECODE_LANES);
-        if (active && p.c && lane == 0) p.c[at] = from_float<T>(fmaf(p.omega[d], u, sum));
+        if (active && p.c && lane == 0) p.c[at] = from_float<T>(fmaf(channel.omega, u, sum));
     }
     mark(p.launch, STAGE_ENDED);
 }

@@ -30,6 +30,11 @@
 #ifndef DECODE_OPENING
 #define DECODE_OPENING 0
 #endif
+/* 1: each warp makes the numbers of the input that it multiplies itself, and no others: they pass only between
+ * its own lanes, so that all that a block still meets for is a row's moments. */
+#ifndef DECODE_OWN_CHUNKS
+#define DECODE_OWN_CHUNKS 0
+#endif
 
 enum {
     TILE_OUTPUTS = 16,
@@ -37,7 +42,8 @@ enum {
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
     TILE_MANY_THREADS = 704, /* the registers that this leaves let the next kernel's blocks in beside 16 warps */
-    TILE_STATE_LANES = 16 /* lanes that share a channel's states */
+    TILE_STATE_LANES = 16, /* lanes that share a channel's states */
+    TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES /* of a block of 16 warps */
 };
 
 /* What an opening needs of the step before. response NULL: only the norm. */
@@ -74,7 +80,9 @@ struct DecodeTiles {
     DecodeOpening opening;
     DecodeStates states;
     DecodeAhead ahead;
-    int tiles, tile_blocks, K;
+    DecodeKept kept;
+    int tiles, tile_blocks, K, row_bits; /* 2^row_bits lanes of a warp share a row of the input */
+    float inverse_K;
     bool opens, plain; /* plain: so are all inputs */
     int launch; /* the kernel's number in the step, for its timeline */
 };
@@ -194,6 +202,93 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
     }
 }
 
+/* The chunks of K that a warp multiplies, cut into units of UNIT numbers: how many, and where a unit begins. */
+template <int WARPS, int UNIT> __device__ inline int own_units(int K) {
+    int warp = (int)threadIdx.x / WARP_SIZE;
+    return max(K / TILE_CHUNK - warp + WARPS - 1, 0) / WARPS * (TILE_CHUNK / UNIT);
+}
+template <int WARPS, int UNIT> __device__ inline int own_place(int unit) {
+    constexpr int UNITS = TILE_CHUNK / UNIT; // of a chunk
+    int warp = (int)threadIdx.x / WARP_SIZE;
+    return (unit / UNITS * WARPS + warp) * TILE_CHUNK + unit % UNITS * UNIT;
+}
+
+/* tile_constants of the warp's own chunks; wait_for_copies and a barrier of the warp follow. */
+template <int WARPS>
+__device__ inline void own_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
+    const bf16 *from[] = {p.opens ? p.opening.weight : q.norm_weight, p.opens ? p.opening.bias : q.norm_bias,
+                          q.norm_weight};
+    int units = own_units<WARPS, 8>(p.K);
+#pragma unroll 1
+    for (int unit = (int)threadIdx.x % WARP_SIZE; unit < units; unit += WARP_SIZE) {
+        int k = own_place<WARPS, 8>(unit);
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+            if (i == 2 && !p.opens) break;
+            if (from[i]) copy_early(to + i * p.K + k, from[i] + k, true);
+            else *(uint4 *)(to + i * p.K + k) = make_uint4(0, 0, 0, 0);
+        }
+    }
+}
+
+/* tile_normalise of the warp's own chunks, with their constants on their way. moments: each warp's part of a
+ * row's sum and sum of squares, less its first number, which is one of those that are summed: what the
+ * difference of two squares loses is at most a factor of K. */
+template <int WARPS>
+__device__ inline void own_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
+                                     const TileShared &shared, float2 (&moments)[DECODE_ROWS][WARPS]) {
+    int K = p.K, M = p.products.M, warp = (int)threadIdx.x / WARP_SIZE, lanes = 1 << p.row_bits;
+    int row = (int)threadIdx.x % WARP_SIZE >> p.row_bits, lane = (int)threadIdx.x & (lanes - 1);
+    int units = own_units<WARPS, 4>(K);
+    const bool has_mean = q.input == DECODE_LAYERNORM, in_rows = row < M;
+    const bf16 *x = q.x + (int64_t)(in_rows ? row : 0) * K;
+    float mean = 0, rstd = 1, value[4], weight[4], bias[4];
+    if (q.input != DECODE_PLAIN) {
+        float first = has_mean ? to_float(x[0]) : 0.0f, sum = 0, squares = 0;
+#pragma unroll 2
+        for (int unit = lane; unit < units; unit += lanes) {
+            load<4>(value, x + own_place<WARPS, 4>(unit));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float difference = value[i] - first;
+                sum += difference, squares = fmaf(difference, difference, squares);
+            }
+        }
+#pragma unroll 1
+        for (int step = lanes / 2; step > 0; step /= 2) {
+            sum += __shfl_xor_sync(FULL_MASK, sum, step);
+            squares += __shfl_xor_sync(FULL_MASK, squares, step);
+        }
+        if (lane == 0 && in_rows) moments[row][warp] = make_float2(sum, squares);
+        __syncthreads(); // the moments of every warp's chunks are there
+        sum = squares = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) {
+            float2 part = moments[in_rows ? row : 0][i];
+            sum += part.x, squares += part.y;
+        }
+        mean = has_mean ? sum * p.inverse_K : 0.0f;
+        rstd = rsqrtf(fmaxf(fmaf(squares, p.inverse_K, -mean * mean), 0.0f) + p.products.eps);
+        mean += first;
+    }
+    wait_for_copies();
+    __syncwarp(); // the warp's constants are there
+#pragma unroll 1
+    for (int unit = lane; in_rows && unit < units; unit += lanes) {
+        int k = own_place<WARPS, 4>(unit);
+        load<4>(value, x + k);
+        if (q.input != DECODE_PLAIN) {
+            load<4>(weight, shared.constants + k);
+            load<4>(bias, shared.constants + K + k);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                value[i] = fmaf((value[i] - mean) * rstd, 1.0f + weight[i], bias[i]);
+        }
+        tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
+    }
+    __syncwarp(); // the warp's numbers are there
+}
+
 /* ----------------------------------------------------------------------------------------------------------
  * The opening of a layer, for one row
  */
@@ -281,6 +376,61 @@ __device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16>
     }
     sum = warp_sum(sum);
     if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
+}
+
+/* tile_open of the warp's own chunks, which are the groups. Returns the lane's part of the sum of c^2. */
+template <int WARPS>
+__device__ inline float own_open(const DecodeTiles &p, const DecodeProduct<bf16> &first,
+                                 const TileShared &s) {
+    const DecodeOpening &o = p.opening;
+    const bool averages = first.input == DECODE_AVERAGED;
+    int K = p.K, lane = (int)threadIdx.x % WARP_SIZE, units = own_units<WARPS, 4>(K);
+    float sum = 0;
+    wait_for_copies();
+    __syncwarp(); // the warp's constants are there
+    /* All lanes make the same number of rounds, so that the sums over the 8 lanes of a group find them all. */
+#pragma unroll 1
+    for (int round = 0; round < units; round += WARP_SIZE) {
+        int unit = min(round + lane, units - 8 + lane % 8), k = own_place<WARPS, 4>(unit), g = k / TILE_CHUNK;
+        float value[4], weight[4], bias[4];
+        double share = o.prepared.moments[2 * o.G], before = o.prepared.moments[g];
+        double spread = o.prepared.moments[o.G + g];
+        float4 response[2] = {};
+        if (averages)
+            response[0] = *(const float4 *)(o.prepared.response + k),
+            response[1] = *(const float4 *)(o.prepared.response + k + 2);
+        load<4>(value, first.x + k);
+        float mean = lanes_sum((value[0] + value[1]) + (value[2] + value[3]), 8) / TILE_CHUNK, squares = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) squares = fmaf(value[i] - mean, value[i] - mean, squares);
+        float var = lanes_sum(squares, 8) / TILE_CHUNK;
+        if (round + lane >= units) continue;
+        double difference = (double)mean - before, all_mean = before + share * difference;
+        double all_var =
+            spread + share * ((double)var - spread) + share * (1 - share) * difference * difference;
+        if (blockIdx.x == 0 && lane % 8 == 0) o.mean[g] = all_mean, o.var[g] = all_var;
+        float center = (float)all_mean, rstd = rsqrtf((float)all_var + p.products.eps);
+        store<4>(s.x + k, value);
+        load<4>(weight, s.constants + k);
+        load<4>(bias, s.constants + K + k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) value[i] = fmaf((value[i] - center) * rstd, 1.0f + weight[i], bias[i]);
+        tile_split(s.input + k, K + TILE_PAD, value);
+        if (!averages) continue;
+        if (blockIdx.x == 0) store<4>(o.u + k, value);
+        load<4>(weight, s.constants + 2 * K + k);
+        const float constant[4] = {response[0].x, response[0].z, response[1].x, response[1].z};
+        const float factor[4] = {response[0].y, response[0].w, response[1].y, response[1].w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float c = fmaf(factor[i], value[i], constant[i]);
+            sum = fmaf(c, c, sum);
+            value[i] = c * (1.0f + weight[i]);
+        }
+        tile_split(s.input + 2 * (K + TILE_PAD) + k, K + TILE_PAD, value);
+    }
+    __syncwarp(); // the warp's numbers are there
+    return sum;
 }
 
 /* One state's part in h = q h + p u. */
@@ -513,12 +663,13 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     extern __shared__ uint4 tile_memory[];
     __shared__ float sums[TILES][WARPS][TILE_OUTPUTS][ROWS + 1];
     __shared__ float scratch[2][WARPS];
+    __shared__ float2 moments[DECODE_ROWS][WARPS];
     __shared__ TileEnds ends[TILES];
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
-        ask_ahead(p.ahead);
         decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
+        ask_ahead(p.ahead);
         return;
     }
     int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, K = p.K;
@@ -529,30 +680,36 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
     const DecodeProduct<bf16> *q[TILES];
     tile_request<WARPS>(held, q, p, tile);
     const DecodeProduct<bf16> *constants = q[0], *ready = nullptr; // whose are, whose input is in shared memory
-    if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
+    const bool own_chunks = DECODE_OWN_CHUNKS && (!OPENS || p.opening.size == TILE_CHUNK);
+    if (!PLAIN && own_chunks) own_constants<WARPS>(shared.constants, p, *constants);
+    else if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
     TileEnd<TILES> end(p, tile);
     tile_ends(ends, end);
-    ask_ahead(p.ahead);
+    ask_kept(p.kept, p.tile_blocks);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
     for (;;) {
         const DecodeProduct<bf16> &first = *q[0];
-        if (OPENS && !ready) {
+        float lane_squares = 0;
+        bool news = !PLAIN && !(ready && (OPENS || same_input(*ready, first)));
+        if (news && own_chunks) {
+            if (!OPENS && constants != &first) own_constants<WARPS>(shared.constants, p, first);
+            if (OPENS) lane_squares = own_open<WARPS>(p, first, shared);
+            else own_normalise<WARPS>(p, first, shared, moments);
+        } else if (news && OPENS) {
             tile_open<WARPS>(p, first, shared, scratch[0]);
-            ready = &first;
             __syncthreads(); // the input is there
-        }
-        if (!OPENS && !PLAIN && !(ready && same_input(*ready, first))) {
+        } else if (news) {
             if (constants != &first) {
                 __syncthreads(); // nobody reads another input and its constants any more
                 tile_constants<THREADS>(shared.constants, p, first);
             }
             wait_for_copies(); // of the constants, which are read after a barrier
             tile_normalise<WARPS>(p, first, shared, scratch);
-            ready = &first;
             __syncthreads(); // the input is there
         }
+        if (news) ready = &first;
         mark(p.launch, STAGE_INPUT);
         int64_t added = (int64_t)end.m * end.q->N + end.j; // an opening adds its x, which is in shared memory
         if (!OPENS && end.active && end.q->add)
@@ -569,9 +726,14 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
                 if (lane % 4 * 2 + i % 2 < ROWS)
                     sums[t][warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
         }
+        if (OPENS && news && own_chunks) {
+            lane_squares = warp_sum(lane_squares);
+            if (lane == 0) scratch[0][warp] = lane_squares;
+        }
         mark(p.launch, STAGE_MULTIPLIED);
         tile += TILES * p.tile_blocks;
         bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
+        if (last) ask_ahead(p.ahead); // when nothing of this kernel has to wait for it
         if (!last) tile_request<WARPS>(held, q, p, tile); // on their way while this turn's sums are added up
         wait_for_copies();
         __syncthreads(); // all warps' sums are there
@@ -582,7 +744,7 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
             if (OPENS && end.q->input == DECODE_AVERAGED) {
 #pragma unroll
                 for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
-                factor = 1.0f / sqrtf(squares / (float)K + p.products.eps);
+                factor = rsqrtf(fmaf(squares, p.inverse_K, p.products.eps));
             }
             tile_finish<TILES, WARPS, ROWS>(end, ends[end.which], factor, add, sums[end.which]);
         }
@@ -618,7 +780,8 @@ static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
 static inline bool tiles_fit(DecodeTiles *p) {
     bool fit = p->products.M <= DECODE_ROWS;
     p->plain = true;
-    p->K = p->products.product[0].K;
+    p->K = p->products.product[0].K, p->inverse_K = 1.0f / (float)p->K;
+    for (p->row_bits = 5; WARP_SIZE >> p->row_bits < p->products.M;) p->row_bits--;
     p->tiles = 0;
     for (int i = 0; i < p->products.number; i++) {
         DecodeProduct<bf16> &q = p->products.product[i];
@@ -655,10 +818,10 @@ static inline void decode_tiles(Context *context, const char *name, DecodeTiles 
 /* decode_products, in bf16 by tiles where they fit. ahead: see DecodeAhead. */
 template <typename T>
 static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products,
-                                 const DecodeAhead &ahead = {}) {
+                                 const DecodeAhead &ahead = {}, const DecodeKept &kept = {}) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead;
+        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
         if (DECODE_TILES && tiles_fit(&tiles)) {
             decode_tiles(context, name, tiles);
             return;

@@ -28,8 +28,10 @@
 #define FUSED_PRODUCTS 1
 #endif
 
-/* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, in clusters and with
- * the epilogue under the next tile's product; it has run on no device yet. */
+/* 1: fused_product_kernel, a tile's epilogue after its product. 2: team_product_kernel, forward with the
+ * epilogue under the next tile's product, backward in pairs of blocks. 3: both with three writers that go row
+ * by row; 4: with eight of them, in pairs; 5: three, in pairs; 6: eight. Those from 3 on have run on no device
+ * yet. */
 #ifndef FUSED_VERSION
 #define FUSED_VERSION 1
 #endif
@@ -41,7 +43,7 @@ enum {
     FUSED_THREADS = 3 * WARPGROUP, FUSED_VEC = 8,
     /* of the second version: what one warp multiplies of a tile, as bf16, and how a lane takes it */
     FUSED_PARCEL_BYTES = FUSED_WARP_ROWS * FUSED_N * 2, FUSED_PARCELS = FUSED_M / FUSED_WARP_ROWS,
-    FUSED_BIAS_BYTES = FUSED_N * 2,
+    FUSED_BIAS_BYTES = FUSED_N * 2, FUSED_ROW_BYTES = FUSED_N * 2,
     FUSED_BATCH = 4, FUSED_BATCHES = FUSED_PARCEL_BYTES / 16 / WARP_SIZE / FUSED_BATCH
 };
 
@@ -92,6 +94,10 @@ struct SiluEpilogue {
     struct Inputs {
         Eight other;
     };
+    /* the arrays that it reads, in the order of Inputs */
+    __host__ __device__ static constexpr int inputs(bool gate) { return gate ? 1 : 0; }
+    __host__ __device__ const bf16 *input(int) const { return other; }
+    __device__ static void take(Inputs *in, int, const Eight &words) { in->other = words; }
     __device__ uint32_t bias_at(int column) const {
         return bias ? *reinterpret_cast<const uint32_t *>(bias + column) : 0;
     }
@@ -122,6 +128,7 @@ struct SiluEpilogue {
     }
     __device__ void add_sums(const float (&)[FUSED_VEC], int64_t, int) const {}
     __device__ void add_halves(float (&)[FUSED_VEC], int64_t, int) const {}
+    __device__ void put_sums(float (&)[FUSED_VEC], int, int) const {}
     __device__ SiluEpilogue from(int64_t at) const {
         return SiluEpilogue{y + at, h + at, bias, other ? other + at : nullptr};
     }
@@ -139,6 +146,9 @@ struct GateEpilogue {
     struct Inputs {
         Eight x, a;
     };
+    __host__ __device__ static constexpr int inputs(bool gate) { return gate ? 2 : 1; }
+    __host__ __device__ const bf16 *input(int i) const { return i == 0 ? x : a; }
+    __device__ static void take(Inputs *in, int i, const Eight &words) { (i == 0 ? in->x : in->a) = words; }
     static constexpr const bf16 *bias = nullptr;
     __device__ uint32_t bias_at(int) const { return 0; }
     __device__ void prefetch(int64_t at, int bytes) const {
@@ -165,9 +175,10 @@ struct GateEpilogue {
             for (int j = 0; j < 2; j++) {
                 float grad = number(product, i + j), v = number(in.x, i + j), s = fused_sigmoid<QUICK>(v);
                 float factor = gate ? number(in.a, i + j) : 1.0f;
-                dv[j] = grad * factor * s * (1.0f + v * (1.0f - s));
-                dother[j] = grad * v * s;
-                again[j] = factor * v * s;
+                float silu = v * s; // silu' = s + silu (1 - s)
+                dv[j] = grad * factor * (s + fmaf(-silu, s, silu));
+                dother[j] = grad * silu;
+                again[j] = factor * silu;
                 sum[i + j] += dv[j];
             }
             dx_out.v[i / 2] = word_of(dv[0], dv[1]);
@@ -196,6 +207,13 @@ struct GateEpilogue {
         for (int i = 0; i < FUSED_VEC; i++) sum[i] += __shfl_xor_sync(FULL_MASK, sum[i], 16);
         float *to = partial + first_row / FUSED_WARP_ROWS * columns + column;
         if ((int)threadIdx.x % WARP_SIZE >= 16) return;
+        store<4>(to, *reinterpret_cast<float(*)[4]>(sum));
+        store<4>(to + 4, *reinterpret_cast<float(*)[4]>(sum + 4));
+    }
+    /* A lane has all 16 rows of its columns: number `block` of such rows. */
+    __device__ void put_sums(float (&sum)[FUSED_VEC], int block, int column) const {
+        if (!partial) return;
+        float *to = partial + (int64_t)block * columns + column;
         store<4>(to, *reinterpret_cast<float(*)[4]>(sum));
         store<4>(to + 4, *reinterpret_cast<float(*)[4]>(sum + 4));
     }
@@ -327,17 +345,17 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
 }
 
 /* ----------------------------------------------------------------------------------------------------------
- * The second version. One warp copies, two groups of four warps multiply, and three warps do nothing but
- * epilogues, so that the tensor cores go on with the next tile:
+ * The second version. One warp copies, two groups of four warps multiply, and three or eight warps do nothing
+ * but epilogues, so that the tensor cores go on with the next tile:
  *
  *     copies     | tile 0         | tile 1         | tile 2         |
  *     products     | tile 0        >| tile 1        >| tile 2        |
  *     writers                       | tile 0    |    | tile 1    |
  *
  * At > a multiplying warp rounds its 16 rows of the tile to bf16 and puts them into shared memory, its parcel,
- * which a writing warp takes from there. Barriers hand them to and fro: `staged` a group's four parcels,
- * `drained` one. With the last tile, when nothing is left to multiply, each multiplying warp writes its own
- * parcel.
+ * which a writing warp takes from there. Barriers hand them to and fro: `staged` a group's four parcels (with
+ * eight writers one), `drained` one. With the last tile, when nothing is left to multiply, each multiplying
+ * warp writes its own parcel, if there are not as many writers.
  *
  * Blocks form clusters of ROWS x COLUMNS tiles. Those of one row share the rows of A: each copies its part of
  * them to all; those of one column share B alike. So a place is free when both groups of every block that
@@ -345,32 +363,52 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
  * pieces, also where some of their tiles lie outside of the matrix: zeros come from there.
  */
 
-/* What a kernel is made for. WRITER_WARPS: 3, or 0: the multiplying warps do all epilogues themselves as in the
- * first version, which leaves room for a place more. PREFETCH: a parcel ahead, what the epilogue will read is
- * brought into the second cache. */
-template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true> struct Team {
-    static constexpr bool PREFETCHES = PREFETCH && WRITER_WARPS > 0;
+/* What a kernel is made for. WRITER_WARPS: 8, one for each parcel; 3, which take them in turns; or 0: the
+ * multiplying warps do all epilogues themselves as in the first version, which leaves room for a place more.
+ * PREFETCH: what the epilogue will read is brought into the second cache before. ROWWISE: writers walk through
+ * the rows in a short loop and find what they read in shared memory; without it all of a parcel is one piece of
+ * code, and registers wait for what is read. */
+template <int ROWS, int COLUMNS, int WRITER_WARPS, bool PREFETCH = true,
+          bool ROWWISE = WRITER_WARPS == FUSED_PARCELS>
+struct Team {
+    static constexpr bool PREFETCHES = PREFETCH && WRITER_WARPS > 0, OWN = WRITER_WARPS == FUSED_PARCELS,
+                          BY_ROWS = ROWWISE;
     static constexpr int CLUSTER_ROWS = ROWS, CLUSTER_COLUMNS = COLUMNS, CLUSTER = ROWS * COLUMNS,
                          WRITERS = WRITER_WARPS, PLACES = WRITERS ? 3 : FUSED_PLACES,
                          PARCELS = WRITERS ? FUSED_PARCELS : 0, BIASES = PLACES + 1,
-                         BARRIERS = 2 * PLACES + 2 + PARCELS,
+                         STAGED = OWN ? PARCELS : 2, BARRIERS = 2 * PLACES + STAGED + PARCELS,
+                         RING_ROWS = OWN ? 4 : 8, RING_BYTES = RING_ROWS * FUSED_ROW_BYTES,
                          SHARED = PLACES * FUSED_BYTES + PARCELS * FUSED_PARCEL_BYTES +
-                                  BIASES * FUSED_BIAS_BYTES + BARRIERS * 8;
+                                  (BY_ROWS ? WRITERS * RING_BYTES : 0) + BIASES * FUSED_BIAS_BYTES +
+                                  BARRIERS * 8;
+    /* Warpgroups that do not multiply, and registers of a thread. 640 threads begin with 96 each, too few for
+     * a product of 64 x 256 in one instruction. */
+    static constexpr int OTHERS = OWN ? 3 : 1, THREADS = (OTHERS + 2) * WARPGROUP,
+                         MULTIPLY_REGISTERS = OWN ? 160 : 232, WRITE_REGISTERS = 64,
+                         COPY_REGISTERS = OWN ? 32 : 40;
+    static constexpr bool HALVES = OWN;
     static_assert(FUSED_M % (8 * COLUMNS) == 0 && FUSED_N / FUSED_K % ROWS == 0 && SHARED <= 232448);
-    static_assert(WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
+    static_assert(OWN || WRITERS == 0 || WRITERS == WARPGROUP / WARP_SIZE - 1);
 };
-using BestTeam = Team<2, 1, 3>;
+/* An epilogue that only gates is written by other warps under the next tile's product; of one that reads and
+ * writes more all warps do a part. */
+template <typename E> using MeasuredTeam = std::conditional_t<E::ROWS_OF_K, Team<2, 1, 0>, Team<1, 1, 3>>;
+constexpr bool IN_PAIRS = FUSED_VERSION == 4 || FUSED_VERSION == 5;
+using RowsTeam = Team<IN_PAIRS ? 2 : 1, 1, FUSED_VERSION % 2 ? 3 : FUSED_PARCELS, true, true>;
+template <typename E> using BestTeam = std::conditional_t<FUSED_VERSION == 2, MeasuredTeam<E>, RowsTeam>;
 
-/* Shared memory: the ring of places, the parcels, the biases of the last tiles' columns, the barriers. */
+/* Shared memory: the ring of places, the parcels, the writers' rings, the biases of the last tiles' columns,
+ * the barriers. */
 template <typename T> struct TeamMemory {
     char *memory;
     __device__ char *place(int i) const { return memory + i * FUSED_BYTES; }
     __device__ char *parcel(int i) const { return place(T::PLACES) + i * FUSED_PARCEL_BYTES; }
-    __device__ char *bias(int i) const { return parcel(T::PARCELS) + i * FUSED_BIAS_BYTES; }
+    __device__ char *ring(int i) const { return parcel(T::PARCELS) + i * T::RING_BYTES; }
+    __device__ char *bias(int i) const { return ring(T::BY_ROWS ? T::WRITERS : 0) + i * FUSED_BIAS_BYTES; }
     __device__ uint64_t *full(int i) const { return (uint64_t *)bias(T::BIASES) + i; }
     __device__ uint64_t *empty(int i) const { return full(T::PLACES) + i; }
-    __device__ uint64_t *staged(int group) const { return full(2 * T::PLACES) + group; }
-    __device__ uint64_t *drained(int i) const { return full(2 * T::PLACES + 2) + i; }
+    __device__ uint64_t *staged(int i) const { return full(2 * T::PLACES) + i; }
+    __device__ uint64_t *drained(int i) const { return full(2 * T::PLACES + T::STAGED) + i; }
 };
 
 /* A block's walk over its tiles: the cluster takes ROWS x COLUMNS of them at a time, along the columns first.
@@ -414,11 +452,18 @@ __device__ inline void load_part(unsigned blocks, void *to, const CUtensorMap *m
         load_tile_for(blocks, to, map, row, column, barrier);
 }
 
+/* The maps of a kernel: the operands, and what the epilogue reads. */
+struct TeamMaps {
+    CUtensorMap A, B, input[2];
+};
+
 /* One thread of a block: asks for its parts of all pieces of all tiles, as far ahead as there are places. */
-template <typename E, typename T>
-__device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, const CUtensorMap *B,
-                                   TeamMemory<T> memory, TeamWalk<T> walk, int pieces) {
-    constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K;
+template <bool GATED, typename E, typename T>
+__device__ inline void copy_pieces(const E &epilogue, const TeamMaps &maps, TeamMemory<T> memory,
+                                   TeamWalk<T> walk, int pieces) {
+    const CUtensorMap *A = &maps.A, *B = &maps.B;
+    constexpr int A_PARTS = T::CLUSTER_COLUMNS, B_PARTS = T::CLUSTER_ROWS, BOXES = FUSED_N / FUSED_K,
+                  INPUT_BOXES = E::inputs(GATED) * BOXES;
     int part_a = walk.column_in_cluster(), part_b = walk.row_in_cluster(), place = 0, round = 0, tile = 0;
     unsigned for_a = walk.same_row(), for_b = walk.same_column();
     for (; walk.goes_on(); walk.next(), tile++) {
@@ -443,6 +488,9 @@ __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap *A, cons
                     load_part<B_PARTS>(for_b, b + box * (FUSED_B_BYTES / BOXES), B, k, column + box * FUSED_K,
                                        full);
                 }
+            if (T::BY_ROWS && T::PREFETCHES && walk.inside())
+                for (int i = piece * INPUT_BOXES / pieces; i < (piece + 1) * INPUT_BOXES / pieces; i++)
+                    prefetch_tile(&maps.input[i / BOXES], (int)walk.row(), column + i % BOXES * FUSED_K);
             if (++place == T::PLACES) place = 0, round++;
         }
     }
@@ -546,6 +594,113 @@ __device__ inline void write_parcel(const Parcel<E, GATED> &parcel, const char *
     }
 }
 
+/* Where a lane's eight columns of a parcel begin, and how many of its rows the matrix has. */
+struct LaneRows {
+    int64_t at;
+    int column, block, count; /* block: of FUSED_WARP_ROWS rows */
+    template <typename T> __device__ LaneRows(const TeamWalk<T> &walk, int number, int64_t rows, int columns) {
+        int64_t row = walk.row() + number * FUSED_WARP_ROWS, left = rows - row;
+        column = walk.column() + (int)threadIdx.x % WARP_SIZE * FUSED_VEC;
+        block = (int)(row / FUSED_WARP_ROWS), at = row * columns + column;
+        count = left < 0 ? 0 : left < FUSED_WARP_ROWS ? (int)left : FUSED_WARP_ROWS;
+    }
+};
+/* The lane's eight columns of a row. */
+__device__ inline Eight row_of_parcel(const char *parcel, int row) {
+    int piece = (int)threadIdx.x % WARP_SIZE ^ row % 8;
+    return load_eight((const bf16 *)(parcel + row * FUSED_ROW_BYTES + piece * 16));
+}
+
+/* A writing warp, row by row: hands parcels to the epilogue; of each row, a lane has eight columns. What the
+ * epilogue reads is asked for AHEAD rows before, across parcels too, and waits in shared memory; a lane reads
+ * what it has copied itself, so that nobody has to wait for others. */
+template <bool GATED, typename E, typename T>
+__device__ inline void write_rows(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
+                                  int columns) {
+    constexpr int INPUTS = E::inputs(GATED), AHEAD = T::RING_ROWS / (INPUTS > 1 ? 2 : 1),
+                  TOGETHER = T::OWN ? 1 : 2; // rows at a time
+    int writer = (int)threadIdx.x / WARP_SIZE - (T::OWN ? WARPGROUP / WARP_SIZE : 1),
+        lane = (int)threadIdx.x % WARP_SIZE, number = writer, tiles = 0;
+    char *ring = memory.ring(writer) + lane * 16;
+    auto done = [&] { return T::OWN ? !walk.goes_on() : walk.last(); };
+    auto go_inside = [&] {
+        while (!done() && !walk.inside()) walk.next();
+    };
+    /* For a row behind the matrix's last the last again: its products are 0, and 0 times that has to be 0. */
+    auto ask = [&](const LaneRows &from, int row, char *place) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            int64_t at = from.at + min(row + i, from.count - 1) * columns;
+#pragma unroll
+            for (int k = 0; k < INPUTS; k++)
+                if (from.count > 0)
+                    copy_aside(place + (i * INPUTS + k) * FUSED_ROW_BYTES, epilogue.input(k) + at);
+        }
+        copies_commit();
+    };
+    go_inside();
+    if (done()) return;
+    LaneRows now(walk, number, rows, columns);
+#pragma unroll
+    for (int row = 0; row < AHEAD; row += TOGETHER) ask(now, row, ring + row * (INPUTS * FUSED_ROW_BYTES));
+    for (bool more = true; more;) {
+        float sum[FUSED_VEC] = {};
+        int mine = number, parity = tiles & 1;
+        number += T::WRITERS;
+        if (number >= T::PARCELS) number -= T::PARCELS, tiles++, walk.next(), go_inside();
+        more = !done();
+        LaneRows next(walk, number, more ? rows : 0, columns);
+        const char *parcel = memory.parcel(mine);
+        barrier_wait(memory.staged(T::OWN ? mine : mine / (WARPGROUP / WARP_SIZE)), parity);
+#pragma unroll 1
+        for (int row = 0; row < FUSED_WARP_ROWS; row += TOGETHER) {
+            typename E::Inputs in[TOGETHER];
+            char *place = ring + row % AHEAD * (INPUTS * FUSED_ROW_BYTES);
+            copies_wait<AHEAD / TOGETHER - 1>();
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                for (int k = 0; k < INPUTS; k++)
+                    E::take(&in[i], k, load_eight((const bf16 *)(place + (i * INPUTS + k) * FUSED_ROW_BYTES)));
+            /* the places are free again */
+            int later = row + AHEAD;
+            if (later < FUSED_WARP_ROWS)
+                ask(now, later, place);
+            else
+                ask(next, later - FUSED_WARP_ROWS, place);
+            if (row >= now.count) continue;
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++)
+                epilogue.template apply<true>(sum, row_of_parcel(parcel, row + i), in[i],
+                                              now.at + (row + i) * columns, GATED, row + i < now.count);
+        }
+        __syncwarp(); // all lanes have read the parcel
+        if (lane == 0) barrier_arrive(memory.drained(mine));
+        epilogue.put_sums(sum, now.block, now.column);
+        now = next;
+    }
+}
+
+/* The same by the warp that multiplied the parcel, when nothing is left to multiply. */
+template <bool GATED, typename E>
+__device__ inline void write_last_rows(const E &epilogue, const LaneRows &rows, const char *parcel,
+                                       int columns) {
+    float sum[FUSED_VEC] = {};
+#pragma unroll 1
+    for (int first = 0; first < rows.count; first += FUSED_BATCH) {
+        typename E::Inputs in[FUSED_BATCH];
+#pragma unroll
+        for (int i = 0; i < FUSED_BATCH; i++)
+            if (first + i < rows.count) epilogue.load(&in[i], rows.at + (first + i) * columns, GATED);
+#pragma unroll
+        for (int i = 0; i < FUSED_BATCH; i++)
+            if (first + i < rows.count)
+                epilogue.template apply<true>(sum, row_of_parcel(parcel, first + i), in[i],
+                                              rows.at + (first + i) * columns, GATED, true);
+    }
+    epilogue.put_sums(sum, rows.block, rows.column);
+}
+
 /* Two groups of four warps: each multiplies 64 rows of every tile and hands them on. A tile's bias is
  * overwritten with the first piece of the tile BIASES = PLACES + 1 later. That piece waits until the one PLACES
  * before it, so one of a later tile than the bias's, has been multiplied, and by then all warps have used the
@@ -553,7 +708,7 @@ __device__ inline void write_parcel(const Parcel<E, GATED> &parcel, const char *
 template <bool GATED, typename E, typename T>
 __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, TeamWalk<T> walk, int64_t rows,
                                       int columns, int pieces) {
-    int group = (int)threadIdx.x / WARPGROUP - 1, thread = (int)threadIdx.x % WARPGROUP,
+    int group = (int)threadIdx.x / WARPGROUP - T::OTHERS, thread = (int)threadIdx.x % WARPGROUP,
         warp = thread / WARP_SIZE, parcel = group * (WARPGROUP / WARP_SIZE) + warp, place = 0, round = 0,
         staged = 0, tile = 0;
     TeamWalk<T> last_walk = walk; // where the last tile is
@@ -570,7 +725,7 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
     for (; walk.goes_on(); walk.next(), tile++) {
         float d[128];
         int last = -1; // the place of the piece before
-        if (T::PREFETCHES && walk.last() && walk.inside())
+        if (!T::BY_ROWS && T::PREFETCHES && walk.last() && walk.inside())
             Parcel<E, GATED>(epilogue, walk, parcel, rows, columns).prefetch();
         for (int piece = 0; piece < pieces; piece++) {
             const char *a = memory.place(place) + group * (FUSED_A_BYTES / 2),
@@ -578,11 +733,21 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
             barrier_wait(memory.full(place), round & 1);
             products_begin();
 #pragma unroll
-            for (int k = 0; k < FUSED_K / 16; k++)
-                product_64x256<E::ROWS_OF_K>(
-                    d, operand(a + k * 32, 16, 1024),
-                    E::ROWS_OF_K ? operand(b + k * 2048, FUSED_B_BYTES / 4, 1024) : operand(b + k * 32, 16, 1024),
-                    piece > 0 || k > 0);
+            for (int k = 0; k < FUSED_K / 16; k++) {
+                uint64_t of_a = operand(a + k * 32, 16, 1024);
+                auto of_b = [&](int half) {
+                    const char *from = b + half * (FUSED_B_BYTES / 2);
+                    return E::ROWS_OF_K ? operand(from + k * 2048, FUSED_B_BYTES / 4, 1024)
+                                        : operand(from + k * 32, 16, 1024);
+                };
+                bool add = piece > 0 || k > 0;
+                if constexpr (T::HALVES) {
+                    product_64x128<E::ROWS_OF_K, 0>(d, of_a, of_b(0), add);
+                    product_64x128<E::ROWS_OF_K, 1>(d, of_a, of_b(1), add);
+                } else {
+                    product_64x256<E::ROWS_OF_K>(d, of_a, of_b(0), add);
+                }
+            }
             products_commit();
             products_wait<1>(); // the piece before has been multiplied: its place is free
             if (last >= 0) release(last);
@@ -602,12 +767,17 @@ __device__ inline void multiply_tiles(const E &epilogue, TeamMemory<T> memory, T
             else
                 stage_products<false>(d, memory.parcel(parcel), nullptr);
             __syncwarp(); // all lanes have stored
-            keeps = walk.last(), last_walk = walk;
-            if (!keeps && thread % WARP_SIZE == 0) barrier_arrive(memory.staged(group));
+            keeps = !T::OWN && walk.last(), last_walk = walk;
+            if (!keeps && thread % WARP_SIZE == 0) barrier_arrive(memory.staged(T::OWN ? parcel : group));
         }
     }
-    if constexpr (T::WRITERS > 0) {
+    if constexpr (T::WRITERS > 0 && !T::OWN) {
         if (!keeps) return;
+        if constexpr (T::BY_ROWS) {
+            write_last_rows<GATED>(epilogue, LaneRows(last_walk, parcel, rows, columns), memory.parcel(parcel),
+                                   columns);
+            return;
+        }
         Parcel<E, GATED> mine(epilogue, last_walk, parcel, rows, columns);
         typename E::Inputs in[FUSED_BATCH];
 #pragma unroll
@@ -657,16 +827,15 @@ template <typename T> __device__ inline void leave() {
 
 /* computes: A B^T (B's rows along K) or A B (B's rows are K), each result handed to the epilogue
  *           (GATED: epilogue.gated())
- * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384: a warp copies, three write,
- *           eight multiply 16 x 256 of a tile each
+ * launch:   a cluster of T::CLUSTER blocks as often as the device holds, block 384 or 640: a warp copies,
+ *           T::WRITERS write, eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; from the second cache, a block takes
  *           A / T::CLUSTER_COLUMNS + B / T::CLUSTER_ROWS of a tile
  * needs:    sm_90a; columns a multiple of 256, K of 64; T::SHARED bytes of shared memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the epilogue */
 template <typename E, typename T, bool GATED>
-__global__ void __launch_bounds__(FUSED_THREADS, 1)
-    team_product_kernel(const __grid_constant__ CUtensorMap A, const __grid_constant__ CUtensorMap B, E epilogue,
-                        int64_t rows, int columns, int K) {
+__global__ void __launch_bounds__(T::THREADS, 1)
+    team_product_kernel(const __grid_constant__ TeamMaps maps, E epilogue, int64_t rows, int columns, int K) {
     TeamMemory<T> memory = {dynamic_shared()};
     TeamWalk<T> walk(rows, columns);
     int pieces = K / FUSED_K;
@@ -675,23 +844,31 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
         constexpr int READERS = 2 * (T::CLUSTER_ROWS + T::CLUSTER_COLUMNS - 1);
         for (int i = 0; i < T::PLACES; i++)
             barrier_init(memory.full(i), 1), barrier_init(memory.empty(i), READERS);
-        for (int i = 0; i < 2; i++) barrier_init(memory.staged(i), WARPGROUP / WARP_SIZE);
+        for (int i = 0; i < T::STAGED; i++) barrier_init(memory.staged(i), T::OWN ? 1 : WARPGROUP / WARP_SIZE);
         for (int i = 0; i < T::PARCELS; i++) barrier_init(memory.drained(i), 1);
         barriers_ready();
         if (T::CLUSTER > 1) cluster_barriers_ready();
     }
     __syncthreads(); // the barriers are initialised
     if (T::CLUSTER > 1) cluster_sync(); // the neighbours' too
-    if (threadIdx.x >= WARPGROUP) {
-        if (T::WRITERS == 0) more_registers<232>();
+    if (threadIdx.x >= T::OTHERS * WARPGROUP) {
+        if (T::WRITERS == 0 || T::OWN) more_registers<T::MULTIPLY_REGISTERS>();
         multiply_tiles<GATED>(epilogue, memory, walk, rows, columns, pieces);
         leave<T>();
+    } else if (threadIdx.x >= WARPGROUP) {
+        fewer_registers<T::WRITE_REGISTERS>();
+        if constexpr (T::OWN) write_rows<GATED>(epilogue, memory, walk, rows, columns);
+        leave<T>();
     } else {
-        if (T::WRITERS == 0) fewer_registers<40>();
+        if (T::WRITERS == 0 || T::OWN) fewer_registers<T::COPY_REGISTERS>();
         if (threadIdx.x == 0)
-            copy_pieces(epilogue, &A, &B, memory, walk, pieces);
-        else if (threadIdx.x >= WARP_SIZE && T::WRITERS > 0)
-            write_tiles<GATED>(epilogue, memory, walk, rows, columns);
+            copy_pieces<GATED>(epilogue, maps, memory, walk, pieces);
+        else if (threadIdx.x >= WARP_SIZE && T::WRITERS > 0 && !T::OWN) {
+            if constexpr (T::BY_ROWS)
+                write_rows<GATED>(epilogue, memory, walk, rows, columns);
+            else
+                write_tiles<GATED>(epilogue, memory, walk, rows, columns);
+        }
         __syncwarp(); // the copying warp is one again
         leave<T>();
     }
@@ -702,15 +879,18 @@ static void launch_team(Context *context, const E &epilogue, const bf16 *x, cons
                         int64_t columns, int64_t K) {
     static int most = 0; // clusters that run at the same time
     if (most == 0)
-        most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, FUSED_THREADS,
+        most = clusters_at_once(context, team_product_kernel<E, T, GATED>, T::CLUSTER, T::THREADS,
                                 T::SHARED);
-    CUtensorMap A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS),
-                B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
-                                 : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
+    TeamMaps maps = {};
+    maps.A = tile_map(x, rows, K, FUSED_M / T::CLUSTER_COLUMNS);
+    maps.B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
+                          : tile_map(weight, columns, K, FUSED_N / T::CLUSTER_ROWS);
+    for (int i = 0; i < E::inputs(GATED); i++)
+        maps.input[i] = tile_map(epilogue.input(i), rows, columns, FUSED_M);
     int64_t clusters =
         ceil_div(rows, FUSED_M * T::CLUSTER_ROWS) * ceil_div(columns, FUSED_N * T::CLUSTER_COLUMNS);
     LAUNCH_CLUSTERS((team_product_kernel<E, T, GATED>), clusters < most ? clusters : most, T::CLUSTER,
-                    FUSED_THREADS, T::SHARED, context, A, B, epilogue, rows, (int)columns, (int)K);
+                    T::THREADS, T::SHARED, context, maps, epilogue, rows, (int)columns, (int)K);
 }
 /* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename T, typename E>
@@ -738,8 +918,8 @@ static bool fused_fits(const Context *context, int64_t rows, int64_t columns, in
 template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight, int64_t rows,
                           int64_t columns, int64_t K) {
-    if (FUSED_VERSION == 2) {
-        team_product<BestTeam>(context, epilogue, x, weight, rows, columns, K);
+    if (FUSED_VERSION >= 2) {
+        team_product<BestTeam<E>>(context, epilogue, x, weight, rows, columns, K);
         return;
     }
     if (context->dry_run) return;

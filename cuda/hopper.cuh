@@ -114,6 +114,31 @@ __device__ inline void cluster_sync() {
                      : "memory");
 #endif
 }
+/* The same in two halves, which hand no stores over but cluster_barriers_ready's. */
+__device__ inline void cluster_arrive() {
+#if HOPPER_CODE
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if HOPPER_CODE
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/* Writes to the same place of another block's shared memory, or of this one's, and counts the 4 bytes at the
+ * same barrier there: whoever has waited for it reads them. */
+__device__ inline void send_there(float *place, uint64_t *barrier, int rank, float value) {
+#if HOPPER_CODE
+    asm volatile("{\n"
+                 ".reg .b32 there, counts;\n"
+                 "mapa.shared::cluster.u32 there, %0, %2;\n"
+                 "mapa.shared::cluster.u32 counts, %1, %2;\n"
+                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [counts];\n"
+                 "}" ::"r"(shared_address(place)),
+                 "r"(shared_address(barrier)), "r"(rank), "f"(value)
+                 : "memory");
+#endif
+}
 /* Arrives at the same barrier of another block of the cluster, or of this one. It hands no stores over: to do
  * that it would have to wait for all of the thread's. */
 __device__ inline void barrier_arrive_at(uint64_t *barrier, int rank) {
@@ -163,6 +188,25 @@ __device__ inline void load_bytes(void *to, const void *from, int bytes, uint64_
 #endif
 }
 
+/* Asks for 16 bytes, into shared memory, that this thread alone will read. */
+__device__ inline void copy_aside(void *to, const void *from) {
+#if HOPPER_CODE
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#endif
+}
+/* What the thread asked for since the last call is one group. */
+__device__ inline void copies_commit() {
+#if HOPPER_CODE
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/* Waits until at most so many of the thread's groups are under way. */
+template <int GROUPS> __device__ inline void copies_wait() {
+#if HOPPER_CODE
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+
 /* Four matrices of 8 x 8 bf16 into shared memory. A lane's word[m] is two neighbouring columns of matrix m,
  * row lane / 4, columns 2 (lane mod 4) and the next; `row`: where row (lane mod 8) of matrix lane / 8 goes,
  * 16 bytes. Loads may pass it: __syncwarp() before these bytes are read. */
@@ -178,6 +222,15 @@ __device__ inline void store_matrices(char *row, const uint32_t (&word)[4]) {
 __device__ inline void prefetch_bytes(const void *from, int bytes) {
 #if HOPPER_CODE
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/* Brings a tile of a map's matrix into the second cache: one instruction for what load_tile would copy. */
+__device__ inline void prefetch_tile(const CUtensorMap *map, int row, int column) {
+#if HOPPER_CODE
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column),
+                 "r"(row)
+                 : "memory");
 #endif
 }
 
@@ -285,6 +338,27 @@ __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, b
                  "%128, %129, add, 1, 1, 0, %131;\n"
                  "}"
                  : ACC16(0), ACC16(16), ACC16(32), ACC16(48), ACC16(64), ACC16(80), ACC16(96), ACC16(112)
+                 : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
+#endif
+}
+
+/* The same for columns 128 HALF to 128 HALF + 127, of which B holds no others: half of the registers in one
+ * instruction, for kernels whose threads begin with few. */
+template <bool ROWS_OF_K, int HALF>
+__device__ inline void product_64x128(float (&d)[128], uint64_t a, uint64_t b, bool add) {
+#if HOPPER_CODE
+    constexpr int AT = 64 * HALF;
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "%64, %65, add, 1, 1, 0, %67;\n"
+                 "}"
+                 : ACC16(AT), ACC16(AT + 16), ACC16(AT + 32), ACC16(AT + 48)
                  : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
 #endif
 }

@@ -320,6 +320,20 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
 #endif
 enum { SIDE_LEAST = 20 };
 
+/* Large gradients fill the device by themselves and would only take turns with the main stream: there is a
+ * side stream where none of a block's has more tiles of SIDE_TILE x SIDE_TILE than this percentage of
+ * multiprocessors. */
+#ifndef SIDE_TILES_PERCENT
+#define SIDE_TILES_PERCENT 50
+#endif
+enum { SIDE_TILE = 128 };
+
+/* largest: rows times columns of a block's largest weight */
+static inline bool side_pays(const Context *context, int64_t largest) {
+    int64_t tiles = ceil_div(largest, SIDE_TILE * SIDE_TILE);
+    return SIDE_PERCENT > 0 && tiles * 100 <= context->num_sms * SIDE_TILES_PERCENT;
+}
+
 /* linear_backward_weight, on the side stream from the next side_start on. dy and x must stay until
  * side_join. */
 template <typename T>

@@ -8,6 +8,13 @@
 
 enum { POINT_THREADS = 256 };
 
+/* 1: blocks of the gates' backward take so many rows that they fill the device a whole number of times; 0:
+ * always SWEEP_ROWS */
+#ifndef GATE_EVEN
+#define GATE_EVEN 0
+#endif
+enum { GATE_BLOCKS = 4 }; /* of SWEEP_THREADS threads, on a multiprocessor */
+
 /* ----------------------------------------------------------------------------------------------------------
  * Embedding: out = scale weight[token], then dropout.
  */
@@ -202,7 +209,7 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
  *           NULL: as if 1, with da NULL; dx or da may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool DROPS>
-__global__ void __launch_bounds__(SWEEP_THREADS, 4)
+__global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
     silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
                               int rows, int columns, int share, Dropout dropout) {
     __shared__ SweepSums<VEC> shared;
@@ -236,7 +243,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 4)
                 sum[i] += dv;
                 grad.v[i] = from_float<T>(dv);
                 value.v[i] = from_float<T>(kept * v * s);
-                other.v[i] = from_float<T>(keep * factor * v * s);
+                other.v[i] = from_float<T>(v * s * factor * keep); // in the order of the forward
             }
             *reinterpret_cast<Packed<T, VEC> *>(dx + at) = grad;
             if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at) = value;
@@ -247,22 +254,33 @@ __global__ void __launch_bounds__(SWEEP_THREADS, 4)
     if (partial && sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
+/* Blocks of the gates' backward for about SWEEP_ROWS rows each; never fewer for more rows. */
+static inline int64_t gate_blocks(const Context *context, int64_t rows, unsigned threads) {
+    int64_t slots = (int64_t)context->num_sms * (GATE_BLOCKS * SWEEP_THREADS / threads);
+    int64_t waves = (rows + slots * SWEEP_ROWS / 2) / (slots * SWEEP_ROWS);
+    return GATE_EVEN && waves > 0 ? waves * slots : (int64_t)sweep_blocks(rows);
+}
+
 /* dbias (columns; NULL: none) += column sums of dx, with the next add_sums; y (NULL: not wanted) is the
  * forward's result once more */
 template <typename T>
 static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x,
                                const T *a, int64_t rows, int64_t columns, Dropout dropout) {
-    float *partial = take_sum(context, dbias, sweep_blocks(rows), columns);
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
+        int64_t blocks = gate_blocks(context, rows, sweep_threads(columns, VEC));
+        int64_t share = ceil_div(rows, blocks);
+        if (!GATE_EVEN) share = SWEEP_ROWS;
+        float *partial = take_sum(context, dbias, blocks, columns);
         /* Without sums the columns do not matter, and rows of just the right width keep every thread busy. */
-        int64_t width = SWEEP_THREADS * VEC, share = SWEEP_ROWS;
-        if (!dbias && rows * columns % width == 0) rows = rows * columns / width, columns = width, share = 1;
+        int64_t width = SWEEP_THREADS * VEC;
+        if (!dbias && rows * columns % width == 0)
+            rows = blocks = rows * columns / width, columns = width, share = 1;
         if (dropout.threshold)
-            LAUNCH((silu_gate_backward_kernel<T, VEC, true>), blocks_for(rows, share),
+            LAUNCH((silu_gate_backward_kernel<T, VEC, true>), (unsigned)blocks,
                    sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
                    (int)columns, (int)share, dropout);
         else
-            LAUNCH((silu_gate_backward_kernel<T, VEC, false>), blocks_for(rows, share),
+            LAUNCH((silu_gate_backward_kernel<T, VEC, false>), (unsigned)blocks,
                    sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
                    (int)columns, (int)share, dropout);
     });

@@ -38,6 +38,7 @@ struct Ladder {
     size_t cache;    /* bytes of the second-level cache */
     double first_ms; /* of the first version; 0 before it ran */
     double flop;     /* of a run, for versions that are bound by arithmetic; 0: not told */
+    double ms;       /* of the last version; negative if it was wrong */
     bool wrong, any; /* was a version wrong; did one run */
 };
 
@@ -259,7 +260,7 @@ static void ladder_step(Ladder *ladder, const char *name, const char *idea, doub
            100 * bytes / ms * 1e3 / ladder->peak, ladder->first_ms / ms, largest, rate, idea);
     if (wrong)
         printf("%-22s WRONG: %s is off by %.2e, %.1f times what it may\n", name, worst, largest, ratio);
-    ladder->wrong = ladder->wrong || wrong;
+    ladder->wrong = ladder->wrong || wrong, ladder->ms = wrong ? -ms : ms;
     fflush(stdout);
 }
 

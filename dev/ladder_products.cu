@@ -2,8 +2,8 @@
  * clusters of multiprocessors that share operands and write one tile while they multiply the next.
  *
  * The last versions of each direction are those of cuda/fused.cuh, called, not copied: `fused` is its first
- * kernel, `cluster` and `team` its second without and with warps that only write, for several clusters. The
- * products are those of the models that the speed targets name; truth is computed on the device, in double.
+ * kernel, `cluster` its second in pairs, `team`, `rows` and `eight` with warps that only write. The products are
+ * those of the models that the speed targets name; truth is computed on the device, in double.
  *
  * A kernel that has never run may hang. -DFUSED_WATCHDOG ends the program when a barrier is waited for longer
  * than a second.
@@ -13,7 +13,8 @@
 #include "../cuda/fused.cuh"
 
 #define OPTIONS(X)                                                                                          \
-    X(TEXT, product, NULL, 0, 0, "NAME", "Size", "only this one of the models' products")                   \
+    X(TEXT, product, NULL, 0, 0, "NAME", "Size", "only products whose names begin so, such as mega200M")    \
+    X(FLAG, quick, NULL, 0, 0, "", "Measuring", "without the naive version")                                \
     X(INT, rows, "0", 0, 1048576, "ROWS", "Size", "one product of other sizes, both ways: rows")            \
     X(INT, columns, "2048", 256, 65536, "COLUMNS", "Size", "its columns, a multiple of 256")                \
     X(INT, depth, "1024", 64, 65536, "DEPTH", "Size", "the numbers a product adds up, a multiple of 64")
@@ -28,8 +29,11 @@ struct Shape {
     int64_t rows, columns, depth;
     bool backward, gated, biased; /* biased: adds one; in the backward, its gradient is wanted */
 };
-/* mega200M's with 8 x 4,096 tokens, mega1.3B's with 4 x 4,096. In the backward, h is wanted once more. */
+/* mega200M's with 8 x 4,096 tokens, mega1.3B's with 4 x 4,096, bytes12M's with 32 x 2,048. In the backward, h
+ * is wanted once more. */
 static const Shape shapes[] = {
+    {"bytes12M/wr", 65536, 768, 384, false, true, true},
+    {"bytes12M/wh2", 65536, 768, 384, true, true, true},
     {"mega200M/wv", 32768, 2048, 1024, false, false, true},
     {"mega200M/wr", 32768, 2048, 1024, false, true, true},
     {"mega200M/fc1", 32768, 2560, 1024, false, false, false},
@@ -149,23 +153,53 @@ static void with_epilogue(Context *context, const Arguments &set, const Paramete
     launch(GateEpilogue{set.one, s.gated ? set.two : nullptr, set.three, set.x, gate, partial, (int)s.columns});
 }
 
-/* The teams to compare: name, rows and columns of the cluster, writing warps, prefetching, idea. */
+/* The teams to compare: name, Team, idea. */
+#define TEAM(...) Team<__VA_ARGS__>
 #define TEAMS(X)                                                                                            \
-    X("cluster_2x1", 2, 1, 0, true, "pairs of multiprocessors copy the weight for each other")              \
-    X("cluster_2x2", 2, 2, 0, true, "fours share rows and weight")                                          \
-    X("team_1x1", 1, 1, 3, true, "three warps write a tile while the next is multiplied")                   \
-    X("team_2x1", 2, 1, 3, true, "both: pairs, and warps that write")                                       \
-    X("team_1x2", 1, 2, 3, true, "pairs that share rows")                                                   \
-    X("team_4x1", 4, 1, 3, true, "fours that share the weight")                                             \
-    X("team_2x2", 2, 2, 3, true, "fours that share rows and weight")                                        \
-    X("team_2x1_unasked", 2, 1, 3, false, "pairs, without prefetching what the epilogue reads")
+    X("cluster_2x1", TEAM(2, 1, 0), "pairs of multiprocessors copy the weight for each other")              \
+    X("team_1x1", TEAM(1, 1, 3), "three warps write a tile while the next is multiplied")                   \
+    X("team_2x1_unasked", TEAM(2, 1, 3, false), "in pairs, without prefetching what the epilogue reads")    \
+    X("rows_1x1", TEAM(1, 1, 3, true, true), "the three write row by row, in short loops")                  \
+    X("rows_2x1", TEAM(2, 1, 3, true, true), "the same in pairs")                                           \
+    X("rows_1x1_unasked", TEAM(1, 1, 3, false, true), "without prefetching")                                \
+    X("eight_1x1", TEAM(1, 1, 8), "eight warps write")                                                      \
+    X("eight_2x1", TEAM(2, 1, 8), "the same in pairs")                                                      \
+    X("eight_1x1_unasked", TEAM(1, 1, 8, false), "without prefetching")
 
 /* ----------------------------------------------------------------------------------------------------------
  * The program
  */
 
-static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Parameters &p, const Truth &truth,
-                  const Shape &s) {
+/* Of every version, the milliseconds for each product so far, in a line. */
+struct Table {
+    std::vector<const char *> products, versions;
+    std::vector<std::vector<double>> ms;
+    void add(const char *product, const char *version, double time) {
+        if (std::isnan(time)) return; // --only has left it out
+        if (products.empty() || products.back() != product) products.push_back(product);
+        size_t i = 0;
+        while (i < versions.size() && versions[i] != version) i++;
+        if (i == versions.size()) versions.push_back(version), ms.emplace_back();
+        ms[i].resize(products.size() - 1, NAN);
+        ms[i].push_back(time);
+    }
+    void print() const {
+        printf("\n%-18s", "milliseconds");
+        for (const char *product : products) printf(" %12s", product);
+        for (size_t i = 0; i < versions.size(); i++) {
+            printf("\n%-18s", versions[i]);
+            for (double time : ms[i])
+                if (time < 0)
+                    printf(" %12s", "wrong");
+                else
+                    printf(" %12.4f", time);
+        }
+        printf("\n");
+    }
+};
+
+static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &sets, const Parameters &p,
+                  const Truth &truth, const Shape &s, bool quick) {
     Context *context = &ladder->context;
     int64_t size = s.rows * s.columns;
     int count = (int)sets.size(), arrays = s.backward ? 3 + 2 * s.gated : 2 + s.gated;
@@ -179,6 +213,7 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
     printf("%s: %lld rows, %lld columns, depth %lld, %s\n", s.name, (long long)s.rows, (long long)s.columns,
            (long long)s.depth, s.backward ? "backward" : "forward");
     auto step = [&](const char *name, const char *idea, auto version) {
+        ladder->ms = NAN;
         auto run = [&](int i) {
             clear(context, p.dbias, (size_t)s.columns * sizeof(float)); // sums are added to it
             version(sets[(size_t)i]);
@@ -190,6 +225,7 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
             ladder_step(ladder, name, idea, bytes, count, run, one, two, three, dbias);
         else
             ladder_step(ladder, name, idea, bytes, count, run, one, three);
+        table->add(s.name, name, ladder->ms);
     };
     auto fused = [&](const char *name, const char *idea, auto launch) {
         step(name, idea, [&](const Arguments &set) {
@@ -198,11 +234,14 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
     };
     int repeats = ladder->options.repeats;
     ladder->options.repeats = std::min(repeats, 3); // it takes a hundred times as long as the others
-    step("naive", "a thread owns a number, tiles in shared memory",
-         [&](const Arguments &set) { naive_product(context, set, p, s); });
+    if (!quick)
+        step("naive", "a thread owns a number, tiles in shared memory",
+             [&](const Arguments &set) { naive_product(context, set, p, s); });
     ladder->options.repeats = repeats;
+    ladder->ms = NAN;
     ladder_step(ladder, "cublas_alone", "the product, without SiLU and gate", bytes, count,
                 [&](int i) { cublas_product(context, sets[(size_t)i], p, s); });
+    table->add(s.name, "cublas_alone", ladder->ms);
     step("cublas", "tensor cores; the product is written, read, written",
          [&](const Arguments &set) { cublas_and_kernel(context, set, p, s); });
     if (!context->hopper) return;
@@ -210,10 +249,9 @@ static void climb(Ladder *ladder, const std::vector<Arguments> &sets, const Para
           [&](const auto &epilogue, const Arguments &set) {
               fused_product(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);
           });
-#define X(name, ROWS, COLUMNS, WRITERS, PREFETCH, idea)                                                     \
+#define X(name, team, idea)                                                                                 \
     fused(name, idea, [&](const auto &epilogue, const Arguments &set) {                                     \
-        team_product<Team<ROWS, COLUMNS, WRITERS, PREFETCH>>(context, epilogue, set.in, p.weight, s.rows,   \
-                                                             s.columns, s.depth);                           \
+        team_product<team>(context, epilogue, set.in, p.weight, s.rows, s.columns, s.depth);                \
     });
     TEAMS(X)
 #undef X
@@ -230,7 +268,7 @@ static void compute_truth(Ladder *ladder, const Truth &truth, const Arguments &s
                s);
 }
 
-static void climb_shape(Ladder *ladder, const Shape &s) {
+static void climb_shape(Ladder *ladder, Table *table, const Shape &s, bool quick) {
     int64_t size = s.rows * s.columns;
     std::vector<void *> all;
     auto numbers = [&](int64_t count) {
@@ -253,13 +291,13 @@ static void climb_shape(Ladder *ladder, const Shape &s) {
         ladder_fill(ladder, sets[i].other, size, 12 + 3 * i, 0.0f, 1.0f);
     }
     compute_truth(ladder, truth, sets[0], p, s);
-    climb(ladder, sets, p, truth, s);
+    climb(ladder, table, sets, p, truth, s, quick);
     for (void *memory : all) CHECK_CUDA(cudaFree(memory));
 }
 
 int main(int argc, char **argv) {
     Ladder ladder;
-    Values values;
+    Values values = {}; // an option without a default is not set by ladder_options
     ladder_options(&ladder, argc, argv, "ladder_products",
                    "Times products with SiLU and gates, bf16, and checks each version against double.", options,
                    OPTION_COUNT(options), &values);
@@ -274,13 +312,15 @@ int main(int argc, char **argv) {
     use_workspace(context);
     context->hopper = hopper_code(context, (int *)context->scratch);
     if (!context->hopper) printf("this device or this build knows no wgmma: the fused versions are left out\n");
-    if (values.rows) {
+    Table table;
+    if (values.rows)
         for (int backward = 0; backward < 2; backward++)
-            climb_shape(&ladder, Shape{"these sizes", values.rows, values.columns, values.depth, backward == 1,
-                                       true, true});
-        return ladder_close(&ladder);
-    }
-    for (const Shape &s : shapes)
-        if (!values.product || strcmp(values.product, s.name) == 0) climb_shape(&ladder, s);
+            climb_shape(&ladder, &table, Shape{backward ? "backward" : "forward", values.rows, values.columns,
+                                               values.depth, backward == 1, true, true}, values.quick);
+    else
+        for (const Shape &s : shapes)
+            if (!values.product || strncmp(values.product, s.name, strlen(values.product)) == 0)
+                climb_shape(&ladder, &table, s, values.quick);
+    table.print();
     return ladder_close(&ladder);
 }
