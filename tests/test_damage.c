@@ -276,7 +276,7 @@ static void check_without(void) {
     *checkpoint_verifies() = true;
     close(descriptor);
     backend->destroy(model);
-    /* The model that comes with the project was written before there were checksums. */
+    /* The model that comes with the project has no checksums: the Python package that rounded it writes none. */
     Safetensors file;
     must(safetensors_open(&file, "models/tinystories/model.safetensors"));
     error = safetensors_verify(&file);
