@@ -15,8 +15,9 @@
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
- * inputs anyway writes that activation once more, and everything temporary lives in one scratch stack whose
- * size create() measures by a dry run.
+ * inputs anyway writes that activation once more, passes that come again are recorded and replayed, gradients of
+ * small weights are computed beside other kernels, and everything temporary lives in one scratch stack whose size
+ * create() measures by a dry run.
  */
 #include <cfloat>
 #include <cmath>
@@ -325,8 +326,9 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
  * it.
  *
  * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it all
- * must fit 15 sixteenths of the device's memory. It does not depend on what is free, so that one command makes
- * one plan; only where that would not fit into what is free, less is kept.
+ * must fit 15 sixteenths of the device's memory, which leaves room for kernels and recordings. It does not depend
+ * on what is free, so that one command makes one plan; only where that would not fit into what is free, less is
+ * kept.
  *
  * KEPT_GIB: 2 GiB keep mega200M's step of 8 x 4096 tokens within 20 GiB of a GPU (19.80 measured on an H100 80GB
  * by `bench step`) and still hold a * r of all its layers and the hidden vector of three of twelve. */
@@ -1593,7 +1595,8 @@ template <typename F> static void replay(MegalodonModel *m, Recording *r, const 
 }
 
 /* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training
- * that keeps the state has it in two places in turn. */
+ * that keeps the state has it in two places in turn. A model that keeps all activations is there to be looked at:
+ * its kernels come one by one. */
 static bool repeats(const MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
     bool drops = m->batch.dropout && (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0);

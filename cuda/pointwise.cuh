@@ -197,8 +197,8 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid ceil(rows / share), block 256: a thread owns columns in vectors and walks down `share` rows
- *           (see Sweep)
+ * launch:   grid at least rows / share (see gate_blocks), block 256: a thread owns columns in vectors and walks
+ *           down `share` rows (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
  *           NULL: as if 1, with da NULL; dx or da may be dy
