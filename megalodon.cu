@@ -1275,7 +1275,7 @@ template <typename F> static const char *check_bytes(MegalodonModel *m, F bytes_
     if (needed <= limit) {
         size_t with_kept = all / 16 * 15, kept = plan_kept(m, kept_budget(m));
         if (with_kept > limit) with_kept = limit;
-        while (kept > 0 && (needed = bytes_needed()) > with_kept) {
+        while ((needed = bytes_needed()) > with_kept && kept > 0) { // the last plan is the one that is measured
             size_t over = needed - with_kept;
             kept = plan_kept(m, kept > over ? kept - over : 0);
         }

@@ -89,6 +89,10 @@ sized $((2 * ${fitting:-0}))
 says "a batch of $fitting rows would fit"
 on GPU_MEMORY=1000000 -- $once
 says "not even one row would fit"
+# The least that it can do with is enough (and a page, for what is found out about the device before).
+least=$(sed -n 's/.* GiB of device memory (\([0-9]*\) bytes) for .*/\1/p' "$dir/err")
+on GPU_MEMORY=$((${least:-0} + 4096)) -- $once
+works "a step in just enough memory"
 
 # Memory that is free and cannot be had.
 on GPU_COUNT="$dir/count" -- $once
