@@ -15,9 +15,9 @@
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
- * inputs anyway writes that activation once more, passes that come again are recorded and replayed, gradients of
- * small weights are computed beside other kernels, and everything temporary lives in one scratch stack whose size
- * create() measures by a dry run.
+ * inputs anyway writes that activation once more, passes that come again are recorded and replayed,
+ * gradients of small weights are computed beside other kernels, and everything temporary lives in one scratch
+ * stack whose size create() measures by a dry run.
  */
 #include <cfloat>
 #include <cmath>
@@ -261,8 +261,9 @@ struct MegalodonModel {
     int32_t *tokens, *targets; /* on the device */
     EmbeddingPlan plan;        /* arrays on the device */
     std::vector<int32_t> token_counts;
-    /* Generation, reading a stream and training repeat one pass of many kernels, between which a device that is
-     * handed them one by one waits: a pass that is made a second time is recorded, and from then on replayed. */
+    /* Generation, reading a stream and training repeat one pass of many kernels, between which a device that
+     * is handed them one by one waits: a pass that is made a second time is recorded, and from then on
+     * replayed. */
     Recording forwards, backwards;
     virtual ~MegalodonModel() {}
 };
@@ -322,16 +323,16 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
 
 /* Training keeps some CHEAP activations all the same: u and v always, which the backward would have to read
  * and to write for, and within a budget those below, which it only writes once more, as many layers of the
- * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait for
- * it.
+ * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait
+ * for it.
  *
- * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it all
- * must fit 15 sixteenths of the device's memory, which leaves room for kernels and recordings. It does not depend
- * on what is free, so that one command makes one plan; only where that would not fit into what is free, less is
- * kept.
+ * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it
+ * all must fit 15 sixteenths of the device's memory, which leaves room for kernels and recordings. It does
+ * not depend on what is free, so that one command makes one plan; only where that would not fit into what is
+ * free, less is kept.
  *
- * KEPT_GIB: 2 GiB keep mega200M's step of 8 x 4096 tokens within 20 GiB of a GPU (19.80 measured on an H100 80GB
- * by `bench step`) and still hold a * r of all its layers and the hidden vector of three of twelve. */
+ * KEPT_GIB: 2 GiB keep mega200M's step of 8 x 4096 tokens within 20 GiB of a GPU (19.80 measured on an H100
+ * 80GB by `bench step`) and still hold a * r of all its layers and the hidden vector of three of twelve. */
 enum { KEPT_GIB = 2 };
 static const char *const kept_fields[MOST_KEPT] = {"ar", "hidden", "m", "n"};
 
@@ -786,8 +787,8 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     }
     linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
-    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes du and
-     * the product of v's layer adds to it, reading du under its arithmetic. */
+    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
+     * du and the product of v's layer adds to it, reading du under its arithmetic. */
     cema_backward<T>(context, du, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
                      dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha,
                      master->cema_delta, master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
@@ -1275,7 +1276,7 @@ template <typename F> static const char *check_bytes(MegalodonModel *m, F bytes_
     if (needed <= limit) {
         size_t with_kept = all / 16 * 15, kept = plan_kept(m, kept_budget(m));
         if (with_kept > limit) with_kept = limit;
-        while ((needed = bytes_needed()) > with_kept && kept > 0) { // the last plan is the one that is measured
+        while ((needed = bytes_needed()) > with_kept && kept > 0) { // the plan that stays is measured
             size_t over = needed - with_kept;
             kept = plan_kept(m, kept > over ? kept - over : 0);
         }
@@ -1564,8 +1565,8 @@ template <typename T> static void make_pass(Model<T> *m) {
     else forward_pass(m);
 }
 
-/* Records a pass instead of making it. What was recorded before is let go: if it is still being replayed, CUDA
- * frees it afterwards. */
+/* Records a pass instead of making it. What was recorded before is let go: if it is still being replayed,
+ * CUDA frees it afterwards. */
 template <typename F> static void record(MegalodonModel *m, Recording *r, const PassShape &shape, F &&pass) {
     cudaGraph_t graph;
     if (r->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(r->graph));
@@ -1578,7 +1579,8 @@ template <typename F> static void record(MegalodonModel *m, Recording *r, const 
         cudaGetLastError(); // the refusal is dealt with here and must not be found again later
         r->refused = true;
     } else if (status != cudaSuccess) {
-        cuda_failed(cudaGetErrorString(status), "cudaGraphInstantiate", __FILE__, __LINE__, cuda_hint(status));
+        cuda_failed(cudaGetErrorString(status), "cudaGraphInstantiate", __FILE__, __LINE__,
+                    cuda_hint(status));
     } else {
         r->recorded = shape;
     }
@@ -1595,8 +1597,8 @@ template <typename F> static void replay(MegalodonModel *m, Recording *r, const 
 }
 
 /* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training
- * that keeps the state has it in two places in turn. A model that keeps all activations is there to be looked at:
- * its kernels come one by one. */
+ * that keeps the state has it in two places in turn. A model that keeps all activations is there to be
+ * looked at: its kernels come one by one. */
 static bool repeats(const MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
     bool drops = m->batch.dropout && (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0);

@@ -66,8 +66,8 @@ __host__ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
 /* Into how many blocks of queries chunks are cut: as many, up to four, as still give three quarters of the
- * multiprocessors a tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores; eight would
- * compute 9/16, but in products so much smaller that a step on an H100 got no faster. */
+ * multiprocessors a tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores; eight
+ * would compute 9/16, but in products so much smaller that a step on an H100 got no faster. */
 template <typename T>
 static int64_t query_blocks(const Context *context, const AttentionKeys<T> &a, int64_t items) {
     int64_t blocks = MOST_QUERY_BLOCKS;
@@ -282,8 +282,8 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
     });
 }
 
-/* Launches one of the two with as many warps a row as hold it in registers, at most 8. Without dropout they know
- * nothing of it and need fewer registers. */
+/* Launches one of the two with as many warps a row as hold it in registers, at most 8. Without dropout they
+ * know nothing of it and need fewer registers. */
 #define LAUNCH_SOFTMAX(kernel, context, shape, items, ...)                                                  \
     do {                                                                                                    \
         SoftmaxRows rows = shape;                                                                           \

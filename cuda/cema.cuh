@@ -1286,8 +1286,8 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     domega[d] += (float)skip;
 }
 
-/* du (B,T,D) written, not dy; dh_in (NULL: not wanted), dh_out (NULL: zero) as h; the parameters' gradients are
- * added to. */
+/* du (B,T,D) written, not dy; dh_in (NULL: not wanted), dh_out (NULL: zero) as h; the parameters' gradients
+ * are added to. */
 template <typename T>
 static void cema_backward(Context *context, T *du, float *dh_in, float *dalpha, float *ddelta, float *dtheta,
                           float *dgamma, float *domega, const T *dy, const float *dh_out, const T *u,

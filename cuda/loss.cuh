@@ -6,8 +6,8 @@
 
 #include "pointwise.cuh"
 
-/* Rows of thousands of logits are held in registers, LOSS_HELD vectors a thread, and read once; shorter rows, which
- * would leave most of a block's threads without work, and longer ones are read twice. */
+/* Rows of thousands of logits are held in registers, LOSS_HELD vectors a thread, and read once; shorter
+ * rows, which would leave most of a block's threads without work, and longer ones are read twice. */
 enum { LOSS_THREADS = 1024, LOSS_HELD = 8, LOSS_HELD_THREADS = 512 };
 
 /* computes: nll[row] = lse - logits[row, target], lse = log sum exp logits[row];  dlogits[row, v] =

@@ -314,16 +314,17 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
  */
 
 enum {
-    /* The side stream's share of multiprocessors, in percent: the only one that was timed. A step of bytes12M on
-     * an H100 took 24.6 ms with it, 24.9 without. */
+    /* The side stream's share of multiprocessors, in percent: the only one that was timed. A step of
+     * bytes12M on an H100 took 24.6 ms with it, 24.9 without. */
     SIDE_PERCENT = 80,
     /* Where CEMA leaves so many percent of them idle, because there are few channels, those are used as well;
      * chosen, not tuned. */
     SIDE_LEAST = 20,
-    /* Large gradients fill the device by themselves and would only take turns with the main stream: there is a
-     * side stream where none of a block's has more tiles of SIDE_TILE x SIDE_TILE numbers than this percentage of
-     * multiprocessors. On an H100 (132 of them, so at most 66 tiles) a block's largest gradient has 18 tiles in
-     * bytes12M, which gained, and 160 in mega200M, whose step took 98.6 ms with a side stream and 98.5 without. */
+    /* Large gradients fill the device by themselves and would only take turns with the main stream: there is
+     * a side stream where none of a block's has more tiles of SIDE_TILE x SIDE_TILE numbers than this
+     * percentage of multiprocessors. On an H100 (132 of them, so at most 66 tiles) a block's largest
+     * gradient has 18 tiles in bytes12M, which gained, and 160 in mega200M, whose step took 98.6 ms with a
+     * side stream and 98.5 without. */
     SIDE_TILE = 128,
     SIDE_TILES_PERCENT = 50,
 };

@@ -197,8 +197,8 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid at least rows / share (see gate_blocks), block 256: a thread owns columns in vectors and walks
- *           down `share` rows (see Sweep)
+ * launch:   grid at least rows / share (see gate_blocks), block 256: a thread owns columns in vectors and
+ *           walks down `share` rows (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
  *           NULL: as if 1, with da NULL; dx or da may be dy
@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
 }
 
 /* Blocks of the gates' backward for about SWEEP_ROWS rows each: so many that they fill the device a whole
- * number of times, or what there is for less than half of one time. Never fewer for more rows, which a dry run of
- * the largest batch counts on. */
+ * number of times, or what there is for less than half of one time. Never fewer for more rows, which a dry
+ * run of the largest batch counts on. */
 static inline int64_t gate_blocks(const Context *context, int64_t rows, unsigned threads) {
     int64_t slots = (int64_t)context->num_sms * (GATE_BLOCKS * SWEEP_THREADS / threads);
     int64_t waves = (rows + slots * SWEEP_ROWS / 2) / (slots * SWEEP_ROWS);
