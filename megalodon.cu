@@ -15,8 +15,9 @@
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
- * inputs anyway writes that activation once more, and everything temporary lives in one scratch stack whose
- * size create() measures by a dry run.
+ * inputs anyway writes that activation once more, passes that come again are recorded and replayed,
+ * gradients of small weights are computed beside other kernels, and everything temporary lives in one scratch
+ * stack whose size create() measures by a dry run.
  */
 #include <cfloat>
 #include <cmath>
@@ -202,11 +203,6 @@ enum { MOST_KEPT = 4 }; /* CHEAP activations that there may be memory for */
 constexpr size_t LOGIT_BYTES = (size_t)128 << 20, TRAINING_LOGIT_BYTES = (size_t)512 << 20;
 enum { SMALLEST_LOGIT_ROWS = 128 };
 
-/* 1: the passes of a training step are recorded and replayed as well; 0: only those without a backward */
-#ifndef TRAINING_GRAPHS
-#define TRAINING_GRAPHS 0
-#endif
-
 /* What the launches of a pass depend on. n: tokens before in the chunk; of a backward, the scale of the loss
  * and whether gradients are added to. */
 struct PassShape {
@@ -219,10 +215,12 @@ struct PassShape {
                scale == other.scale && add == other.add;
     }
 };
-/* A pass that was recorded, and the shape of the last one. B 0: none */
+/* A pass that was recorded, and the shape of the last one. B 0: none. refused: there was no memory for a
+ * recording; all passes are made as they come from then on. */
 struct Recording {
     cudaGraphExec_t graph;
     PassShape recorded, previous;
+    bool refused;
 };
 
 /* What the two precisions share, and what the table's functions see. */
@@ -263,8 +261,9 @@ struct MegalodonModel {
     int32_t *tokens, *targets; /* on the device */
     EmbeddingPlan plan;        /* arrays on the device */
     std::vector<int32_t> token_counts;
-    /* Generation, and reading a stream, repeat one pass of many short kernels: a pass that is made a second
-     * time is recorded, and from then on replayed. */
+    /* Generation, reading a stream and training repeat one pass of many kernels, between which a device that
+     * is handed them one by one waits: a pass that is made a second time is recorded, and from then on
+     * replayed. */
     Recording forwards, backwards;
     virtual ~MegalodonModel() {}
 };
@@ -324,15 +323,17 @@ template <typename T> static void layout_moments(Model<T> *m, Arena *arena) {
 
 /* Training keeps some CHEAP activations all the same: u and v always, which the backward would have to read
  * and to write for, and within a budget those below, which it only writes once more, as many layers of the
- * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait for
- * it.
+ * first, then of the second... as fit. Those that a product's epilogue writes come first: tensor cores wait
+ * for it.
  *
- * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it all
- * must fit 15 sixteenths of the device's memory. It does not depend on what is free, so that one command makes
- * one plan; only where that would not fit into what is free, less is kept. KEPT_GIB 0: no budget. */
-#ifndef KEPT_GIB
-#define KEPT_GIB 0
-#endif
+ * The budget: KEPT_GIB, or half of what weights, gradients and moments take, if that is more; but with it
+ * all must fit 15 sixteenths of the device's memory, which leaves room for kernels and recordings. It does
+ * not depend on what is free, so that one command makes one plan; only where that would not fit into what is
+ * free, less is kept.
+ *
+ * KEPT_GIB: 2 GiB keep mega200M's step of 8 x 4096 tokens within 20 GiB of a GPU (19.80 measured on an H100
+ * 80GB by `bench step`) and still hold a * r of all its layers and the hidden vector of three of twelve. */
+enum { KEPT_GIB = 2 };
 static const char *const kept_fields[MOST_KEPT] = {"ar", "hidden", "m", "n"};
 
 static int64_t layer_activation_bytes(const MegalodonModel *m, const char *field) {
@@ -665,12 +666,6 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
-/* 1: in the gradient of u, CEMA's share is written and that of v's layer added by its product, which reads du
- * under its arithmetic; 0: the other way round, and CEMA reads du. */
-#ifndef CEMA_FIRST
-#define CEMA_FIRST 0
-#endif
-
 /* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays,
  * since out = f + x hands dout on to x unchanged. */
 template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
@@ -792,14 +787,13 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     }
     linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
-    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second */
-    if (!CEMA_FIRST) linear_backward_input(context, du, false, dv, w->wv_weight, rows, E, D);
-    cema_backward<T>(context, du, !CEMA_FIRST, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta,
-                     dw->cema_gamma, dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l],
-                     master->cema_alpha, master->cema_delta, master->cema_theta, master->cema_omega, B,
-                     steps, D, c->cema_ndim);
+    /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
+     * du and the product of v's layer adds to it, reading du under its arithmetic. */
+    cema_backward<T>(context, du, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
+                     dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha,
+                     master->cema_delta, master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
     side_ready(context);
-    if (CEMA_FIRST) linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
+    linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
     side_start<T>(context);
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
                              dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
@@ -1257,7 +1251,7 @@ static bool has_product_gradient(const MegalodonTensor *tensor) {
 /* How much may be kept that need not be. */
 static size_t kept_budget(const MegalodonModel *m) {
     const MegalodonOptions *o = &m->options;
-    if (!o->training || o->keep_activations || KEPT_GIB == 0) return 0;
+    if (!o->training || o->keep_activations) return 0;
     size_t copy = o->precision == MEGALODON_BF16_MIXED ? sizeof(bf16) : 0;
     size_t half = (size_t)m->arena_size * (4 * sizeof(float) + copy) / 2; // weights, gradients, two moments
     return half > (size_t)KEPT_GIB << 30 ? half : (size_t)KEPT_GIB << 30;
@@ -1282,7 +1276,7 @@ template <typename F> static const char *check_bytes(MegalodonModel *m, F bytes_
     if (needed <= limit) {
         size_t with_kept = all / 16 * 15, kept = plan_kept(m, kept_budget(m));
         if (with_kept > limit) with_kept = limit;
-        while (kept > 0 && (needed = bytes_needed()) > with_kept) {
+        while ((needed = bytes_needed()) > with_kept && kept > 0) { // the plan that stays is measured
             size_t over = needed - with_kept;
             kept = plan_kept(m, kept > over ? kept - over : 0);
         }
@@ -1571,35 +1565,45 @@ template <typename T> static void make_pass(Model<T> *m) {
     else forward_pass(m);
 }
 
-/* Makes a pass, whose launches are the same for the same shape. */
-template <typename F> static void replay(MegalodonModel *m, Recording *r, const PassShape &shape, F &&pass) {
-    if (!(r->recorded == shape)) {
-        bool again = r->previous == shape;
-        r->previous = shape;
-        if (!again) {
-            pass();
-            return;
-        }
-        cudaGraph_t graph;
-        if (r->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(r->graph));
-        CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
-        pass();
-        CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&r->graph, graph, 0));
-        CHECK_CUDA(cudaGraphDestroy(graph));
+/* Records a pass instead of making it. What was recorded before is let go: if it is still being replayed,
+ * CUDA frees it afterwards. */
+template <typename F> static void record(MegalodonModel *m, Recording *r, const PassShape &shape, F &&pass) {
+    cudaGraph_t graph;
+    if (r->recorded.B) CHECK_CUDA(cudaGraphExecDestroy(r->graph));
+    r->recorded = PassShape{};
+    CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
+    pass();
+    CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
+    cudaError_t status = cudaGraphInstantiate(&r->graph, graph, 0);
+    if (status == cudaErrorMemoryAllocation) {
+        cudaGetLastError(); // the refusal is dealt with here and must not be found again later
+        r->refused = true;
+    } else if (status != cudaSuccess) {
+        cuda_failed(cudaGetErrorString(status), "cudaGraphInstantiate", __FILE__, __LINE__,
+                    cuda_hint(status));
+    } else {
         r->recorded = shape;
     }
+    CHECK_CUDA(cudaGraphDestroy(graph));
+}
+
+/* Makes a pass, whose launches are the same for the same shape. */
+template <typename F> static void replay(MegalodonModel *m, Recording *r, const PassShape &shape, F &&pass) {
+    bool again = r->previous == shape;
     r->previous = shape;
-    CHECK_CUDA(cudaGraphLaunch(r->graph, m->context.stream));
+    if (again && !r->refused && !(r->recorded == shape)) record(m, r, shape, pass);
+    if (r->recorded == shape) CHECK_CUDA(cudaGraphLaunch(r->graph, m->context.stream));
+    else pass();
 }
 
 /* Do the launches of a pass depend on its shape alone? Masks of dropout change from step to step; training
- * that keeps the state has it in two places in turn. */
+ * that keeps the state has it in two places in turn. A model that keeps all activations is there to be
+ * looked at: its kernels come one by one. */
 static bool repeats(const MegalodonModel *m) {
     const MegalodonConfig *c = &m->config;
     bool drops = m->batch.dropout && (c->dropout > 0 || c->hidden_dropout > 0 || c->attention_dropout > 0);
-    bool recorded = !m->options.training || (TRAINING_GRAPHS && !keeps_state(m));
-    return recorded && !drops && !m->options.keep_activations;
+    bool swaps_states = m->options.training && keeps_state(m);
+    return !swaps_states && !drops && !m->options.keep_activations;
 }
 
 template <typename T>
@@ -2056,7 +2060,7 @@ BACKWARD(cema) {
     SIZES_OF(s);
     ScratchScope scope(x);
     CemaCoefficients coef = component_coefficients(x, a, D, N);
-    cema_backward<T>(x, R(g[2]), false, S(g[3]), S(g[4]), S(g[5]), S(g[6]), S(g[7]), S(g[8]), R(g[0]),
+    cema_backward<T>(x, R(g[2]), S(g[3]), S(g[4]), S(g[5]), S(g[6]), S(g[7]), S(g[8]), R(g[0]),
                      S(g[1]), R(a[2]), S(a[3]), coef, S(a[4]), S(a[5]), S(a[6]), S(a[8]), B, steps, D, N);
 }
 

@@ -133,7 +133,8 @@ typedef enum {
 
 /* Activations of one block, in graph order; "layers.{i}." stands before each name. SAVED ones are kept for
  * the backward, CHEAP ones are recomputed by it from SAVED ones (elementwise work only) and share one
- * buffer between the layers, unless the model was created with keep_activations.
+ * buffer between the layers, unless the model was created with keep_activations. A backend may keep some of
+ * these where there is memory, which saves time and changes no result.
  *    field    name             shape       kept   present           what                                           */
 #define MEGALODON_LAYER_ACTS(X)                                                                                     \
     X(mean,   "timenorm.mean", "B,T,G",    SAVED, MEGALODON_ALWAYS)    /* cumulative mean                        */ \

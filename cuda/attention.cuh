@@ -22,12 +22,7 @@
 constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the scores may take */
 /* The warps of a softmax block own SOFTMAX_WARPS short rows or, all together, a long one; a thread holds
  * SCORES_HELD vectors of a row in registers. */
-enum { SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
-
-/* 1: without dropout the softmax has kernels that know nothing of it, and need fewer registers; 0: the same */
-#ifndef SOFTMAX_PLAIN
-#define SOFTMAX_PLAIN 0
-#endif
+enum { MOST_QUERY_BLOCKS = 4, SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
 
 /* Where the keys and values of a call come from: n tokens of the chunk in the state, `capacity` rows of
  * memory for each row of the batch, and this call's steps tokens. k (B,T,H,z), v (B,T,H,e), k_in
@@ -70,11 +65,9 @@ static inline int64_t weights_pitch(int64_t keys) { return ceil_div(keys, 8) * 8
 __host__ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
 
-/* Into how many blocks of queries chunks are cut: as many as still give three quarters of the multiprocessors a
- * tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores, eight 9/16. */
-#ifndef MOST_QUERY_BLOCKS
-#define MOST_QUERY_BLOCKS 4
-#endif
+/* Into how many blocks of queries chunks are cut: as many, up to four, as still give three quarters of the
+ * multiprocessors a tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores; eight
+ * would compute 9/16, but in products so much smaller that a step on an H100 got no faster. */
 template <typename T>
 static int64_t query_blocks(const Context *context, const AttentionKeys<T> &a, int64_t items) {
     int64_t blocks = MOST_QUERY_BLOCKS;
@@ -163,8 +156,7 @@ template <bool DROPS>
 __device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows &s, int64_t row, int key) {
 #pragma unroll
     for (int i = 0; i < SCORE_VEC; i++) keep[i] = 1.0f;
-    if (DROPS && s.dropout.threshold)
-        keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
+    if (DROPS) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
 template <int WARPS> __device__ inline float row_sum(float x, float *shared) {
@@ -290,11 +282,12 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
     });
 }
 
-/* Launches one of the two with as many warps a row as hold it in registers, at most 8. */
+/* Launches one of the two with as many warps a row as hold it in registers, at most 8. Without dropout they
+ * know nothing of it and need fewer registers. */
 #define LAUNCH_SOFTMAX(kernel, context, shape, items, ...)                                                  \
     do {                                                                                                    \
         SoftmaxRows rows = shape;                                                                           \
-        if (SOFTMAX_PLAIN && rows.dropout.threshold == 0)                                                   \
+        if (rows.dropout.threshold == 0)                                                                    \
             LAUNCH_SOFTMAX_OF(kernel, false, context, rows, items, __VA_ARGS__);                            \
         else                                                                                                \
             LAUNCH_SOFTMAX_OF(kernel, true, context, rows, items, __VA_ARGS__);                             \

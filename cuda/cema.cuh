@@ -42,14 +42,10 @@
 
 #include "common.cuh"
 
-/* 16, or 8, and two blocks a multiprocessor, which wait for their barriers in turn */
-#ifndef CEMA_BLOCK_CHANNELS
-#define CEMA_BLOCK_CHANNELS 16
-#endif
 enum {
     CEMA_GROUP = 16,    /* steps of a group */
     CEMA_STRIPS = 16,   /* of a warp */
-    CEMA_CHANNELS = CEMA_BLOCK_CHANNELS, /* of a block, a warp each */
+    CEMA_CHANNELS = 16, /* of a block, a warp each; or 8, and two blocks an SM */
     CEMA_BLOCKS_PER_SM = 16 / CEMA_CHANNELS,
     CEMA_HALVES = CEMA_CHANNELS / 8, /* of the channels: what a thread moves at once */
     CEMA_THREADS = CEMA_CHANNELS * WARP_SIZE,
@@ -229,30 +225,11 @@ struct CemaStrip {
 /* How many segments, and their length. rows: the most strips of a batch together, for any batch up to this
  * one and any number of steps, so that a dry run of the largest batch takes enough scratch. */
 struct CemaSegments { int64_t count, length, rows; };
-
-/* At most so many blocks one after the other on a multiprocessor, so that sizes which would leave some of the
- * multiprocessors idle come out more even. Beginning a block costs about as much as CEMA_BEGIN steps, and what
- * the segments before it left CEMA_LOOK for each of them. */
-#ifndef CEMA_WAVES
-#define CEMA_WAVES 1
-#endif
-enum { CEMA_BEGIN = 32, CEMA_LOOK = 4 };
-
 static inline CemaSegments cema_segments(Context *context, int64_t B, int64_t steps, int64_t D) {
-    int64_t channels = ceil_div(D, CEMA_CHANNELS), slots = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM;
-    int64_t blocks = slots / channels > 1 ? slots / channels : 1, rows = blocks * CEMA_STRIPS;
-    int64_t wanted = rows / B > 1 ? rows / B : 1, least = INT64_MAX;
-    CemaSegments best = {};
-    for (int64_t segments = wanted; segments == wanted || segments * B <= CEMA_WAVES * rows; segments++) {
-        int64_t length = ceil_div(ceil_div(steps, segments), CEMA_TILE) * CEMA_TILE;
-        int64_t count = ceil_div(steps, length);
-        int64_t waves = ceil_div(channels * ceil_div(B * count, CEMA_STRIPS), slots);
-        int64_t cost = waves * (length + CEMA_BEGIN) + CEMA_LOOK * count;
-        if (cost >= least) continue;
-        least = cost;
-        best = CemaSegments{count, length, CEMA_WAVES * rows > B ? CEMA_WAVES * rows : B};
-    }
-    return best;
+    int64_t blocks = (int64_t)context->num_sms * CEMA_BLOCKS_PER_SM / ceil_div(D, CEMA_CHANNELS);
+    int64_t rows = (blocks > 1 ? blocks : 1) * CEMA_STRIPS, wanted = rows / B > 1 ? rows / B : 1;
+    int64_t length = ceil_div(ceil_div(steps, wanted), CEMA_TILE) * CEMA_TILE;
+    return CemaSegments{ceil_div(steps, length), length, rows > B ? rows : B};
 }
 /* Multiprocessors that have nothing to do while these sizes are computed. */
 static inline int cema_idle(Context *context, int64_t B, int64_t steps, int64_t D) {
@@ -844,7 +821,7 @@ __device__ inline void cema_scan_group(CemaUnit<T> *tile, CemaPairs &h, const Ce
 /* computes: forward y_t = Re(sum c h_t) + omega x_t with h_t = q h_{t-1} + p x_t, from h_in to h_out;
  *           reverse, the same of gradients: x is dy, y is du, h_in is dh_out and h_out is dh_in
  * launch:   grid (ceil(D / 16), ceil(B segments / 16)), block 512: a warp owns 16 strips of a channel
- * traffic:  2 B T D sizeof(T) bytes, 3 if it ADDS to y
+ * traffic:  2 B T D sizeof(T) bytes, 3 if it ADDS to y, as it does for states from the 17th on
  * needs:    CEMA_STATES states from first_state on; h_in NULL is zero, h_out NULL is not wanted; they may
  *           be the same memory unless there are several segments; omega NULL is zero; ends from
  *           cema_ends_kernel; y is not x; WIDE: D a multiple of 8, x and y of 16 bytes
@@ -971,19 +948,18 @@ static void cema_ends(Context *context, float *ends, float *slopes, const T *x, 
 }
 
 template <typename T>
-static void cema_scan(Context *context, T *y, bool accumulate, float *h_out, const T *x, const float *h_in,
-                      const float *ends, CemaCoefficients coef, const float *omega, CemaStrips strips,
-                      int64_t steps, int64_t D, int64_t N) {
+static void cema_scan(Context *context, T *y, float *h_out, const T *x, const float *h_in, const float *ends,
+                      CemaCoefficients coef, const float *omega, CemaStrips strips, int64_t steps, int64_t D,
+                      int64_t N) {
     bool wide = cema_wide<T>(D, x, y);
     dim3 grid(blocks_for(D, CEMA_CHANNELS), cema_blocks(strips));
     WITH_CEMA_STATES(N, wide, {
-        bool first = first_state == 0;
-        if (accumulate || !first)
-            LAUNCH((cema_scan_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends,
-                   coef, first ? omega : nullptr, strips, first_state, (int)steps, (int)D, (int)N);
-        else
+        if (first_state == 0)
             LAUNCH((cema_scan_kernel<T, WIDE, false>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends,
                    coef, omega, strips, first_state, (int)steps, (int)D, (int)N);
+        else
+            LAUNCH((cema_scan_kernel<T, WIDE, true>), grid, CEMA_THREADS, context, y, h_out, x, h_in, ends,
+                   coef, nullptr, strips, first_state, (int)steps, (int)D, (int)N);
     });
 }
 
@@ -1000,7 +976,7 @@ static void cema_forward(Context *context, T *y, float *h_out, const T *u, const
     float *last = segments.count > 1 && h_out && h_out == h_in ? other : h_out;
     cema_ends<T>(context, ends, nullptr, u, coef, cema_strips(segments, B, segments.count - 1, false), steps,
                  D, N);
-    cema_scan<T>(context, y, false, last, u, h_in, ends, coef, omega,
+    cema_scan<T>(context, y, last, u, h_in, ends, coef, omega,
                  cema_strips(segments, B, segments.count, false), steps, D, N);
     if (last != h_out) copy(context, h_out, last, (size_t)(B * D * N * 2) * sizeof(float));
 }
@@ -1310,14 +1286,14 @@ __global__ static void cema_parameters_kernel(float *dalpha, float *ddelta, floa
     domega[d] += (float)skip;
 }
 
-/* du (B,T,D) written, or added to if `accumulate`, and then not dy; dh_in (NULL: not wanted), dh_out (NULL:
- * zero) as h; the parameters' gradients are added to. */
+/* du (B,T,D) written, not dy; dh_in (NULL: not wanted), dh_out (NULL: zero) as h; the parameters' gradients
+ * are added to. */
 template <typename T>
-static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in, float *dalpha,
-                          float *ddelta, float *dtheta, float *dgamma, float *domega, const T *dy,
-                          const float *dh_out, const T *u, const float *h_in, CemaCoefficients coef,
-                          const float *alpha, const float *delta, const float *theta, const float *omega,
-                          int64_t B, int64_t steps, int64_t D, int64_t N) {
+static void cema_backward(Context *context, T *du, float *dh_in, float *dalpha, float *ddelta, float *dtheta,
+                          float *dgamma, float *domega, const T *dy, const float *dh_out, const T *u,
+                          const float *h_in, CemaCoefficients coef, const float *alpha, const float *delta,
+                          const float *theta, const float *omega, int64_t B, int64_t steps, int64_t D,
+                          int64_t N) {
     ScratchScope scope(context);
     CemaSegments segments = cema_segments(context, B, steps, D);
     CemaStrips strips = cema_strips(segments, B, segments.count, true);
@@ -1345,7 +1321,7 @@ static void cema_backward(Context *context, T *du, bool accumulate, float *dh_in
     WITH_CEMA_STATES(N, wide,
                      LAUNCH((cema_sums_kernel<T, WIDE>), grid, CEMA_THREADS, context, sums, dy, u, h_in,
                             ends, slopes, coef, strips, first_state, (int)steps, (int)D, (int)N));
-    cema_scan<T>(context, du, accumulate, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
+    cema_scan<T>(context, du, dh_in, dy, dh_out, ends, coef, omega, strips, steps, D, N);
     LAUNCH(cema_parameters_kernel, blocks_for(D, 256 / N), 256, context, dalpha, ddelta, dtheta, dgamma,
            domega, sums, alpha, delta, theta, (int)rows, (int)D, (int)N);
 }

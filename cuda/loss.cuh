@@ -6,12 +6,9 @@
 
 #include "pointwise.cuh"
 
+/* Rows of thousands of logits are held in registers, LOSS_HELD vectors a thread, and read once; shorter
+ * rows, which would leave most of a block's threads without work, and longer ones are read twice. */
 enum { LOSS_THREADS = 1024, LOSS_HELD = 8, LOSS_HELD_THREADS = 512 };
-
-/* 1: rows of thousands of logits are held in registers and read once; 0: never */
-#ifndef LOSS_HOLDS
-#define LOSS_HOLDS 0
-#endif
 
 /* computes: nll[row] = lse - logits[row, target], lse = log sum exp logits[row];  dlogits[row, v] =
  *           exp(logits[row, v] - lse) - (v == target); both 0 where the target is ignored
@@ -118,7 +115,7 @@ static void loss_and_gradient(Context *context, T *dlogits, float *nll, const T 
                               const int32_t *targets, int64_t rows, int64_t V) {
     WITH_VEC(T, vectorises<T>(V, logits, dlogits), {
         int64_t held = ceil_div(V, VEC * LOSS_HELD * WARP_SIZE) * WARP_SIZE;
-        if (LOSS_HOLDS && VEC > 1 && held > 2 * WARP_SIZE && held <= LOSS_HELD_THREADS) {
+        if (VEC > 1 && held > 2 * WARP_SIZE && held <= LOSS_HELD_THREADS) {
             LAUNCH((loss_held_kernel<T>), (unsigned)rows, (unsigned)held, context, dlogits, nll, logits,
                    targets, (int)V);
             return;

@@ -88,15 +88,8 @@ static void norm_forward(Context *context, T *y, float *mean, float *rstd, const
  * Backward of both
  */
 
-/* 1: rows that a warp, or a part of one, holds in registers have a kernel of their own, and of longer ones
- * every warp of a block has one where the first cache can be made to hold them; 0: neither */
-#ifndef NORM_HOLDS
-#define NORM_HOLDS 0
-#endif
-
-/* A block takes a few rows at a time, as many as the first cache holds for all blocks of a multiprocessor:
- * NORM_BATCH_BYTES leave it room for more, NORM_MOST_BYTES fill it. */
-enum { NORM_BATCH = 16, NORM_BATCH_BYTES = 32768, NORM_MOST_BYTES = 65536, NORM_BLOCKS = 3 };
+/* A block takes a few rows at a time, as many as the first cache holds for all blocks of a multiprocessor. */
+enum { NORM_BATCH = 16, NORM_BATCH_BYTES = 32768, NORM_BLOCKS = 3 };
 
 template <typename T> struct NormBackward {
     T *dx, *y;
@@ -200,126 +193,19 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
     if (n.partial_dx) sweep_row<VEC>(n.partial_dx + out, sweep, columns, dsum, shared);
 }
 
-/* Vectors of a row that a lane holds, with two or three sums of each of their columns, and blocks of a
- * multiprocessor. */
-template <bool CENTRED> constexpr int NORM_SUMMED = CENTRED ? 2 : 3;
-enum { NORM_HELD_BLOCKS = 2 };
-
-/* computes: as norm_backward_kernel
- * launch:   grid at most 2 blocks a multiprocessor, block 256: `lanes` lanes of a warp keep their columns and
- *           walk down the rows, each of which they read once
- * traffic:  4 rows columns sizeof(T) bytes
- * needs:    columns at most NORM_SUMMED VEC lanes; VEC 16 / sizeof(T) wants columns and pointers in multiples
- *           of 16 bytes; VEC 1 takes anything; dx may be dy
- * numerics: float sums in a fixed order: deterministic */
-template <typename T, int VEC, bool CENTRED>
-__global__ void __launch_bounds__(SWEEP_THREADS, NORM_HELD_BLOCKS)
-    norm_backward_held_kernel(NormBackward<T> n, int lanes) {
-    constexpr int HELD = NORM_SUMMED<CENTRED>;
-    __shared__ SweepSums<VEC> shared;
-    int lane = (int)threadIdx.x % lanes, groups = SWEEP_THREADS / lanes, columns = n.columns;
-    int64_t stride = (int64_t)gridDim.x * groups;
-    float dw[HELD][VEC] = {}, db[HELD][VEC] = {}, dsum[HELD][VEC] = {};
-    Packed<T, VEC> gain[HELD] = {};
-    float share = 1.0f / (float)columns;
-#pragma unroll
-    for (int k = 0; k < HELD; k++) {
-        int c = (lane + k * lanes) * VEC;
-        if (n.weight && c < columns) gain[k] = packed<VEC>(n.weight + c);
-    }
-    for (int64_t begin = (int64_t)blockIdx.x * groups; begin < n.rows; begin += stride) {
-        int64_t row = begin + (int)threadIdx.x / lanes;
-        bool active = row < n.rows;
-        if (!active) row = begin; // the shuffles below want every lane
-        Packed<T, VEC> x[HELD] = {}, dy[HELD] = {};
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int c = (lane + k * lanes) * VEC;
-            if (c < columns)
-                x[k] = packed<VEC>(n.x + row * columns + c), dy[k] = packed<VEC>(n.dy + row * columns + c);
-        }
-        float rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f, g_mean = 0, gx_mean = 0, grad[VEC];
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int c = (lane + k * lanes) * VEC;
-            if (c >= columns) continue;
-#pragma unroll
-            for (int i = 0; i < VEC; i++) grad[i] = to_float(dy[k].v[i]);
-            if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float g = grad[i] * (1.0f + to_float(gain[k].v[i]));
-                if (CENTRED) g_mean += g;
-                gx_mean += g * (to_float(x[k].v[i]) - mean);
-            }
-        }
-        if (CENTRED) g_mean = lanes_sum(g_mean, lanes) * share;
-        gx_mean = lanes_sum(gx_mean, lanes) * rstd * share;
-        if (!active) continue;
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int c = (lane + k * lanes) * VEC;
-            if (c >= columns) continue;
-            float again[VEC], b[VEC] = {};
-#pragma unroll
-            for (int i = 0; i < VEC; i++) grad[i] = to_float(dy[k].v[i]);
-            if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
-            if (n.y && n.bias) load<VEC>(b, n.bias + c);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float xhat = (to_float(x[k].v[i]) - mean) * rstd, w = to_float(gain[k].v[i]);
-                dw[k][i] += grad[i] * xhat;
-                if (CENTRED) db[k][i] += grad[i];
-                again[i] = xhat * (1.0f + w) + b[i];
-                grad[i] = rstd * (grad[i] * (1.0f + w) - g_mean - xhat * gx_mean);
-                if (CENTRED) dsum[k][i] += grad[i];
-            }
-            store<VEC>(n.dx + row * columns + c, grad);
-            if (!n.y) continue;
-            if (!CENTRED) drop<VEC>(again, n.dropout, row * columns + c);
-            store<VEC>(n.y + row * columns + c, again);
-        }
-    }
-    Sweep sweep(lanes * VEC, VEC);
-    int64_t out = (int64_t)blockIdx.x * columns;
-#pragma unroll
-    for (int k = 0; k < HELD; k++) {
-        int first = k * lanes * VEC, count = min(lanes * VEC, columns - first);
-        if (count <= 0) break;
-        if (n.partial_w) sweep_row<VEC>(n.partial_w + out + first, sweep, count, dw[k], shared);
-        if (n.partial_b) sweep_row<VEC>(n.partial_b + out + first, sweep, count, db[k], shared);
-        if (n.partial_dx) sweep_row<VEC>(n.partial_dx + out + first, sweep, count, dsum[k], shared);
-    }
-}
-
 template <typename T, bool CENTRED>
 static void norm_backward(Context *context, NormBackward<T> n, float *dweight, float *dbias, float *dcolumns,
                           int64_t rows, int64_t columns) {
     WITH_VEC(T, vectorises<T>(columns, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
-        n.rows = rows, n.columns = (int)columns;
-        auto take_sums = [&](int64_t blocks) {
-            n.partial_w = take_sum(context, dweight, blocks, columns);
-            n.partial_b = take_sum(context, dbias, blocks, columns);
-            n.partial_dx = take_sum(context, dcolumns, blocks, columns);
-        };
-        if (NORM_HOLDS && columns <= NORM_SUMMED<CENTRED> * VEC * WARP_SIZE) {
-            int lanes = 1;
-            while (lanes * VEC * NORM_SUMMED<CENTRED> < columns) lanes *= 2;
-            int64_t blocks =
-                min(ceil_div(rows, SWEEP_THREADS / lanes), (int64_t)context->num_sms * NORM_HELD_BLOCKS);
-            take_sums(blocks);
-            LAUNCH((norm_backward_held_kernel<T, VEC, CENTRED>), (unsigned)blocks, SWEEP_THREADS, context, n,
-                   lanes);
-            return;
-        }
         int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
-        int64_t bytes = 2 * columns * (int64_t)sizeof(T);
-        int64_t fit = min(NORM_BATCH_BYTES / bytes, (int64_t)NORM_BATCH);
-        int64_t warps = SWEEP_THREADS / WARP_SIZE;
-        if (NORM_HOLDS && fit < warps) fit = min(NORM_MOST_BYTES / bytes, warps);
+        int64_t fit =
+            min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
         n.batch = (int)min(max(fit / groups, (int64_t)1) * groups, (int64_t)NORM_BATCH);
+        n.rows = rows, n.columns = (int)columns;
         int64_t blocks = min(ceil_div(rows, n.batch), (int64_t)context->num_sms * NORM_BLOCKS);
-        take_sums(blocks);
+        n.partial_w = take_sum(context, dweight, blocks, columns);
+        n.partial_b = take_sum(context, dbias, blocks, columns);
+        n.partial_dx = take_sum(context, dcolumns, blocks, columns);
         LAUNCH((norm_backward_kernel<T, VEC, CENTRED>), (unsigned)blocks, SWEEP_THREADS, context, n);
     });
 }

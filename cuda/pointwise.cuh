@@ -8,12 +8,7 @@
 
 enum { POINT_THREADS = 256 };
 
-/* 1: blocks of the gates' backward take so many rows that they fill the device a whole number of times; 0:
- * always SWEEP_ROWS */
-#ifndef GATE_EVEN
-#define GATE_EVEN 0
-#endif
-enum { GATE_BLOCKS = 4 }; /* of SWEEP_THREADS threads, on a multiprocessor */
+enum { GATE_BLOCKS = 4 }; /* of the gates' backward on a multiprocessor, with SWEEP_THREADS threads */
 
 /* ----------------------------------------------------------------------------------------------------------
  * Embedding: out = scale weight[token], then dropout.
@@ -202,8 +197,8 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
 
 /* y = keep silu(x) a:  dx = keep dy a silu'(x);  da = keep dy silu(x)
  * computes: dx, da and, if wanted, y once more and partial sums of dx over rows
- * launch:   grid ceil(rows / share), block 256: a thread owns columns in vectors and walks down `share` rows
- *           (see Sweep)
+ * launch:   grid at least rows / share (see gate_blocks), block 256: a thread owns columns in vectors and
+ *           walks down `share` rows (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
  *           NULL: as if 1, with da NULL; dx or da may be dy
@@ -254,11 +249,13 @@ __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
     if (partial && sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
-/* Blocks of the gates' backward for about SWEEP_ROWS rows each; never fewer for more rows. */
+/* Blocks of the gates' backward for about SWEEP_ROWS rows each: so many that they fill the device a whole
+ * number of times, or what there is for less than half of one time. Never fewer for more rows, which a dry
+ * run of the largest batch counts on. */
 static inline int64_t gate_blocks(const Context *context, int64_t rows, unsigned threads) {
     int64_t slots = (int64_t)context->num_sms * (GATE_BLOCKS * SWEEP_THREADS / threads);
     int64_t waves = (rows + slots * SWEEP_ROWS / 2) / (slots * SWEEP_ROWS);
-    return GATE_EVEN && waves > 0 ? waves * slots : (int64_t)sweep_blocks(rows);
+    return waves > 0 ? waves * slots : (int64_t)sweep_blocks(rows);
 }
 
 /* dbias (columns; NULL: none) += column sums of dx, with the next add_sums; y (NULL: not wanted) is the
@@ -269,7 +266,6 @@ static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbia
     WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
         int64_t blocks = gate_blocks(context, rows, sweep_threads(columns, VEC));
         int64_t share = ceil_div(rows, blocks);
-        if (!GATE_EVEN) share = SWEEP_ROWS;
         float *partial = take_sum(context, dbias, blocks, columns);
         /* Without sums the columns do not matter, and rows of just the right width keep every thread busy. */
         int64_t width = SWEEP_THREADS * VEC;

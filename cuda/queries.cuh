@@ -8,12 +8,6 @@
 
 enum { QUERY_WARPS = 8, QUERY_THREADS = QUERY_WARPS * WARP_SIZE, QUERY_ROWS = 16 };
 
-/* 1: heads that a vector a lane holds have kernels of their own, which ask for a row while they work on the one
- * before; 0: never */
-#ifndef QUERIES_AHEAD
-#define QUERIES_AHEAD 0
-#endif
-
 /* ----------------------------------------------------------------------------------------------------------
  * RoPE: the pair (x[2i], x[2i+1]) turns by the angle position base^(-2i/z), position = (n + t) mod C.
  */
@@ -179,8 +173,8 @@ __global__ void queries_forward_kernel(T *q, T *k, T *zn, const T *zz, const T *
     }
 }
 
-
-/* ---- heads that a vector a lane holds ---- */
+/* ---- heads that a vector a lane holds: what the model runs, but for very wide heads and steps that read the
+ * count on the device. A row is asked for while the one before is worked on. ---- */
 
 enum { QUERY_BLOCKS_PER_SM = 3 };
 
@@ -256,7 +250,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS_PER_SM)
 
 /* Do the kernels of this part serve the model's forward and backward? */
 static inline bool queries_ahead(const QueryShape &shape, int vec) {
-    return QUERIES_AHEAD && !shape.count && shape.z <= WARP_SIZE * vec;
+    return !shape.count && shape.z <= WARP_SIZE * vec;
 }
 
 template <typename T, bool NORM>

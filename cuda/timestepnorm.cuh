@@ -28,11 +28,6 @@
 
 #include "common.cuh"
 
-/* 1: a thread asks for all vectors of a group before it uses the first, and a backward's block at once for what
- * it will add; 0: neither */
-#ifndef TIMESTEP_EARLY
-#define TIMESTEP_EARLY 0
-#endif
 #ifndef TIMESTEPNORM_LANE_FEATURES
 #define TIMESTEPNORM_LANE_FEATURES 32
 #endif
@@ -137,25 +132,6 @@ static Slots take_slots(Context *context, const TimestepShape &shape) {
     return Slots{slots, slots + tiles};
 }
 
-/* Calls f(k, at) for a lane's vectors of a group at the elements at = first, first + step... below size, and
- * before that ask(k, at) for up to COUNT of them. */
-template <int COUNT, typename Ask, typename F>
-__device__ inline void early_vectors(int first, int step, int size, Ask &&ask, F &&f) {
-    for (int begin = first; begin < size; begin += COUNT * step) {
-#pragma unroll
-        for (int k = 0; k < COUNT; k++)
-            if (begin + k * step < size) ask(k, begin + k * step);
-#pragma unroll
-        for (int k = 0; k < COUNT; k++)
-            if (begin + k * step < size) f(k, begin + k * step);
-    }
-}
-
-/* Asks the second cache for the 128 bytes around an address. */
-__device__ inline void ask_for_line(const void *address) {
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
-}
-
 /* Room for what the threads of a block learned from other tiles: a row a warp. */
 template <int GROUPS> struct Learned { Slot of[TILE_WARPS][GROUPS]; };
 /* Adds what the threads learned, group by group, where thread i asked for group i % GROUPS. */
@@ -251,21 +227,14 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         bool active = step < tile.steps && group < tile.groups;
         const T *values = active ? corner + (int64_t)step * shape.D + group * size : corner;
         A first = to_float(values[0]), sum = 0, squares = 0;
-        auto add = [&](const Packed<T, VEC> &value) {
+#pragma unroll 4
+        for (int i = lane * VEC; i < size; i += lanes * VEC) {
+            Packed<T, VEC> value = packed<VEC>(values + i);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 A difference = to_float(value.v[k]) - first;
                 sum += difference, squares += difference * difference;
             }
-        };
-        if (TIMESTEP_EARLY) {
-            Packed<T, VEC> held[4];
-            early_vectors<4>(
-                lane * VEC, lanes * VEC, size, [&](int k, int at) { held[k] = packed<VEC>(values + at); },
-                [&](int k, int) { add(held[k]); });
-        } else {
-#pragma unroll 4
-            for (int i = lane * VEC; i < size; i += lanes * VEC) add(packed<VEC>(values + i));
         }
         if (lanes > 1) sum = lanes_sum(sum, lanes), squares = lanes_sum(squares, lanes);
         if (active && lane == 0) moments[step][group] = moments_of(first, sum, squares, inverse_size);
@@ -444,15 +413,6 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     int first_column = tile.first_group * size;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     A seen = (A)tile.first_step + (mean_in ? (A)count[tile.b] : (A)0);
-    if (TIMESTEP_EARLY) { // what is added at the end comes nearer meanwhile
-        constexpr int LINE = 128 / (int)sizeof(T);
-        int lines = (tile.groups * size + LINE - 1) / LINE + 1; // the first may begin in the middle
-        for (int i = (int)threadIdx.x; i < 2 * tile.steps * lines; i += TILE_THREADS) {
-            const T *from = i % 2 ? add2 : add1;
-            int column = min(i / 2 % lines * LINE, tile.groups * size - 1);
-            if (from) ask_for_line(from + (first_row + i / 2 / lines) * shape.D + first_column + column);
-        }
-    }
 
     for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
         int step = unit / GROUPS, group = unit % GROUPS;
@@ -463,26 +423,16 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         const T *w = weight + first_column + group * size;
         float mean_here = mean[statistic], var_here = var[statistic];
         A sum = 0, product = 0;
-        auto multiply = [&](const Packed<T, VEC> &value, const Packed<T, VEC> &grad,
-                            const Packed<T, VEC> &gain) {
+#pragma unroll 2
+        for (int i = lane * VEC; i < size; i += lanes * VEC) {
+            Packed<T, VEC> value = packed<VEC>(x + at + i), grad = packed<VEC>(dy + at + i),
+                           gain = packed<VEC>(w + i);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
                 A g = to_float(grad.v[k]) * (1.0f + to_float(gain.v[k]));
                 sum += g;
                 product += g * (to_float(value.v[k]) - mean_here);
             }
-        };
-        if (TIMESTEP_EARLY) {
-            constexpr int COUNT = VEC * sizeof(T) < 16 ? 4 : 2;
-            Packed<T, VEC> value[COUNT], grad[COUNT];
-            early_vectors<COUNT>(
-                lane * VEC, lanes * VEC, size,
-                [&](int k, int i) { value[k] = packed<VEC>(x + at + i), grad[k] = packed<VEC>(dy + at + i); },
-                [&](int k, int i) { multiply(value[k], grad[k], packed<VEC>(w + i)); });
-        } else {
-#pragma unroll 2
-            for (int i = lane * VEC; i < size; i += lanes * VEC)
-                multiply(packed<VEC>(x + at + i), packed<VEC>(dy + at + i), packed<VEC>(w + i));
         }
         if (lanes > 1) sum = lanes_sum(sum, lanes), product = lanes_sum(product, lanes);
         if (!active || lane != 0) continue;
@@ -579,9 +529,6 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
             int64_t at = (first_row + t) * shape.D + first_column + c;
             float mean_here = moments[t][group].x, rstd = moments[t][group].y;
             float p = (float)shares[t][group].x, u = (float)shares[t][group].y;
-            Packed<T, VEC> first_add = {}, second_add = {}; // all is asked for before anything is used
-            if (TIMESTEP_EARLY && add1) first_add = packed<VEC>(add1 + at);
-            if (TIMESTEP_EARLY && add2) second_add = packed<VEC>(add2 + at);
             load<VEC>(value, x + at);
             load<VEC>(grad, dy + at);
 #pragma unroll
@@ -591,22 +538,15 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
                 db[i] += grad[i];
                 grad[i] = grad[i] * (1.0f + w[i]) * rstd + p + centred * u;
             }
-            if (TIMESTEP_EARLY) {
+            if (add1) {
+                load<VEC>(add, add1 + at);
 #pragma unroll
-                for (int i = 0; i < VEC; i++) grad[i] += to_float(first_add.v[i]);
+                for (int i = 0; i < VEC; i++) grad[i] += add[i];
+            }
+            if (add2) {
+                load<VEC>(add, add2 + at);
 #pragma unroll
-                for (int i = 0; i < VEC; i++) grad[i] += to_float(second_add.v[i]);
-            } else {
-                if (add1) {
-                    load<VEC>(add, add1 + at);
-#pragma unroll
-                    for (int i = 0; i < VEC; i++) grad[i] += add[i];
-                }
-                if (add2) {
-                    load<VEC>(add, add2 + at);
-#pragma unroll
-                    for (int i = 0; i < VEC; i++) grad[i] += add[i];
-                }
+                for (int i = 0; i < VEC; i++) grad[i] += add[i];
             }
             store<VEC>(dx + at, grad);
         }

@@ -369,7 +369,7 @@ static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, C
         [&](int i) {
             const Arguments &set = sets[(size_t)i];
             clear_parameters(context, g, D, N);
-            cema_backward<bf16>(context, set.du, false, nullptr, g.alpha, g.delta, g.theta, g.gamma, g.omega,
+            cema_backward<bf16>(context, set.du, nullptr, g.alpha, g.delta, g.theta, g.gamma, g.omega,
                                 set.dy, nullptr, set.u, nullptr, coef, w.alpha, w.delta, w.theta, w.omega,
                                 s.B, s.steps, D, N);
         },

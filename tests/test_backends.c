@@ -390,34 +390,60 @@ static void check_accumulation(const Candidate *candidate, const MegalodonConfig
     pair_destroy(&pair);
 }
 
-/* Training without a state, whose passes a backend may record: the same shape again and again with other tokens, after
- * an update, with another scale of the loss, with the first one again, and with gradients that are added to. */
-static void check_stateless(const Candidate *candidate, const MegalodonConfig *config) {
-    enum { B = 2, UPDATED = 1, SCALED = 3, ADDED = 5 };
-    const int T = config->chunk_size + 3;
-    Pair pair = {.candidate = candidate, .what = "no state", .config = *config,
-                 .backend = {&megalodon_cpu, candidate->backend}};
-    MegalodonAdamW adamw = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-2, .step = 1};
-    for (int side = 0; side < 2; side++) {
-        MegalodonOptions options = {.max_batch = B, .max_length = T, .training = true,
-                                    .precision = side == OURS ? candidate->precision : MEGALODON_FP32};
-        pair.model[side] = model_create(pair.backend[side], config, &options, 17);
-    }
-    for (int step = 0; step <= ADDED; step++) {
-        MegalodonBatch batch = random_batch(config, B, T, 30 + (uint64_t)step);
-        MegalodonLoss loss[2];
+/* A step of check_recorded. */
+enum { ADD = 1, DROP = 2, UPDATE = 4, NO_LOSS = 8 };
+typedef struct RecordedStep {
+    int B, T;                                /* T: tokens more than a chunk */
+    double scale;                            /* of the loss; 0: no backward */
+    int what;                                /* ADD: to the gradients of the step before */
+} RecordedStep;
+
+/* Training without a state, whose passes a backend may record when they come again: every way in which a step can
+ * differ from the one before, between steps that are alike but for their tokens. Two models take turns, whose weights
+ * differ: a recording is one model's. */
+static void check_recorded(const Candidate *candidate, const MegalodonConfig *config) {
+    static const RecordedStep steps[] = {
+        {2, 3, 0.1, 0},    {2, 3, 0.1, UPDATE},                         /* the same again, then other weights */
+        {2, 3, 0.1, 0},    {2, 3, 1.0, 0},       {2, 3, 0.1, 0},        /* another scale */
+        {2, 3, 0.1, ADD},  {2, 3, 0.1, ADD},     {2, 3, 0.1, ADD},      /* micro-batches */
+        {1, 3, 0.1, 0},    {1, 3, 0.1, 0},       {1, 3, 0.1, 0},        /* fewer rows */
+        {1, -2, 0.1, 0},   {1, -2, 0.1, 0},      {1, -2, 0.1, 0},       /* fewer tokens */
+        {2, 3, 0.1, DROP}, {2, 3, 0.1, DROP | UPDATE},                  /* masks, which change */
+        {2, 3, 0.1, 0},    {2, 3, 0.1, 0},                              /* the masks are gone */
+        {2, 3, 0.0, 0},    {2, 3, 0.0, NO_LOSS}, {2, 3, 0.0, NO_LOSS},  /* evaluation */
+        {2, 3, 0.1, 0},    {2, 3, 0.1, DROP},    {2, 3, 0.1, ADD | DROP},
+    };
+    enum { MODELS = 2, NUM = sizeof steps / sizeof *steps, MOST = 2 };
+    Pair pairs[MODELS];
+    for (int i = 0; i < MODELS; i++) {
+        pairs[i] = (Pair){.candidate = candidate, .what = i ? "recorded, second model" : "recorded", .config = *config,
+                          .backend = {&megalodon_cpu, candidate->backend}};
         for (int side = 0; side < 2; side++) {
-            if (step != ADDED) pair.backend[side]->zero_gradients(pair.model[side]);
-            must(pair.backend[side]->forward(pair.model[side], &batch, &loss[side]));
-            must(pair.backend[side]->backward(pair.model[side], step == SCALED ? 1 : 0.1));
-            if (step == UPDATED) must(pair.backend[side]->update(pair.model[side], &adamw, NULL));
+            MegalodonOptions options = {.max_batch = MOST, .max_length = config->chunk_size + 3, .training = true,
+                                        .precision = side == OURS ? candidate->precision : MEGALODON_FP32};
+            pairs[i].model[side] = model_create(pairs[i].backend[side], config, &options, 17 + (uint64_t)i);
+        }
+    }
+    for (int i = 0; i < MODELS * NUM; i++) {
+        const Pair *pair = &pairs[i % MODELS];
+        const RecordedStep *step = &steps[i / MODELS];
+        MegalodonAdamW adamw = {.lr = 1e-2, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-2, .step = 1};
+        MegalodonBatch batch = random_batch(config, step->B, config->chunk_size + step->T, 30 + (uint64_t)i);
+        MegalodonLoss loss[2];
+        batch.dropout = (step->what & DROP) != 0;
+        if (step->what & NO_LOSS) batch.targets = NULL;
+        for (int side = 0; side < 2; side++) {
+            if (!(step->what & ADD)) pair->backend[side]->zero_gradients(pair->model[side]);
+            must(pair->backend[side]->forward(pair->model[side], &batch, &loss[side]));
+            if (step->scale != 0) must(pair->backend[side]->backward(pair->model[side], step->scale));
+            if (step->what & UPDATE) must(pair->backend[side]->update(pair->model[side], &adamw, NULL));
         }
         check(fabs(loss[OURS].nll_sum - loss[REFERENCE].nll_sum) <= candidate->loss * (double)loss[REFERENCE].counted,
-              "%s, no state, step %d: the loss is %.9g, expected %.9g", candidate->name, step, loss[OURS].nll_sum,
-              loss[REFERENCE].nll_sum);
-        check_kind(&pair, MEGALODON_GRAD, &batch, 0, "gradients", NULL);
+              "%s, %s, step %d: the loss is %.9g, expected %.9g", candidate->name, pair->what, i / MODELS,
+              loss[OURS].nll_sum, loss[REFERENCE].nll_sum);
+        if (step->scale != 0) check_kind(pair, MEGALODON_GRAD, &batch, 0, "gradients", NULL);
     }
-    pair_destroy(&pair);
+    for (int i = 0; i < MODELS; i++) pair_destroy(&pairs[i]);
 }
 
 /* The same run twice gives the same bits. */
@@ -774,7 +800,7 @@ static void check_steps(const Candidate *candidate, const char *only) {
     if (test_among(only, "dropout")) check_masks(candidate, &dropout);
     if (test_among(only, "update")) {
         check_accumulation(candidate, &full);
-        check_stateless(candidate, &plain);
+        check_recorded(candidate, &dropout);
         check_repeatable(candidate, &dropout);
     }
     if (!test_among(only, "training") || (brief && !only)) return;

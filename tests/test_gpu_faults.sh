@@ -89,6 +89,10 @@ sized $((2 * ${fitting:-0}))
 says "a batch of $fitting rows would fit"
 on GPU_MEMORY=1000000 -- $once
 says "not even one row would fit"
+# The least that it can do with is enough (and a page, for what is found out about the device before).
+least=$(sed -n 's/.* GiB of device memory (\([0-9]*\) bytes) for .*/\1/p' "$dir/err")
+on GPU_MEMORY=$((${least:-0} + 4096)) -- $once
+works "a step in just enough memory"
 
 # Memory that is free and cannot be had.
 on GPU_COUNT="$dir/count" -- $once
@@ -106,6 +110,31 @@ for call in cudaMallocHost cublasCreate_v2 cublasGemmEx; do
     on GPU_FAIL=$call -- $once
     says "; the device's memory is full: a smaller batch needs less of it"
 done
+
+# ---- passes that come again are recorded, in training too: the first step is made, the second one recorded; without
+# memory for a recording all are made as they come, and it is not tried again ----
+
+# counted CALL NUMBER: the last run with GPU_COUNT made this call so many times
+counted() {
+    if [ "$(sed -n "s/^$1 //p" "$dir/count")" = "$2" ]; then ok; else
+        fail "$1: expected $2 calls, found $(sed -n "s/^$1 //p" "$dir/count") ($settings)"
+    fi
+}
+several="$train $fit --steps 4 --checkpoint-dir none"
+on GPU_COUNT="$dir/count" -- $several
+works "four steps"
+counted cudaGraphInstantiate 2
+counted cudaGraphLaunch 6
+on GPU_COUNT="$dir/count" GPU_FAIL=cudaGraphInstantiate -- $several
+works "four steps without memory for a recording"
+counted cudaGraphInstantiate 2
+counted cudaGraphLaunch ""
+on GPU_COUNT="$dir/count" -- $several --accumulate 3
+works "micro-batches"
+counted cudaGraphInstantiate 2
+on GPU_COUNT="$dir/count" -- $several --dropout 0.1
+works "dropout"
+counted cudaGraphLaunch ""
 
 # ---- a device that is lost: at the first, the middle and the last of each call; a product that has no algorithm is
 # computed in another way, so that this call may fail where the device is not lost ----

@@ -164,6 +164,18 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
     *stream = (cudaStream_t)(void *)&anything;
     return CUDA_STATUS;
 }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    (void)flags, (void)priority;
+    *stream = (cudaStream_t)(void *)&anything;
+    return CUDA_STATUS;
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = *greatest = 0;
+    return CUDA_STATUS;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    return (void)stream, (void)event, (void)flags, CUDA_STATUS;
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return (void)stream, CUDA_STATUS; }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return (void)stream, CUDA_STATUS; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
@@ -231,6 +243,9 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
 }
 cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
     return (void)handle, (void)mode, BLAS_STATUS;
+}
+cublasStatus_t cublasSetSmCountTarget(cublasHandle_t handle, int number) {
+    return (void)handle, (void)number, BLAS_STATUS;
 }
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void *memory, size_t bytes) {
     return (void)handle, (void)memory, (void)bytes, BLAS_STATUS;
