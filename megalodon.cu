@@ -8,9 +8,10 @@
  *   cuda/hopper.cuh        cuda/fused.cuh: products with SiLU and gates in their epilogue
  *   cuda/timestepnorm.cuh  cuda/cema.cuh  cuda/norms.cuh  cuda/queries.cuh  cuda/attention.cuh
  *   cuda/pointwise.cuh     cuda/loss.cuh: the loss and its gradient
- *   cuda/decode.cuh        one token a row, the kernels of generation
- *   cuda/decode_tiles.cuh  its products on the tensor cores, a layer's first kernel
- *   cuda/decode_warps.cuh  its attention by warps, cuda/decode_clusters.cuh: and in clusters of blocks
+ *   cuda/decode.cuh        one token a row: a step of generation, its TimestepNorm and CEMA
+ *   cuda/decode_products.cuh  cuda/decode_attention.cuh: its products and attention, of any type and size
+ *   cuda/decode_tiles.cuh  its products on the tensor cores; a layer's first kernel for one row
+ *   cuda/decode_clusters.cuh  its attention in clusters of blocks
  *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
@@ -30,7 +31,6 @@
 #include "cuda/decode.cuh"
 #include "cuda/decode_clusters.cuh"
 #include "cuda/decode_tiles.cuh"
-#include "cuda/decode_warps.cuh"
 #include "cuda/fused.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/megalodon_cuda.h"
@@ -247,8 +247,9 @@ struct MegalodonModel {
     double *norm_partials;
     Scalars *scalars, *host_scalars;
     float *last_logits; /* (B,V) */
-    float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned */
+    float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned: a step writes them there */
     int *arrivals;      /* decode_attention's counters, zero between steps */
+    bool clusters;      /* see attention_clusters_run */
     std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
 
     MegalodonBatch batch; /* the last forward's */
@@ -437,7 +438,7 @@ template <typename T> static bool has_openings(const Model<T> *m) {
     opening.products.M = 1, opening.K = c->model_dim;
     opening.opens = true, opening.opening.G = c->norm_num_groups;
     int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
-    return DECODE_OPENING && std::is_same<T, bf16>::value && !m->options.training &&
+    return std::is_same<T, bf16>::value && !m->options.training &&
            c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 && blocks <= m->context.num_sms &&
            tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
@@ -911,12 +912,6 @@ template <typename P> static P *on_host(const MegalodonModel *m, P *device) {
 
 /* ---- one token a row ---- */
 
-/* 1: the first kernel of a step reads its tokens from the host's memory and the last one writes the logits
- * there, so that nothing is copied. */
-#ifndef DECODE_PINNED
-#define DECODE_PINNED 0
-#endif
-
 /* One token a row, no loss, nothing kept: its kernels find the place in the chunk on the device and the
  * state stays where it is, so that the same launches serve every token. */
 static bool is_step(const MegalodonModel *m) {
@@ -982,11 +977,10 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
 /* Products with an opening, or with the states' part beside them. */
 template <typename T>
 static void decode_step_tiles(Model<T> *m, const char *name, const DecodeProducts<T> &products,
-                              const DecodeAhead &ahead, const DecodeOpening *opening,
-                              const DecodeStates *states, const DecodeKept &kept = {}) {
+                              const DecodeOpening *opening, const DecodeStates *states) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
+        tiles.products = products;
         if (opening) tiles.opening = *opening, tiles.opens = true;
         if (states) tiles.states = *states;
         REQUIRE(tiles_fit(&tiles));
@@ -1031,36 +1025,26 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     r->out = a->rr, r->silu = true;
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
-    DecodeKept kept = {{state->k, state->v},
-                       {Z * (int64_t)sizeof(T), E * (int64_t)sizeof(T)},
-                       m->state.count,
-                       (int)B,
-                       c->chunk_size};
     if (opens(m, l)) {
         DecodeOpening opening = decode_opening(m, l, wide_u);
-        decode_step_tiles<T>(m, "opening z r h1 v", p, {}, &opening, nullptr, kept);
+        decode_step_tiles<T>(m, "opening z r h1 v", p, &opening, nullptr);
     } else {
-        decode_step_products<T>(context, "z r h1 v", p, {}, kept);
+        decode_step_products<T>(context, "z r h1 v", p);
     }
 
-    DecodeAhead ahead = {};
-    ahead.add(w->wh2_weight, D * E), ahead.add(w->fc1_weight, c->ffn_hidden_dim * D);
     DecodeAttention<T> attention = {ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
                                     w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
-                                    (int)e, c->chunk_size, (float)c->norm_eps, ahead, 0};
-    decode_cluster_attention(context, attention, B);
+                                    (int)e, c->chunk_size, (float)c->norm_eps, 0};
+    decode_step_attention(context, attention, B, m->clusters);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
     p.product[0].out = a->y, p.product[0].add = h;
-    ahead = {};
-    if (w->fc3_weight) ahead.add(w->fc3_weight, c->ffn_hidden_dim * D);
-    ahead.add(w->fc2_weight, D * c->ffn_hidden_dim);
     if (opens(m, l + 1)) {
         DecodeStates states = decode_states_of(m, l, opens(m, l) ? wide_u : nullptr);
-        decode_step_tiles<T>(m, "h2, states", p, ahead, nullptr, &states);
+        decode_step_tiles<T>(m, "h2, states", p, nullptr, &states);
     } else {
-        decode_step_products<T>(context, "h2", p, ahead);
+        decode_step_products<T>(context, "h2", p);
     }
     return a->y;
 }
@@ -1079,28 +1063,23 @@ template <typename T> static void ffn_step(Model<T> *m, int l, T *out, const T *
     p.product[0].out = hidden, p.product[0].silu = true, p.product[0].second = w->fc3_weight;
     p.product[0].input = DECODE_LAYERNORM;
     p.product[0].norm_weight = w->ffnnorm_weight, p.product[0].norm_bias = w->ffnnorm_bias;
-    DecodeAhead ahead = {}, ahead_too = {}; // the next layer's first products
-    if (l + 1 < c->num_layers) {
-        const LayerParams<T> *next = w + 1;
-        ahead.add(next->wz_weight, (int64_t)c->z_dim * D), ahead.add(next->wr_weight, c->value_dim * D);
-        ahead.add(next->wh1_weight, D * D), ahead_too.add(next->wv_weight, c->value_dim * D);
-    }
-    decode_step_products<T>(context, "fc1", p, ahead);
+    decode_step_products<T>(context, "fc1", p);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->fc2_weight, nullptr, hidden, D, F);
     p.product[0].out = out, p.product[0].scale = w->ffn_alpha, p.product[0].add = x;
-    decode_step_products<T>(context, "fc2", p, ahead_too);
+    decode_step_products<T>(context, "fc2", p);
 }
 
-/* forward_pass for a step, and the logits, which are what a step is made for. */
+/* forward_pass for a step, and the logits, which are what a step is made for: the first kernel reads the
+ * tokens where the host has them, and the last one writes the logits there. */
 template <typename T> static void decode_pass(Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
     int64_t B = m->batch.B, V = c->vocab_size;
     DecodeNorm<T> norm = {};
     norm.embed = m->top.embed_weight, norm.embedded = m->top_acts.embed;
-    norm.tokens = DECODE_PINNED && !context->dry_run ? on_host(m, m->tokens) : m->tokens;
+    norm.tokens = context->dry_run ? m->tokens : on_host(m, m->tokens);
     norm.scale = embedding_scale(c), norm.count = m->state.count, norm.eps = (float)c->norm_eps;
     norm.D = c->model_dim, norm.G = c->norm_num_groups, norm.N = c->cema_ndim;
     T *x = m->top_acts.embed;
@@ -1119,18 +1098,15 @@ template <typename T> static void decode_pass(Model<T> *m) {
     DecodeProducts<T> p = decode_group<T>(m);
     p.product[p.number++] =
         decode_product<T>(m->top.output_weight, nullptr, opening ? x : m->last, V, c->model_dim);
-    p.product[0].wide_out = DECODE_PINNED ? m->host_logits : m->last_logits;
+    p.product[0].wide_out = m->host_logits;
     p.advance = m->state.count; // all that read the counts have ended when this kernel writes
     if (opening) {
         DecodeOpening final_norm = decode_opening(m, c->num_layers, nullptr);
         p.product[0].input = DECODE_NORMED;
-        decode_step_tiles<T>(m, "final norm, logits", p, {}, &final_norm, nullptr);
+        decode_step_tiles<T>(m, "final norm, logits", p, &final_norm, nullptr);
     } else {
         decode_step_products<T>(context, "logits", p);
     }
-    if (!DECODE_PINNED && !context->dry_run)
-        CHECK_CUDA(cudaMemcpyAsync(m->host_logits, m->last_logits, (size_t)(B * V) * sizeof(float),
-                                   cudaMemcpyDeviceToHost, context->stream));
 }
 
 /* All but the embedding's gradient. The gradient of its output is at the bottom of scratch after that. */
@@ -1414,6 +1390,9 @@ static const char *create_model(MegalodonModel **model, const MegalodonConfig *c
     m->config = *config;
     m->options = *options;
     start_context(&m->context, true);
+    if (std::is_same<T, bf16>::value && !options->training)
+        m->clusters = attention_clusters_run(&m->context, config->z_dim / config->num_heads,
+                                             config->value_dim / config->num_heads);
     int64_t widest = max(config->value_dim, max(config->ffn_hidden_dim, config->model_dim));
     if (options->training && side_pays(&m->context, widest * config->model_dim)) start_side(&m->context);
     CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));
@@ -1525,7 +1504,7 @@ static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
     CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
-    if (DECODE_PINNED && is_decode_step(m)) return;
+    if (is_decode_step(m)) return;
     upload(m, 0, rows * sizeof(int32_t));
     if (!m->batch.targets) return;
     memcpy(on_host(m, m->targets), m->batch.targets, rows * sizeof(int32_t));
@@ -1623,7 +1602,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
         forward_pass(m);
     }
     m->logits_sent = is_decode_step(m);
-    if (DECODE_PINNED && m->logits_sent) CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    if (m->logits_sent) CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
     m->can_backward = m->options.training && batch->targets;
     if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;

@@ -19,29 +19,14 @@
 #ifndef CUDA_DECODE_TILES_CUH
 #define CUDA_DECODE_TILES_CUH
 
-#include "decode.cuh"
-
-/* 1: products of a step in bf16 go through these kernels, where sizes allow it. */
-#ifndef DECODE_TILES
-#define DECODE_TILES 0
-#endif
-/* 1: and with one row, layers begin with an opening, in blocks of 8 warps that have a tile each; 2: in blocks
- * of 16 warps, one a processor, that have three tiles at a time and so make u and c less often. */
-#ifndef DECODE_OPENING
-#define DECODE_OPENING 0
-#endif
-/* 1: each warp makes the numbers of the input that it multiplies itself, and no others: they pass only between
- * its own lanes, so that all that a block still meets for is a row's moments. */
-#ifndef DECODE_OWN_CHUNKS
-#define DECODE_OWN_CHUNKS 0
-#endif
+#include "decode_products.cuh"
 
 enum {
     TILE_OUTPUTS = 16,
     TILE_CHUNK = 32, /* numbers of K that a warp multiplies at a time */
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
-    TILE_MANY_THREADS = 704, /* the registers that this leaves let the next kernel's blocks in beside 16 warps */
+    TILE_MANY_THREADS = 704, /* for registers: the next kernel's blocks find some beside 16 warps */
     TILE_STATE_LANES = 16, /* lanes that share a channel's states */
     TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES /* of a block of 16 warps */
 };
@@ -79,9 +64,7 @@ struct DecodeTiles {
     DecodeProducts<bf16> products; /* each product's blocks: its tiles */
     DecodeOpening opening;
     DecodeStates states;
-    DecodeAhead ahead;
-    DecodeKept kept;
-    int tiles, tile_blocks, K, row_bits; /* 2^row_bits lanes of a warp share a row of the input */
+    int tiles, tile_blocks, K;
     float inverse_K;
     bool opens, plain; /* plain: so are all inputs */
     int launch; /* the kernel's number in the step, for its timeline */
@@ -164,8 +147,8 @@ __device__ inline float tile_row_sum(float value, int threads, float *scratch) {
     return total;
 }
 
-/* RMSNorm or LayerNorm of all rows, or the rows as they are. A row has as many threads as there are for each of
- * M rows, M rounded up to a power of two. */
+/* RMSNorm or LayerNorm of all rows, or the rows as they are. A row has as many threads as there are for each
+ * of M rows, M rounded up to a power of two. */
 template <int WARPS>
 __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
                                       const TileShared &shared, float (&scratch)[2][WARPS]) {
@@ -200,93 +183,6 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
             value[i] = (value[i] - mean) * rstd * (1.0f + weight[i]) + bias[i];
         tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
     }
-}
-
-/* The chunks of K that a warp multiplies, cut into units of UNIT numbers: how many, and where a unit begins. */
-template <int WARPS, int UNIT> __device__ inline int own_units(int K) {
-    int warp = (int)threadIdx.x / WARP_SIZE;
-    return max(K / TILE_CHUNK - warp + WARPS - 1, 0) / WARPS * (TILE_CHUNK / UNIT);
-}
-template <int WARPS, int UNIT> __device__ inline int own_place(int unit) {
-    constexpr int UNITS = TILE_CHUNK / UNIT; // of a chunk
-    int warp = (int)threadIdx.x / WARP_SIZE;
-    return (unit / UNITS * WARPS + warp) * TILE_CHUNK + unit % UNITS * UNIT;
-}
-
-/* tile_constants of the warp's own chunks; wait_for_copies and a barrier of the warp follow. */
-template <int WARPS>
-__device__ inline void own_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
-    const bf16 *from[] = {p.opens ? p.opening.weight : q.norm_weight, p.opens ? p.opening.bias : q.norm_bias,
-                          q.norm_weight};
-    int units = own_units<WARPS, 8>(p.K);
-#pragma unroll 1
-    for (int unit = (int)threadIdx.x % WARP_SIZE; unit < units; unit += WARP_SIZE) {
-        int k = own_place<WARPS, 8>(unit);
-#pragma unroll
-        for (int i = 0; i < 3; i++) {
-            if (i == 2 && !p.opens) break;
-            if (from[i]) copy_early(to + i * p.K + k, from[i] + k, true);
-            else *(uint4 *)(to + i * p.K + k) = make_uint4(0, 0, 0, 0);
-        }
-    }
-}
-
-/* tile_normalise of the warp's own chunks, with their constants on their way. moments: each warp's part of a
- * row's sum and sum of squares, less its first number, which is one of those that are summed: what the
- * difference of two squares loses is at most a factor of K. */
-template <int WARPS>
-__device__ inline void own_normalise(const DecodeTiles &p, const DecodeProduct<bf16> &q,
-                                     const TileShared &shared, float2 (&moments)[DECODE_ROWS][WARPS]) {
-    int K = p.K, M = p.products.M, warp = (int)threadIdx.x / WARP_SIZE, lanes = 1 << p.row_bits;
-    int row = (int)threadIdx.x % WARP_SIZE >> p.row_bits, lane = (int)threadIdx.x & (lanes - 1);
-    int units = own_units<WARPS, 4>(K);
-    const bool has_mean = q.input == DECODE_LAYERNORM, in_rows = row < M;
-    const bf16 *x = q.x + (int64_t)(in_rows ? row : 0) * K;
-    float mean = 0, rstd = 1, value[4], weight[4], bias[4];
-    if (q.input != DECODE_PLAIN) {
-        float first = has_mean ? to_float(x[0]) : 0.0f, sum = 0, squares = 0;
-#pragma unroll 2
-        for (int unit = lane; unit < units; unit += lanes) {
-            load<4>(value, x + own_place<WARPS, 4>(unit));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float difference = value[i] - first;
-                sum += difference, squares = fmaf(difference, difference, squares);
-            }
-        }
-#pragma unroll 1
-        for (int step = lanes / 2; step > 0; step /= 2) {
-            sum += __shfl_xor_sync(FULL_MASK, sum, step);
-            squares += __shfl_xor_sync(FULL_MASK, squares, step);
-        }
-        if (lane == 0 && in_rows) moments[row][warp] = make_float2(sum, squares);
-        __syncthreads(); // the moments of every warp's chunks are there
-        sum = squares = 0;
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) {
-            float2 part = moments[in_rows ? row : 0][i];
-            sum += part.x, squares += part.y;
-        }
-        mean = has_mean ? sum * p.inverse_K : 0.0f;
-        rstd = rsqrtf(fmaxf(fmaf(squares, p.inverse_K, -mean * mean), 0.0f) + p.products.eps);
-        mean += first;
-    }
-    wait_for_copies();
-    __syncwarp(); // the warp's constants are there
-#pragma unroll 1
-    for (int unit = lane; in_rows && unit < units; unit += lanes) {
-        int k = own_place<WARPS, 4>(unit);
-        load<4>(value, x + k);
-        if (q.input != DECODE_PLAIN) {
-            load<4>(weight, shared.constants + k);
-            load<4>(bias, shared.constants + K + k);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                value[i] = fmaf((value[i] - mean) * rstd, 1.0f + weight[i], bias[i]);
-        }
-        tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
-    }
-    __syncwarp(); // the warp's numbers are there
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -376,61 +272,6 @@ __device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16>
     }
     sum = warp_sum(sum);
     if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
-}
-
-/* tile_open of the warp's own chunks, which are the groups. Returns the lane's part of the sum of c^2. */
-template <int WARPS>
-__device__ inline float own_open(const DecodeTiles &p, const DecodeProduct<bf16> &first,
-                                 const TileShared &s) {
-    const DecodeOpening &o = p.opening;
-    const bool averages = first.input == DECODE_AVERAGED;
-    int K = p.K, lane = (int)threadIdx.x % WARP_SIZE, units = own_units<WARPS, 4>(K);
-    float sum = 0;
-    wait_for_copies();
-    __syncwarp(); // the warp's constants are there
-    /* All lanes make the same number of rounds, so that the sums over the 8 lanes of a group find them all. */
-#pragma unroll 1
-    for (int round = 0; round < units; round += WARP_SIZE) {
-        int unit = min(round + lane, units - 8 + lane % 8), k = own_place<WARPS, 4>(unit), g = k / TILE_CHUNK;
-        float value[4], weight[4], bias[4];
-        double share = o.prepared.moments[2 * o.G], before = o.prepared.moments[g];
-        double spread = o.prepared.moments[o.G + g];
-        float4 response[2] = {};
-        if (averages)
-            response[0] = *(const float4 *)(o.prepared.response + k),
-            response[1] = *(const float4 *)(o.prepared.response + k + 2);
-        load<4>(value, first.x + k);
-        float mean = lanes_sum((value[0] + value[1]) + (value[2] + value[3]), 8) / TILE_CHUNK, squares = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) squares = fmaf(value[i] - mean, value[i] - mean, squares);
-        float var = lanes_sum(squares, 8) / TILE_CHUNK;
-        if (round + lane >= units) continue;
-        double difference = (double)mean - before, all_mean = before + share * difference;
-        double all_var =
-            spread + share * ((double)var - spread) + share * (1 - share) * difference * difference;
-        if (blockIdx.x == 0 && lane % 8 == 0) o.mean[g] = all_mean, o.var[g] = all_var;
-        float center = (float)all_mean, rstd = rsqrtf((float)all_var + p.products.eps);
-        store<4>(s.x + k, value);
-        load<4>(weight, s.constants + k);
-        load<4>(bias, s.constants + K + k);
-#pragma unroll
-        for (int i = 0; i < 4; i++) value[i] = fmaf((value[i] - center) * rstd, 1.0f + weight[i], bias[i]);
-        tile_split(s.input + k, K + TILE_PAD, value);
-        if (!averages) continue;
-        if (blockIdx.x == 0) store<4>(o.u + k, value);
-        load<4>(weight, s.constants + 2 * K + k);
-        const float constant[4] = {response[0].x, response[0].z, response[1].x, response[1].z};
-        const float factor[4] = {response[0].y, response[0].w, response[1].y, response[1].w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float c = fmaf(factor[i], value[i], constant[i]);
-            sum = fmaf(c, c, sum);
-            value[i] = c * (1.0f + weight[i]);
-        }
-        tile_split(s.input + 2 * (K + TILE_PAD) + k, K + TILE_PAD, value);
-    }
-    __syncwarp(); // the warp's numbers are there
-    return sum;
 }
 
 /* One state's part in h = q h + p u. */
@@ -573,42 +414,35 @@ struct TileEnds {
     int64_t row[DECODE_ROWS];                /* of the output, for each row of the input */
 };
 
-/* A thread ends an output of a row: of 128 threads that end a tile, threads 0, 1, .. those of row 0, threads
- * 16, 17, .. those of row 1. The next 128 threads end the next of the block's TILES tiles. */
-enum { TILE_ENDS = TILE_OUTPUTS * DECODE_ROWS };
-template <int TILES> struct TileEnd {
+/* A thread ends an output of a row: threads 0, 1, .. those of row 0, threads 16, 17, .. those of row 1. */
+struct TileEnd {
     const DecodeProduct<bf16> *q;
-    int which, output, j, m;
+    int output, j, m;
     bool active;
     __device__ TileEnd(const DecodeTiles &p, int tile) {
-        which = (int)threadIdx.x / TILE_ENDS, output = (int)threadIdx.x % TILE_OUTPUTS;
-        m = (int)threadIdx.x % TILE_ENDS / TILE_OUTPUTS;
-        int own = tile + which * p.tile_blocks;
-        active = which < TILES && own < p.tiles && m < p.products.M;
-        TilePlace place = tile_place_of(p, active ? own : tile);
+        output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
+        TilePlace place = tile_place_of(p, tile);
         q = place.q;
         int outputs = q->second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
         j = place.unit * outputs + output;
-        active = active && output < outputs && j < q->N;
+        active = m < p.products.M && output < outputs && j < q->N;
     }
 };
 
 /* Before the wait: what no kernel of the step writes. */
-template <int TILES>
-__device__ inline void tile_ends(TileEnds (&ends)[TILES], const TileEnd<TILES> &end) {
+__device__ inline void tile_ends(TileEnds &ends, const TileEnd &end) {
     if (!end.active) return;
     const DecodeProduct<bf16> &q = *end.q;
     if (end.m == 0) {
-        ends[end.which].bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
-        ends[end.which].scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
+        ends.bias[end.output] = q.bias ? to_float(q.bias[end.j]) : 0.0f;
+        ends.scale[end.output] = q.scale ? to_float(q.scale[end.j]) : 1.0f;
     }
-    if (end.output == 0)
-        ends[end.which].row[end.m] = q.count ? (int64_t)end.m * q.C + q.count[end.m] % q.C : end.m;
+    if (end.output == 0) ends.row[end.m] = q.count ? (int64_t)end.m * q.C + q.count[end.m] % q.C : end.m;
 }
 
 /* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the sum. */
-template <int TILES, int WARPS, int ROWS>
-__device__ inline void tile_finish(const TileEnd<TILES> &end, const TileEnds &ends, float factor, bf16 add,
+template <int WARPS, int ROWS>
+__device__ inline void tile_finish(const TileEnd &end, const TileEnds &ends, float factor, bf16 add,
                                    const float (&sums)[WARPS][TILE_OUTPUTS][ROWS + 1]) {
     const DecodeProduct<bf16> &q = *end.q;
     float total = 0, gate = 0;
@@ -626,20 +460,15 @@ __device__ inline void tile_finish(const TileEnd<TILES> &end, const TileEnds &en
     else q.out[at] = from_float<bf16>(value);
 }
 
-/* The block's next TILES tiles: their products, NULL where there is none, and asks for their weights. */
-template <int WARPS, int TILES, int HELD>
-__device__ inline void tile_request(uint4 (&held)[TILES][HELD][2], const DecodeProduct<bf16> *(&q)[TILES],
-                                    const DecodeTiles &p, int tile) {
+/* The block's next tile: asks for its weights. Returns its product. */
+template <int WARPS, int HELD>
+__device__ inline const DecodeProduct<bf16> *tile_request(uint4 (&held)[HELD][2], const DecodeTiles &p,
+                                                          int tile) {
     int warp = (int)threadIdx.x / WARP_SIZE;
-#pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        q[t] = nullptr;
-        if (t > 0 && tile + t * p.tile_blocks >= p.tiles) continue;
-        TilePlace place = tile_place_of(p, tile + t * p.tile_blocks);
-        tile_weights<WARPS>(held[t], place, p.K, warp);
-        tile_prefetch<WARPS>(place, p.K, warp + WARPS * HELD);
-        q[t] = place.q;
-    }
+    TilePlace place = tile_place_of(p, tile);
+    tile_weights<WARPS>(held, place, p.K, warp);
+    tile_prefetch<WARPS>(place, p.K, warp + WARPS * HELD);
+    return place.q;
 }
 
 __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProduct<bf16> &b) {
@@ -648,109 +477,86 @@ __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProd
 
 /* computes: each of the products (see DecodeProduct), in the opening after TimestepNorm and CEMA; and beside
  *           them the states' part (see DecodeStates)
- * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns TILES times 16 outputs at a time,
- *           a warp every WARPS-th chunk of K
+ * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns 16 outputs at a time, a warp every
+ *           WARPS-th chunk of K
  * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
- * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory; TILES > 1
- *           wants an opening
+ * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory
  * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
-template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
-__global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS : WARPS * WARP_SIZE,
+template <int WARPS, int HELD, bool OPENS, bool PLAIN>
+__global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS * WARP_SIZE,
                                   WARPS == 8 ? 3 : 1)
     decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
-    static_assert(TILES == 1 || (OPENS && TILES * TILE_ENDS <= WARPS * WARP_SIZE));
     constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : (int)DECODE_ROWS;
     extern __shared__ uint4 tile_memory[];
-    __shared__ float sums[TILES][WARPS][TILE_OUTPUTS][ROWS + 1];
+    __shared__ float sums[WARPS][TILE_OUTPUTS][ROWS + 1];
     __shared__ float scratch[2][WARPS];
-    __shared__ float2 moments[DECODE_ROWS][WARPS];
-    __shared__ TileEnds ends[TILES];
+    __shared__ TileEnds ends;
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
         decode_states<THREADS>(p.states, (int)blockIdx.x - p.tile_blocks);
-        ask_ahead(p.ahead);
         return;
     }
     int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE, K = p.K;
     int tile = (int)blockIdx.x;
     TileShared shared = {};
     if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
-    uint4 held[TILES][HELD][2];
-    const DecodeProduct<bf16> *q[TILES];
-    tile_request<WARPS>(held, q, p, tile);
-    const DecodeProduct<bf16> *constants = q[0], *ready = nullptr; // whose are, whose input is in shared memory
-    const bool own_chunks = DECODE_OWN_CHUNKS && (!OPENS || p.opening.size == TILE_CHUNK);
-    if (!PLAIN && own_chunks) own_constants<WARPS>(shared.constants, p, *constants);
-    else if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
-    TileEnd<TILES> end(p, tile);
+    uint4 held[HELD][2];
+    const DecodeProduct<bf16> *q = tile_request<WARPS>(held, p, tile);
+    const DecodeProduct<bf16> *constants = q, *ready = nullptr; // whose are, whose input is in shared memory
+    if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
+    TileEnd end(p, tile);
     tile_ends(ends, end);
-    ask_kept(p.kept, p.tile_blocks);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
     for (;;) {
-        const DecodeProduct<bf16> &first = *q[0];
-        float lane_squares = 0;
-        bool news = !PLAIN && !(ready && (OPENS || same_input(*ready, first)));
-        if (news && own_chunks) {
-            if (!OPENS && constants != &first) own_constants<WARPS>(shared.constants, p, first);
-            if (OPENS) lane_squares = own_open<WARPS>(p, first, shared);
-            else own_normalise<WARPS>(p, first, shared, moments);
-        } else if (news && OPENS) {
-            tile_open<WARPS>(p, first, shared, scratch[0]);
-            __syncthreads(); // the input is there
+        bool news = !PLAIN && !(ready && (OPENS || same_input(*ready, *q)));
+        if (news && OPENS) {
+            tile_open<WARPS>(p, *q, shared, scratch[0]);
         } else if (news) {
-            if (constants != &first) {
+            if (constants != q) {
                 __syncthreads(); // nobody reads another input and its constants any more
-                tile_constants<THREADS>(shared.constants, p, first);
+                tile_constants<THREADS>(shared.constants, p, *q);
             }
             wait_for_copies(); // of the constants, which are read after a barrier
-            tile_normalise<WARPS>(p, first, shared, scratch);
-            __syncthreads(); // the input is there
+            tile_normalise<WARPS>(p, *q, shared, scratch);
         }
-        if (news) ready = &first;
+        if (news) {
+            __syncthreads(); // the input is there
+            ready = q;
+        }
         mark(p.launch, STAGE_INPUT);
         int64_t added = (int64_t)end.m * end.q->N + end.j; // an opening adds its x, which is in shared memory
-        if (!OPENS && end.active && end.q->add)
-            tile_send_for_word(ends[0].add[threadIdx.x], end.q->add, added);
+        if (!OPENS && end.active && end.q->add) tile_send_for_word(ends.add[threadIdx.x], end.q->add, added);
+        bool averaged = OPENS && q->input == DECODE_AVERAGED;
+        float sum[2][4] = {};
+        tile_sums<WARPS, HELD, PLAIN>(sum, held, *q, p, tile,
+                                      shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            if (!q[t]) break;
-            bool averaged = OPENS && q[t]->input == DECODE_AVERAGED;
-            float sum[2][4] = {};
-            tile_sums<WARPS, HELD, PLAIN>(sum, held[t], *q[t], p, tile + t * p.tile_blocks,
-                                          shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (lane % 4 * 2 + i % 2 < ROWS)
-                    sums[t][warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
-        }
-        if (OPENS && news && own_chunks) {
-            lane_squares = warp_sum(lane_squares);
-            if (lane == 0) scratch[0][warp] = lane_squares;
-        }
+        for (int i = 0; i < 4; i++)
+            if (lane % 4 * 2 + i % 2 < ROWS)
+                sums[warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
         mark(p.launch, STAGE_MULTIPLIED);
-        tile += TILES * p.tile_blocks;
+        tile += p.tile_blocks;
         bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
-        if (last) ask_ahead(p.ahead); // when nothing of this kernel has to wait for it
-        if (!last) tile_request<WARPS>(held, q, p, tile); // on their way while this turn's sums are added up
+        if (!last) q = tile_request<WARPS>(held, p, tile); // on their way while this turn's sums are added up
         wait_for_copies();
         __syncthreads(); // all warps' sums are there
         if (end.active) {
             bf16 add = from_float<bf16>(0.0f);
-            if (end.q->add) add = OPENS ? shared.x[end.j] : ends[0].add[threadIdx.x][added & 1];
+            if (end.q->add) add = OPENS ? shared.x[end.j] : ends.add[threadIdx.x][added & 1];
             float squares = 0, factor = 1;
             if (OPENS && end.q->input == DECODE_AVERAGED) {
 #pragma unroll
                 for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
                 factor = rsqrtf(fmaf(squares, p.inverse_K, p.products.eps));
             }
-            tile_finish<TILES, WARPS, ROWS>(end, ends[end.which], factor, add, sums[end.which]);
+            tile_finish<WARPS, ROWS>(end, ends, factor, add, sums);
         }
         if (last) break;
         __syncthreads(); // all have read the sums and the ends
-        end = TileEnd<TILES>(p, tile);
+        end = TileEnd(p, tile);
         tile_ends(ends, end);
     }
     if (p.products.advance && blockIdx.x == 0 && (int)threadIdx.x < p.products.M)
@@ -762,9 +568,9 @@ __global__ void __launch_bounds__(WARPS == 16 && TILES == 1 ? TILE_MANY_THREADS 
  * Launchers
  */
 
-template <int WARPS, int TILES, int HELD, bool OPENS, bool PLAIN>
+template <int WARPS, int HELD, bool OPENS, bool PLAIN>
 static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
-    auto kernel = decode_tiles_kernel<WARPS, TILES, HELD, OPENS, PLAIN>;
+    auto kernel = decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>;
     p.tile_blocks = min(p.tiles, context->num_sms * (WARPS == 8 ? 3 : 1));
     int channels = WARPS * WARP_SIZE / TILE_STATE_LANES;
     p.states.blocks = (int)ceil_div(p.states.D, channels);
@@ -781,7 +587,6 @@ static inline bool tiles_fit(DecodeTiles *p) {
     bool fit = p->products.M <= DECODE_ROWS;
     p->plain = true;
     p->K = p->products.product[0].K, p->inverse_K = 1.0f / (float)p->K;
-    for (p->row_bits = 5; WARP_SIZE >> p->row_bits < p->products.M;) p->row_bits--;
     p->tiles = 0;
     for (int i = 0; i < p->products.number; i++) {
         DecodeProduct<bf16> &q = p->products.product[i];
@@ -807,22 +612,20 @@ static inline bool tiles_fit(DecodeTiles *p) {
 /* Few tiles are worked on by more warps each, since a tile stays with its processor. */
 static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
     bool few = p.tiles <= context->num_sms;
-    if (p.opens && DECODE_OPENING == 2) launch_tiles<16, 3, 2, true, false>(context, name, p);
-    else if (p.opens) launch_tiles<8, 1, 4, true, false>(context, name, p);
-    else if (few && p.plain) launch_tiles<16, 1, 5, false, true>(context, name, p);
-    else if (few) launch_tiles<16, 1, 5, false, false>(context, name, p);
-    else if (p.plain) launch_tiles<8, 1, 4, false, true>(context, name, p);
-    else launch_tiles<8, 1, 4, false, false>(context, name, p);
+    if (p.opens) launch_tiles<8, 4, true, false>(context, name, p);
+    else if (few && p.plain) launch_tiles<16, 5, false, true>(context, name, p);
+    else if (few) launch_tiles<16, 5, false, false>(context, name, p);
+    else if (p.plain) launch_tiles<8, 4, false, true>(context, name, p);
+    else launch_tiles<8, 4, false, false>(context, name, p);
 }
 
-/* decode_products, in bf16 by tiles where they fit. ahead: see DecodeAhead. */
+/* decode_products, in bf16 by tiles where they fit. */
 template <typename T>
-static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products,
-                                 const DecodeAhead &ahead = {}, const DecodeKept &kept = {}) {
+static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products) {
     if constexpr (std::is_same<T, bf16>::value) {
         DecodeTiles tiles = {};
-        tiles.products = products, tiles.ahead = ahead, tiles.kept = kept;
-        if (DECODE_TILES && tiles_fit(&tiles)) {
+        tiles.products = products;
+        if (tiles_fit(&tiles)) {
             decode_tiles(context, name, tiles);
             return;
         }

@@ -636,19 +636,31 @@ static void check_state(const Candidate *candidate, const char *what, const Mega
 
 /* ---- generation: one token at a time, which backends make in ways of their own ---- */
 
+/* The same token everywhere. The array lives until the next call. */
+static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T, int seed) {
+    static int32_t tokens[MAX_B * MAX_T];
+    for (int i = 0; i < B * T; i++) tokens[i] = seed % config->vocab_size;
+    return (MegalodonBatch){.tokens = tokens, .B = B, .T = T};
+}
+
 /* `steps` tokens one by one after a prompt, the last one with a loss, which is another way than that of generation;
- * then the state, and (not in the short form) the same again, which must give the same bits. */
+ * then the state, and (in the short form only after a prompt of one token) the same again from an empty state, which
+ * must give the same bits. Of a long prompt each piece repeats one of two tokens: if keys are left out, the mean of
+ * the values is another one. */
 static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
                              int prompt, int steps) {
     Pair pair = pair_create(candidate, what, config, false, true);
-    int runs = brief ? 1 : 2, V = config->vocab_size, most = MAX_T / B, pieces = (prompt + most - 1) / most;
+    int runs = brief && prompt > 1 ? 1 : 2, V = config->vocab_size, most = MAX_T / B;
+    int pieces = (prompt + most - 1) / most;
     float *logits[2];
     double worst = 0;
     for (int run = 0; run < 2; run++) logits[run] = must_allocate((size_t)(B * V) * sizeof **logits);
     for (int run = 0; run < runs; run++) {
         for (int i = 0; i < pieces + steps; i++) {
             int read = prompt - i * most < most ? prompt - i * most : most;
-            MegalodonBatch batch = random_batch(config, B, i < pieces ? read : 1, 50 + (uint64_t)i);
+            MegalodonBatch batch = i < pieces && pieces > 1
+                                       ? repeated_batch(config, B, read, 50 + i % 2)
+                                       : random_batch(config, B, i < pieces ? read : 1, 50 + (uint64_t)i);
             if (i + 1 < pieces + steps) batch.targets = NULL;
             batch.carry = i > 0;
             for (int side = run ? OURS : REFERENCE; side < 2; side++)
@@ -667,6 +679,25 @@ static void check_generation(const Candidate *candidate, const char *what, const
            steps, B, worst);
     for (int run = 0; run < 2; run++) free(logits[run]);
     pair_destroy(&pair);
+}
+
+/* Sizes at which a GPU changes its ways of making a token: each number of rows, from the first token on; heads as wide
+ * as a cluster of blocks takes them, and wider, with a group and states that take several turns; layers too wide for
+ * the states to be made beside a product; so many keys that a block takes them in two turns, one for each piece of 64,
+ * or in three; the end of such a chunk. */
+static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled) {
+    MegalodonConfig head = *tiled, wide = *tiled, longer = *tiled;
+    int around = tiled->chunk_size + 3;
+    for (int B = 1; B <= MAX_GENERATED; B++) check_generation(candidate, "tiles, from nothing", tiled, B, 1, 4);
+    head.num_heads = 1, head.z_dim = 256, head.value_dim = 288, head.norm_num_groups = 1, head.cema_ndim = 20;
+    for (int B = 1; B < MAX_B; B++) check_generation(candidate, "a head of 256", &head, B, 1, around);
+    head.z_dim = head.value_dim = 264;
+    check_generation(candidate, "a head of 264", &head, 1, 1, around);
+    wide.model_dim = 1440, wide.norm_num_groups = 15;
+    check_generation(candidate, "wide layers", &wide, 1, 1, 3);
+    longer.num_layers = 1, longer.chunk_size = 2200;
+    check_generation(candidate, "long chunk, two turns", &longer, 1, 2038, 4);
+    check_generation(candidate, "long chunk, to its end", &longer, 1, 2197, 5);
 }
 
 /* ---- reading: calls of one length, which a backend may record and repeat ---- */
@@ -838,10 +869,8 @@ static void check_inference(const Candidate *candidate, const char *only) {
         large.ffn_hidden_dim = 12288;
         for (int B = 1; B <= MAX_B; B += 2) check_generation(candidate, "large", &large, B, 3, 19);
     }
-    MegalodonConfig long_chunk = tiled, many = many_outputs_config(false), many_odd = many_outputs_config(true);
-    long_chunk.num_layers = 1;
-    long_chunk.chunk_size = 2200;
-    check_generation(candidate, "long chunk", &long_chunk, 1, 2100, 3);
+    MegalodonConfig many = many_outputs_config(false), many_odd = many_outputs_config(true);
+    check_ways(candidate, &tiled);
     for (int B = 1; B <= MAX_GENERATED; B += 7) {
         check_generation(candidate, "many outputs", &many, B, 3, 3);
         check_generation(candidate, "many outputs, odd sizes", &many_odd, B, 3, 3);

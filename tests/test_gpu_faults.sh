@@ -170,6 +170,18 @@ on GPU_MAJOR=9 -- "$train" $fit --steps 1 --checkpoint-dir "$dir/run"
 works "a run"
 lose "generation" "$generate" --backend cuda --checkpoint "$dir/run" --max-tokens 4 --prompt abc
 
+# A token's attention runs in clusters of blocks, or in another way where a device has no room for them.
+bf16="$generate --backend cuda --precision bf16 --checkpoint $dir/run --max-tokens 4 --prompt abc"
+GPU_HOPPER=1
+export GPU_HOPPER
+lose "generation in clusters" $bf16
+holds "generation in clusters" "cudaOccupancyMaxActiveClusters" "$dir/count"
+for clusters in 0 -1; do
+    on GPU_CLUSTERS=$clusters -- $bf16
+    works "generation without clusters"
+done
+unset GPU_HOPPER
+
 # What was saved before stays.
 rm -rf "$dir/run"
 on GPU_FAIL=cudaStreamSynchronize GPU_AFTER=300 GPU_ERROR=719 GPU_LOST=1 -- "$train" $fit --steps 1000 --warmup 0 \

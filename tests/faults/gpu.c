@@ -14,6 +14,8 @@
  *     GPU_DEVICES=N          how many there are (default 1)
  *     GPU_DRIVER=N           the version of CUDA that the driver knows (default: that of the program)
  *     GPU_MAJOR=N            compute capability (default 9)
+ *     GPU_HOPPER=1           its kernels say that they are code for Hopper, in the only memory of 4 bytes
+ *     GPU_CLUSTERS=N         clusters of blocks that run at the same time (default 8; below 0: the call refuses them)
  *     GPU_COUNT=FILE         at the end, the calls are counted into this file: "NAME NUMBER" a line
  */
 #define _GNU_SOURCE
@@ -112,7 +114,9 @@ static void give_back(void *pointer) {
 }
 
 cudaError_t cudaMalloc(void **pointer, size_t bytes) {
-    return take(pointer, bytes, (size_t)setting("GPU_MEMORY", 1LL << 30), CUDA_STATUS);
+    cudaError_t status = take(pointer, bytes, (size_t)setting("GPU_MEMORY", 1LL << 30), CUDA_STATUS);
+    if (!status && bytes == sizeof(int)) *(int *)*pointer = (int)setting("GPU_HOPPER", 0);
+    return status;
 }
 cudaError_t cudaMallocHost(void **pointer, size_t bytes) { return take(pointer, bytes, 0, CUDA_STATUS); }
 cudaError_t cudaFree(void *pointer) {
@@ -212,6 +216,12 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
 }
 cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute what, int value) {
     return (void)kernel, (void)what, (void)value, CUDA_STATUS;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, const void *kernel, const cudaLaunchConfig_t *config) {
+    (void)kernel, (void)config;
+    *clusters = (int)setting("GPU_CLUSTERS", 8);
+    cudaError_t status = CUDA_STATUS;
+    return !status && *clusters < 0 ? last = cudaErrorInvalidClusterSize : status;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
     return (void)config, (void)kernel, (void)arguments, CUDA_STATUS;
