@@ -410,7 +410,7 @@ bad "steps in a row were skipped" "$train" $guarded --max-bad-steps 1 --steps 20
 # No call of CUDA or cuBLAS goes unchecked: each stands in CHECK_CUDA or CHECK_CUBLAS, on its line or the one before,
 # but for those whose answer is looked at.
 
-looked_at='status = cudaMalloc\(|cudaGetLastError|ErrorString|StatusString|cudaGetDeviceCount|GetVersion|AlgoGetHeuristic'
+looked_at='cudaError_t status = |cudaGetLastError|ErrorString|StatusString|cudaGetDeviceCount|GetVersion|AlgoGetHeuristic'
 unchecked=$(cat megalodon.cu cuda/*.cuh | awk -v ok="$looked_at" '
     /(^|[^A-Za-z_])(cuda|cublas|cublasLt)[A-Z][A-Za-z0-9]*\(/ && !/CHECK_CU(DA|BLAS)\(/ && $0 !~ ok &&
     before !~ /CHECK_CU(DA|BLAS)\($/ && !/^ \*/ { print } { before = $0 }')
