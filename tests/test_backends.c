@@ -274,9 +274,15 @@ static void check_pass(const Pair *pair, int B, int T, int before, bool dropout,
                    &worst->state_gradients);
 }
 
-/* Sizes that a GPU's own tiles divide: few shapes, since they are large. */
+/* Sizes that a GPU's own tiles divide. */
+static MegalodonConfig wide_config(MegalodonConfig config) {
+    config.model_dim = 64, config.value_dim = 512, config.ffn_hidden_dim = 256;
+    return config;
+}
+
+/* Few shapes, since they are large. */
 static void check_wide(const Candidate *candidate, const char *what, MegalodonConfig config, bool swiglu) {
-    config.model_dim = 64, config.value_dim = 512, config.ffn_hidden_dim = 256, config.swiglu = swiglu;
+    config = wide_config(config), config.swiglu = swiglu;
     if (swiglu) config.vocab_size = 4104; /* a row of logits is more than a few warps hold */
     Pair pair = pair_create(candidate, what, &config, true, false);
     Worst worst;
@@ -286,6 +292,19 @@ static void check_wide(const Candidate *candidate, const char *what, MegalodonCo
     printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name, what,
            worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
            worst.gradients.worst, worst.state_gradients.worst_error);
+    pair_destroy(&pair);
+}
+
+/* Products of more tiles of 256 columns than any GPU has multiprocessors, so that a block makes several. */
+static void check_many_tiles(const Candidate *candidate, MegalodonConfig config) {
+    config = wide_config(config);
+    config.num_layers = 1, config.swiglu = true, config.ffn_hidden_dim = 300 * 256;
+    Pair pair = pair_create(candidate, "many tiles", &config, true, false);
+    Worst worst;
+    memset(&worst, 0, sizeof worst);
+    check_pass(&pair, MAX_B, config.chunk_size, 0, false, &worst);
+    printf("%-10s %-26s loss %.1e  gradients %.1e (%s)\n", candidate->name, pair.what, worst.activations.worst_error,
+           worst.gradients.worst_error, worst.gradients.worst);
     pair_destroy(&pair);
 }
 
@@ -401,7 +420,7 @@ typedef struct RecordedStep {
 /* Training without a state, whose passes a backend may record when they come again: every way in which a step can
  * differ from the one before, between steps that are alike but for their tokens. Two models take turns, whose weights
  * differ: a recording is one model's. */
-static void check_recorded(const Candidate *candidate, const MegalodonConfig *config) {
+static void check_recorded(const Candidate *candidate, const char *what, const MegalodonConfig *config) {
     static const RecordedStep steps[] = {
         {2, 3, 0.1, 0},    {2, 3, 0.1, UPDATE},                         /* the same again, then other weights */
         {2, 3, 0.1, 0},    {2, 3, 1.0, 0},       {2, 3, 0.1, 0},        /* another scale */
@@ -416,7 +435,7 @@ static void check_recorded(const Candidate *candidate, const MegalodonConfig *co
     enum { MODELS = 2, NUM = sizeof steps / sizeof *steps, MOST = 2 };
     Pair pairs[MODELS];
     for (int i = 0; i < MODELS; i++) {
-        pairs[i] = (Pair){.candidate = candidate, .what = i ? "recorded, second model" : "recorded", .config = *config,
+        pairs[i] = (Pair){.candidate = candidate, .what = what, .config = *config,
                           .backend = {&megalodon_cpu, candidate->backend}};
         for (int side = 0; side < 2; side++) {
             MegalodonOptions options = {.max_batch = MOST, .max_length = config->chunk_size + 3, .training = true,
@@ -439,8 +458,8 @@ static void check_recorded(const Candidate *candidate, const MegalodonConfig *co
             if (step->what & UPDATE) must(pair->backend[side]->update(pair->model[side], &adamw, NULL));
         }
         check(fabs(loss[OURS].nll_sum - loss[REFERENCE].nll_sum) <= candidate->loss * (double)loss[REFERENCE].counted,
-              "%s, %s, step %d: the loss is %.9g, expected %.9g", candidate->name, pair->what, i / MODELS,
-              loss[OURS].nll_sum, loss[REFERENCE].nll_sum);
+              "%s, %s, model %d, step %d: the loss is %.9g, expected %.9g", candidate->name, what, i % MODELS,
+              i / MODELS, loss[OURS].nll_sum, loss[REFERENCE].nll_sum);
         if (step->scale != 0) check_kind(pair, MEGALODON_GRAD, &batch, 0, "gradients", NULL);
     }
     for (int i = 0; i < MODELS; i++) pair_destroy(&pairs[i]);
@@ -827,11 +846,14 @@ static void check_steps(const Candidate *candidate, const char *only) {
     if (test_among(only, "wide")) {
         if (!brief) check_wide(candidate, "wide", plain, false);
         check_wide(candidate, "wide, swiglu", plain, true);
+        if (!brief && candidate != &candidates[STAND_IN]) check_many_tiles(candidate, plain);
     }
     if (test_among(only, "dropout")) check_masks(candidate, &dropout);
     if (test_among(only, "update")) {
         check_accumulation(candidate, &full);
-        check_recorded(candidate, &dropout);
+        MegalodonConfig wide = wide_config(dropout);
+        check_recorded(candidate, "recorded", &dropout);
+        check_recorded(candidate, "recorded, wide", &wide);
         check_repeatable(candidate, &dropout);
     }
     if (!test_among(only, "training") || (brief && !only)) return;
