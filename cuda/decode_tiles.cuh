@@ -197,7 +197,7 @@ template <int THREADS> __device__ inline void opening_statistics(const DecodeTil
     /* All lanes make the same number of rounds, so that the sums over lanes find them all. */
 #pragma unroll 1
     for (int first = 0; first < o.G; first += THREADS >> o.lane_bits) {
-        int g = min(first + ((int)threadIdx.x >> o.lane_bits), o.G - 1);
+        int place = first + ((int)threadIdx.x >> o.lane_bits), g = min(place, o.G - 1);
         const bf16 *x = s.x + g * size;
         float mean = 0, sum = 0, squares = 0;
 #pragma unroll
@@ -216,7 +216,7 @@ template <int THREADS> __device__ inline void opening_statistics(const DecodeTil
             if (round == 0) mean = lanes_sum(sum, lanes) * o.inverse_size, squares = 0;
         }
         float var = lanes_sum(squares, lanes) * o.inverse_size;
-        if (lane != 0) continue;
+        if (lane != 0 || place != g) continue;
         double share = s.moments[2 * o.G], before = s.moments[g], spread = s.moments[o.G + g];
         double difference = (double)mean - before, all_mean = before + share * difference;
         double all_var =
