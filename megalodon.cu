@@ -1201,17 +1201,13 @@ static const char *build_arena(Model<T> *m, void (*layout)(Model<T> *, Arena *),
     Arena arena = {nullptr, 0};
     size_t size = measure(m, layout);
     if (size == 0) return nullptr;
-    cudaError_t status = cudaMalloc((void **)&arena.base, size);
-    if (status == cudaErrorMemoryAllocation) {
+    if (!CHECK_CUDA_UNLESS(cudaErrorMemoryAllocation, cudaMalloc((void **)&arena.base, size))) {
         size_t free_bytes = 0, all = 0;
-        cudaGetLastError(); // the refusal is reported here and must not be found again later
         CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
         return errorf("out of device memory: asked for %.2f GiB (%zu bytes) in one piece, and %.2f GiB (%zu "
                       "bytes) are free; a smaller batch needs less, and other programs may use the device",
                       (double)size / (1 << 30), size, (double)free_bytes / (1 << 30), free_bytes);
     }
-    if (status != cudaSuccess)
-        cuda_failed(cudaGetErrorString(status), "cudaMalloc", __FILE__, __LINE__, cuda_hint(status));
     m->arenas.push_back(arena.base);
     CHECK_CUDA(cudaMemset(arena.base, 0, size));
     *bytes += (int64_t)size;
@@ -1553,16 +1549,8 @@ template <typename F> static void record(MegalodonModel *m, Recording *r, const 
     CHECK_CUDA(cudaStreamBeginCapture(m->context.stream, cudaStreamCaptureModeThreadLocal));
     pass();
     CHECK_CUDA(cudaStreamEndCapture(m->context.stream, &graph));
-    cudaError_t status = cudaGraphInstantiate(&r->graph, graph, 0);
-    if (status == cudaErrorMemoryAllocation) {
-        cudaGetLastError(); // the refusal is dealt with here and must not be found again later
-        r->refused = true;
-    } else if (status != cudaSuccess) {
-        cuda_failed(cudaGetErrorString(status), "cudaGraphInstantiate", __FILE__, __LINE__,
-                    cuda_hint(status));
-    } else {
-        r->recorded = shape;
-    }
+    r->refused = !CHECK_CUDA_UNLESS(cudaErrorMemoryAllocation, cudaGraphInstantiate(&r->graph, graph, 0));
+    if (!r->refused) r->recorded = shape;
     CHECK_CUDA(cudaGraphDestroy(graph));
 }
 

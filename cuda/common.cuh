@@ -77,6 +77,15 @@ static inline const char *cuda_hint(cudaError_t status) {
         if (status_ != cudaSuccess)                                                                         \
             cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__, cuda_hint(status_));        \
     } while (0)
+/* For a call that may be refused with this one error. False: it was, and the error is not found again later. */
+#define CHECK_CUDA_UNLESS(refusal, call) cuda_granted(refusal, call, #call, __FILE__, __LINE__)
+static inline bool cuda_granted(cudaError_t refusal, cudaError_t status, const char *call, const char *file,
+                                int line) {
+    if (status == refusal) cudaGetLastError();
+    else if (status != cudaSuccess)
+        cuda_failed(cudaGetErrorString(status), call, file, line, cuda_hint(status));
+    return status == cudaSuccess;
+}
 #if !PLAIN_PRODUCTS
 static inline const char *cublas_hint(cublasStatus_t status) {
     switch (status) {

@@ -285,13 +285,10 @@ static inline bool attention_clusters_run(Context *context, int64_t z, int64_t e
                                  1};
     CHECK_CUDA(cudaFuncSetAttribute(decode_attention_clusters_kernel,
                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, decode_attention_clusters_kernel, &config);
-    if (status == cudaErrorInvalidClusterSize) {
-        cudaGetLastError(); // it has been seen to
-        return false;
-    }
-    CHECK_CUDA(status);
-    return clusters > 0;
+    return CHECK_CUDA_UNLESS(cudaErrorInvalidClusterSize,
+                             cudaOccupancyMaxActiveClusters(&clusters, decode_attention_clusters_kernel,
+                                                            &config)) &&
+           clusters > 0;
 }
 
 /* clusters: attention_clusters_run. */
