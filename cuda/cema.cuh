@@ -155,10 +155,8 @@ template <int PARTS, int WORDS>
 __device__ inline void cema_split(uint32_t (&part)[PARTS][WORDS], int at, float low, float high) {
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-        __nv_bfloat162 rounded = __floats2bfloat162_rn(low, high);
-        uint32_t bits = *reinterpret_cast<uint32_t *>(&rounded);
-        part[i][at] = bits;
-        low -= __uint_as_float(bits << 16), high -= __uint_as_float(bits & 0xFFFF0000u);
+        uint32_t bits = part[i][at] = word_of(low, high);
+        low -= low_bf16(bits), high -= high_bf16(bits);
     }
 }
 
@@ -419,10 +417,7 @@ template <typename T> __device__ inline void cema_add(CemaShare<T> &out, const C
         for (int i = 0; i < CemaShare<T>::WORDS; i++) {
             if constexpr (sizeof(T) == 2) {
                 uint32_t a = out.word[k][i], b = before.word[k][i];
-                __nv_bfloat162 sum = __floats2bfloat162_rn(
-                    __uint_as_float(a << 16) + __uint_as_float(b << 16),
-                    __uint_as_float(a & 0xFFFF0000u) + __uint_as_float(b & 0xFFFF0000u));
-                out.word[k][i] = *reinterpret_cast<uint32_t *>(&sum);
+                out.word[k][i] = word_of(low_bf16(a) + low_bf16(b), high_bf16(a) + high_bf16(b));
             } else {
                 out.word[k][i] =
                     __float_as_uint(__uint_as_float(out.word[k][i]) + __uint_as_float(before.word[k][i]));

@@ -233,6 +233,13 @@ template <typename A> struct alignas(2 * sizeof(A)) Pair { A x, y; };
 
 __host__ __device__ inline float to_float(float x) { return x; }
 __host__ __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+/* Two bf16 as the word that they are in memory. A bf16 is the upper half of a float. */
+__device__ inline float low_bf16(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ inline float high_bf16(uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
+__device__ inline uint32_t word_of(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
 template <typename T> __host__ __device__ inline T from_float(float x);
 template <> __host__ __device__ inline float from_float<float>(float x) { return x; }
 template <> __host__ __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
@@ -295,6 +302,13 @@ template <typename T, typename... P> static int vector_width(int64_t columns, co
             __VA_ARGS__;                                                                                    \
         }                                                                                                   \
     } while (0)
+
+/* 2^x, 0 where that is no normal number: one instruction */
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 /* The device's own exponential and quotient: some units in the last place, a fraction of the instructions. */
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }

@@ -77,9 +77,8 @@ template <typename T, int VEC> __device__ inline void unpack(float (&to)[VEC], c
         for (int i = 0; i < 4; i++) {
             if constexpr (VEC == 4)
                 to[i] = __uint_as_float(word[i]);
-            else // a bf16 is the upper half of a float
-                to[2 * i] = __uint_as_float(word[i] << 16),
-                       to[2 * i + 1] = __uint_as_float(word[i] & ~0xffffu);
+            else
+                to[2 * i] = low_bf16(word[i]), to[2 * i + 1] = high_bf16(word[i]);
         }
     }
 }

@@ -67,11 +67,7 @@ __device__ inline Eight load_eight(const bf16 *from) {
 }
 __device__ inline void store_eight(bf16 *to, const Eight &words) { *reinterpret_cast<Eight *>(to) = words; }
 __device__ inline float number(const Eight &words, int i) {
-    return __uint_as_float(i % 2 ? words.v[i / 2] & 0xffff0000u : words.v[i / 2] << 16);
-}
-__device__ inline uint32_t word_of(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&pair);
+    return i % 2 ? high_bf16(words.v[i / 2]) : low_bf16(words.v[i / 2]);
 }
 
 /* ---- epilogues ----
@@ -226,7 +222,7 @@ __device__ inline void stage_products(const float (&d)[128], char *parcel, const
             for (int half = 0; half < 2; half++) {
                 int at = (i + block) * 4 + half * 2;
                 float first = d[at], second = d[at + 1];
-                if (BIAS) first += __uint_as_float(pair << 16), second += __uint_as_float(pair & 0xffff0000u);
+                if (BIAS) first += low_bf16(pair), second += high_bf16(pair);
                 word[2 * block + half] = word_of(first, second);
             }
         }

@@ -261,8 +261,7 @@ __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, b
 __device__ inline float quick_sigmoid(float x) {
     float result = 0;
 #if HOPPER_CODE
-    float power = x * -1.44269504088896340736f; // log2 e
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(power));
+    float power = power_of_two(x * -1.44269504088896340736f); // log2 e
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
 #endif
     return result;

@@ -39,13 +39,6 @@ __global__ void __launch_bounds__(LOSS_THREADS, 2)
     }
 }
 
-/* 2^x, 0 where that is no normal number: one instruction */
-__device__ inline float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* 16 bytes of logits as words, since the compiler takes a register for each bf16 of an array of them. */
 template <typename T> struct HeldLogits {
     Packed<uint32_t, 4> words;
@@ -56,7 +49,7 @@ template <typename T> struct HeldLogits {
     }
     __device__ float operator[](int i) const {
         if constexpr (sizeof(T) == 4) return __uint_as_float(words.v[i]);
-        return __uint_as_float(i % 2 ? words.v[i / 2] & 0xFFFF0000u : words.v[i / 2] << 16);
+        return i % 2 ? high_bf16(words.v[i / 2]) : low_bf16(words.v[i / 2]);
     }
 };
 
