@@ -277,6 +277,11 @@ typedef struct MegalodonMemory {     /* bytes, all allocated by create */
     int64_t device_used;             /* what is taken on the device at this moment, by all programs; 0 on a CPU */
 } MegalodonMemory;
 
+/* All bytes that create allocated. */
+static inline int64_t megalodon_total_memory(const MegalodonMemory *m) {
+    return m->parameters + m->gradients + m->moments + m->activations + m->state + m->workspace;
+}
+
 typedef struct MegalodonComponentFunctions MegalodonComponentFunctions;
 
 typedef struct MegalodonBackend {

@@ -232,7 +232,7 @@ static int64_t device_used(const Bench *bench) {
 static double model_bytes(const Bench *bench, const MegalodonModel *model, int64_t before) {
     MegalodonMemory m;
     bench->backend->memory(model, &m);
-    int64_t told = m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace;
+    int64_t told = megalodon_total_memory(&m);
     int64_t taken = device_used(bench) - before;
     return (double)(taken > told ? taken : told);
 }

@@ -266,8 +266,7 @@ static void train(Experiment *e) {
     e->backend->memory(e->model, &memory);
     printf("%s parameters, %s; loss in nats a letter of an answer, guessing costs %.2f; by farthest distance:\n  step",
            report_count(megalodon_num_parameters(&e->config), count),
-           report_bytes(memory.parameters + memory.gradients + memory.moments + memory.activations + memory.state
-                        + memory.workspace, time), log(26));
+           report_bytes(megalodon_total_memory(&memory), time), log(26));
     for (int d = 0; d < distances; d++) printf(" %7d", e->recall.distances[d]);
     printf("\n");
     start = report_seconds();

@@ -726,7 +726,7 @@ static inline void print_start(Run *run) {
     const struct { const char *kind; int64_t bytes; } kinds[] = {
         {"parameters", m.parameters}, {"gradients", m.gradients}, {"moments", m.moments},
         {"activations", m.activations}, {"state", m.state}, {"workspace", m.workspace},
-        {"total", m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace}};
+        {"total", megalodon_total_memory(&m)}};
     for (int i = 0; i < 7; i++)
         printf("%-12s %-12s %12s\n", i ? "" : "memory", kinds[i].kind, report_bytes(kinds[i].bytes, a));
     bool examples = run->training.examples != NULL;

@@ -96,7 +96,7 @@ static MegalodonModel *create_least(const Pair *pair, MegalodonOptions options, 
         if (backend->create(&model, &pair->config, &options)) break;
         backend->memory(model, &m);
         backend->destroy(model);
-        least = m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace;
+        least = megalodon_total_memory(&m);
         options.max_bytes = least - 1;
     } while (least < before);
     options.max_bytes = least;

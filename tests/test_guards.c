@@ -191,7 +191,7 @@ static int64_t model_bytes(const MegalodonBackend *backend, const MegalodonConfi
     must(backend->create(&model, config, options));
     backend->memory(model, &m);
     backend->destroy(model);
-    return m.parameters + m.gradients + m.moments + m.activations + m.state + m.workspace;
+    return megalodon_total_memory(&m);
 }
 
 /* The least bytes in which a model can be had: a backend may keep more where there is memory. Each plan is checked:
