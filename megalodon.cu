@@ -746,11 +746,13 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
      * time. */
     T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E), *dzz = take<T>(context, rows * Z);
     if (!a->v) silu_forward(context, v, a->vv, rows * E);
+    AttentionKeys<T> keys = attention_keys(m, l, (const T *)v);
+    bool through = silu_fits(context, keys, dv, da, a->vv); // dv becomes vv's gradient in attention's backward
     {
         ScratchScope queries(context);
         T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);
-        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, m->attention_weights[l], a->q,
-                              attention_keys(m, l, (const T *)v),
+        attention_backward<T>(context, dq, dk, dv, din->k, din->v, da, m->attention_weights[l], a->q, keys,
+                              through ? a->vv : nullptr, through ? dw->wv_bias : nullptr,
                               dropout_at(m, c->attention_dropout, l, MEGALODON_SITE_ATTENTION));
         if (m->have_dstate_out) {
             attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
@@ -762,7 +764,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
                             query_shape(m), eps);
     }
-    silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
+    if (!through) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
     /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
     T *mm = room(m, a->m, rows * D), *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
@@ -2114,7 +2116,7 @@ BACKWARD(attention) {
     float *lse = take<float>(x, rows * H);
     attention_forward<T>(x, out, lse, weights, R(a[2]), component_keys<T>(a, s), dropout);
     attention_backward<T>(x, R(g[2]), R(g[3]), R(g[4]), R(g[5]), R(g[6]), R(g[0]), weights, R(a[2]),
-                          component_keys<T>(a, s), dropout);
+                          component_keys<T>(a, s), nullptr, nullptr, dropout);
 }
 
 FORWARD(gate) {

@@ -17,6 +17,7 @@
 
 #include <cuda_fp16.h>
 
+#include "fused.cuh"
 #include "matmul.cuh"
 
 constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the scores may take */
@@ -419,11 +420,31 @@ static void split_gradient(Context *context, T *now, T *state, const T *together
 /* Gradients of what a span read. For a span with old keys k and v are those of `together`. */
 template <typename T> struct SpanGradients { Matrix<T> q, k, v; };
 
+/* Where v = silu(x), the gradient of x can take the place of v's: dx = dv silu'(x), with partial sums of its
+ * columns. x NULL: dv stays. */
+template <typename T> struct SiluOfValues {
+    const T *x;
+    float *partial;
+};
+
+/* Can it in this call? Chunks have to be whole and begin with the call, so that nothing is added to dv later,
+ * and a block of queries has to have whole tiles of keys, since what lies behind it was not written. A dry run
+ * stands for calls of all lengths. */
+template <typename T>
+static bool silu_fits(const Context *context, const AttentionKeys<T> &a, const T *dv, const T *dout,
+                      const T *x) {
+    if (!causal_silu_fits<T>(context, a.C, a.e, dv, dout, x)) return false;
+    if (context->dry_run) return true;
+    int64_t chunks = a.B * (a.steps / a.C);
+    return a.n == 0 && a.steps % a.C == 0 &&
+           score_shape<T>(a.C, a.C, a.C, query_blocks(context, a, chunks)).block % FUSED_M == 0;
+}
+
 template <typename T>
 static void span_backward(Context *context, const SpanGradients<T> &grad, const T *dout,
                           const AttentionWeights<T> &kept, const T *query, Matrix<const T> k,
-                          Matrix<const T> v, const AttentionKeys<T> &a, const Span &span, char *memory,
-                          size_t bytes, Dropout dropout) {
+                          Matrix<const T> v, const SiluOfValues<T> &silu, const AttentionKeys<T> &a,
+                          const Span &span, char *memory, size_t bytes, Dropout dropout) {
     int64_t Z = a.H * a.z, E = a.H * a.e;
     ScoreShape shape = score_shape<T>(span.queries, span.old + span.queries, a.C,
                                       query_blocks(context, a, span.items));
@@ -460,22 +481,33 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
                 int64_t later = span.queries - first;
                 matmul(context, true, false, keys, a.z, later, 1.0f, shifted(ds, 0, first, key),
                        shifted(q, item, first, h * a.z), 0.0f, shifted(grad.k, item, key, h * a.z), items);
+                if (silu.x) continue;
                 matmul(context, true, false, keys, a.e, later, 1.0f, shifted(w, 0, first, key),
                        shifted(da, item, first, h * a.e), 0.0f, shifted(grad.v, item, key, h * a.e), items);
+            }
+            /* All of dv in one launch, with what becomes of it. */
+            if constexpr (std::is_same<T, bf16>::value) {
+                int64_t row = item * a.C; // of all chunks
+                if (silu.x)
+                    causal_silu_backward(context, grad.v.data + row * E,
+                                         silu.partial + row / FUSED_WARP_ROWS * E, weights, dout + row * E,
+                                         silu.x + row * E, items, a.C, E, h * a.e, a.e);
             }
         }
 }
 
 /* dquery, dk, dv, dk_in, dv_in as query, k, v, k_in, v_in (dk_in, dv_in NULL: not wanted); all are written.
- * kept: the forward's weights. */
+ * kept: the forward's weights. x NULL: no more; else, if silu_fits, v = silu(x), the gradient of x takes the
+ * place of dv, and its column sums are added to dbias by the next add_sums. */
 template <typename T>
 static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_in, T *dv_in, const T *dout,
                                const AttentionWeights<T> &kept, const T *query, const AttentionKeys<T> &a,
-                               Dropout dropout) {
+                               const T *x, float *dbias, Dropout dropout) {
     ScratchScope scope(context);
     int64_t Z = a.H * a.z, E = a.H * a.e;
     size_t bytes = score_scratch(context, a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
+    SiluOfValues<T> silu = {x, take_sum(context, dbias, ceil_div(a.B * a.steps, FUSED_WARP_ROWS), E)};
     T *together[4] = {}; // k, v and their gradients
     for (int i = 0; i < 4 && a.n; i++) together[i] = take<T>(context, a.B * a.C * (i % 2 ? E : Z));
     for_each_span(a.B, a.steps, a.n, a.C, [&](const Span &span) {
@@ -487,7 +519,7 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
                           : matrix(dk + span.row * Z, Z, span.stride * Z);
         grad.v = span.old ? matrix(together[3], E, v.batch_stride)
                           : matrix(dv + span.row * E, E, span.stride * E);
-        span_backward(context, grad, dout, kept, query, k, v, a, span, memory, bytes, dropout);
+        span_backward(context, grad, dout, kept, query, k, v, silu, a, span, memory, bytes, dropout);
         if (!span.old) return;
         split_gradient(context, dk, dk_in, together[2], a, span, Z);
         split_gradient(context, dv, dv_in, together[3], a, span, E);

@@ -3,6 +3,7 @@
  *
  *     forward    y = x W^T + bias;  h = silu(y) other               v, the gated attention, the FFN's hidden
  *     backward   g = dy W;  dx = g a silu'(x);  da = g silu(x);  h = silu(x) a
+ *                g = weights^T da;  dx = g silu'(x)                 attention's v = silu(x)
  *
  * One block a multiprocessor walks over tiles of 128 x 256. Its warps have three trades, so that the tensor
  * cores go on with the next tile while one is written:
@@ -39,6 +40,10 @@
 /* -DFUSED_PRODUCTS=0: never */
 #ifndef FUSED_PRODUCTS
 #define FUSED_PRODUCTS 1
+#endif
+/* -DDV_FUSED=0: never for the gradient of attention's values */
+#ifndef DV_FUSED
+#define DV_FUSED 0
 #endif
 
 enum {
@@ -163,28 +168,76 @@ struct FusedMemory {
     __device__ uint64_t *drained(int parcel) const { return staged(FUSED_GROUPS) + parcel; }
 };
 
-/* A block's walk over its tiles, along the columns first. */
+/* ---- walks: which tiles a block makes, one after the other, and of which pieces ----
+ *
+ * The host knows the sizes, and each thread of the kernel begins with start(). Piece k of a tile is, of A, the
+ * columns from k on, or, where A_ROWS_OF_K, the rows from first_k() + k on and the columns from a_column() on.
+ * Of B, whose rows are K, it is the rows from first_k() + k on. */
+
+/* All tiles of a product whose A has rows along K, along the columns first. */
 struct FusedWalk {
-    int tile, end, step, column_tiles;
-    __device__ FusedWalk(int64_t rows, int columns) {
-        column_tiles = columns / FUSED_N, end = (int)((rows + FUSED_M - 1) / FUSED_M) * column_tiles;
-        tile = (int)blockIdx.x, step = (int)gridDim.x;
+    static constexpr bool A_ROWS_OF_K = false;
+    int tile, end, step, column_tiles, K;
+    FusedWalk(int64_t rows, int64_t columns, int64_t depth) {
+        tile = 0, step = 1, column_tiles = (int)(columns / FUSED_N), K = (int)depth;
+        end = (int)ceil_div(rows, FUSED_M) * column_tiles;
     }
+    int units() const { return end; }
+    __device__ void start() { tile = (int)blockIdx.x, step = (int)gridDim.x; }
     __device__ bool goes_on() const { return tile < end; }
     __device__ bool last() const { return tile + step >= end; }
     __device__ void next() { tile += step; }
     __device__ int row() const { return tile / column_tiles * FUSED_M; }
     __device__ int column() const { return tile % column_tiles * FUSED_N; }
+    __device__ int pieces() const { return K / FUSED_K; }
+    __device__ int first_k() const { return 0; }
+    __device__ int a_column() const { return 0; }
+};
+
+/* The tiles of dv = weights^T da, where A and B have a row for each query of all chunks and a tile's rows are
+ * 128 keys of one chunk. K are the queries from the first of these keys on: none before sees them. So the
+ * first keys of a chunk have the most pieces and the last keys the fewest. A unit is one of the first and,
+ * after it, as far from the end, one of the last, so that all units are about equally long. The units of a
+ * chunk follow one another, those of the same columns first: what blocks read at a time is in the caches. */
+struct CausalWalk {
+    static constexpr bool A_ROWS_OF_K = true;
+    int unit, end, step, second; /* second: it is at the unit's second tile */
+    int chunk_size, first_column, column_tiles, key_tiles, pairs;
+    CausalWalk(int64_t chunks, int64_t C, int64_t from_column, int64_t columns) {
+        unit = second = 0, step = 1, chunk_size = (int)C, first_column = (int)from_column;
+        column_tiles = (int)(columns / FUSED_N), key_tiles = (int)(C / FUSED_M), pairs = (key_tiles + 1) / 2;
+        end = (int)chunks * column_tiles * pairs;
+    }
+    int units() const { return end; }
+    __device__ void start() { unit = (int)blockIdx.x, step = (int)gridDim.x; }
+    __device__ bool goes_on() const { return unit < end; }
+    /* the middle one of an odd number of tiles is alone */
+    __device__ bool alone() const { return 2 * (unit % pairs) + 1 == key_tiles; }
+    __device__ bool last() const { return unit + step >= end && (second || alone()); }
+    __device__ void next() {
+        if (second || alone())
+            unit += step, second = 0;
+        else
+            second = 1;
+    }
+    __device__ int a_column() const {
+        int pair = unit % pairs;
+        return (second ? key_tiles - 1 - pair : pair) * FUSED_M;
+    }
+    __device__ int row() const { return unit / (pairs * column_tiles) * chunk_size + a_column(); }
+    __device__ int column() const { return first_column + unit / pairs % column_tiles * FUSED_N; }
+    __device__ int pieces() const { return (chunk_size - a_column()) / FUSED_K; }
+    __device__ int first_k() const { return row(); }
 };
 
 /* One thread of a block: asks for all pieces of all tiles, as far ahead as there are places. */
-template <typename E>
+template <typename E, typename W>
 __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap &A, const CUtensorMap &B,
-                                   FusedMemory memory, FusedWalk walk, int pieces) {
-    constexpr int BOXES = FUSED_N / FUSED_K; // of B, where its rows are K
+                                   FusedMemory memory, W walk) {
+    constexpr int A_BOXES = FUSED_M / FUSED_K, BOXES = FUSED_N / FUSED_K; // of A and B, where their rows are K
     int place = 0, round = 0;
     for (int tile = 0; walk.goes_on(); walk.next(), tile++) {
-        int row = walk.row(), column = walk.column();
+        int row = walk.row(), column = walk.column(), first_k = walk.first_k(), pieces = walk.pieces();
         for (int piece = 0; piece < pieces; piece++) {
             char *a = memory.place(place), *b = a + FUSED_A_BYTES;
             uint64_t *full = memory.full(place);
@@ -194,12 +247,17 @@ __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap &A, cons
             barrier_expect(full, FUSED_PLACE_BYTES + (with_bias ? FUSED_BIAS_BYTES : 0));
             if (with_bias)
                 load_bytes(memory.bias(tile % FUSED_BIASES), epilogue.bias + column, FUSED_BIAS_BYTES, full);
-            load_tile(a, &A, row, k, full);
+            if (!W::A_ROWS_OF_K)
+                load_tile(a, &A, row, k, full);
+            else
+                for (int i = 0; i < A_BOXES; i++)
+                    load_tile(a + i * (FUSED_A_BYTES / A_BOXES), &A, first_k + k,
+                              walk.a_column() + i * FUSED_K, full);
             if (!E::ROWS_OF_K)
                 load_tile(b, &B, column, k, full);
             else
                 for (int i = 0; i < BOXES; i++)
-                    load_tile(b + i * (FUSED_B_BYTES / BOXES), &B, k, column + i * FUSED_K, full);
+                    load_tile(b + i * (FUSED_B_BYTES / BOXES), &B, first_k + k, column + i * FUSED_K, full);
             if (++place == FUSED_PLACES) place = 0, round++;
         }
     }
@@ -234,7 +292,7 @@ __device__ inline void stage_products(const float (&d)[128], char *parcel, const
 struct LaneRows {
     int64_t at;
     int column, block, count; /* block: of FUSED_WARP_ROWS rows */
-    __device__ LaneRows(const FusedWalk &walk, int parcel, int64_t rows, int columns) {
+    template <typename W> __device__ LaneRows(const W &walk, int parcel, int64_t rows, int columns) {
         int64_t row = walk.row() + parcel * FUSED_WARP_ROWS, left = rows - row;
         column = walk.column() + (int)threadIdx.x % WARP_SIZE * FUSED_VEC;
         block = (int)(row / FUSED_WARP_ROWS), at = row * columns + column;
@@ -251,9 +309,8 @@ __device__ inline Eight row_of_parcel(const char *parcel, int row) {
  * writer meets both groups in every tile, so that none can miss a phase of `staged`. Of each row, a lane has
  * eight columns. What the epilogue reads is asked for AHEAD rows before, across parcels too; a lane reads
  * only what it has copied itself, so that nobody has to wait for others. */
-template <typename E>
-__device__ inline void write_rows(const E &epilogue, FusedMemory memory, FusedWalk walk, int64_t rows,
-                                  int columns) {
+template <typename E, typename W>
+__device__ inline void write_rows(const E &epilogue, FusedMemory memory, W walk, int64_t rows, int columns) {
     constexpr int AHEAD = FUSED_RING_ROWS / (E::INPUTS > 1 ? E::INPUTS : 1), TOGETHER = 2; // rows at a time
     int writer = (int)threadIdx.x / WARP_SIZE - 1, lane = (int)threadIdx.x % WARP_SIZE, number = writer,
         tile = 0;
@@ -340,14 +397,14 @@ __device__ inline void write_last_rows(const E &epilogue, const LaneRows &rows, 
  * overwritten with the first piece of the tile FUSED_BIASES = FUSED_PLACES + 1 later. That piece waits until
  * the one FUSED_PLACES before it, so one of a later tile than the bias's, has been multiplied, and by then
  * all warps have used the bias. */
-template <typename E>
-__device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, FusedWalk walk, int64_t rows,
-                                      int columns, int pieces) {
+template <typename E, typename W>
+__device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, W walk, int64_t rows,
+                                      int columns) {
     int group = (int)threadIdx.x / WARPGROUP - 1, thread = (int)threadIdx.x % WARPGROUP,
         parcel = group * FUSED_GROUP_WARPS + thread / WARP_SIZE, place = 0, round = 0;
     for (int tile = 0;; tile++) {
         float d[128];
-        int last = -1; // the place of the piece before
+        int last = -1, pieces = walk.pieces(); // last: the place of the piece before
         for (int piece = 0; piece < pieces; piece++) {
             const char *a = memory.place(place) + group * (FUSED_A_BYTES / FUSED_GROUPS),
                        *b = memory.place(place) + FUSED_A_BYTES;
@@ -355,10 +412,11 @@ __device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, Fus
             products_begin();
 #pragma unroll
             for (int k = 0; k < FUSED_K / 16; k++)
-                product_64x256<E::ROWS_OF_K>(d, operand(a + k * 32, 16, 1024),
-                                             E::ROWS_OF_K ? operand(b + k * 2048, FUSED_B_BYTES / 4, 1024)
-                                                          : operand(b + k * 32, 16, 1024),
-                                             piece > 0 || k > 0);
+                product_64x256<W::A_ROWS_OF_K, E::ROWS_OF_K>(
+                    d, operand(a + k * (W::A_ROWS_OF_K ? 2048 : 32), 16, 1024),
+                    E::ROWS_OF_K ? operand(b + k * 2048, FUSED_B_BYTES / 4, 1024)
+                                 : operand(b + k * 32, 16, 1024),
+                    piece > 0 || k > 0);
             products_commit();
             products_wait<1>(); // the piece before has been multiplied: its place is free
             if (last >= 0 && thread == 0) barrier_arrive(memory.empty(last));
@@ -381,21 +439,22 @@ __device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, Fus
     write_last_rows(epilogue, LaneRows(walk, parcel, rows, columns), memory.parcel(parcel), columns);
 }
 
-/* computes: A B^T (B's rows along K) or A B (B's rows are K), each result handed to the epilogue
- * launch:   one block a multiprocessor but no more than tiles, block 384: a warp copies, three write, eight
- *           multiply 16 x 256 of a tile each
+/* computes: A B^T (B's rows along K), A B (B's rows are K) or, of each chunk, A^T B (both have rows of K and A
+ *           is causal), each result handed to the epilogue
+ * launch:   one block a multiprocessor but no more than the walk has units, block 384: a warp copies, three
+ *           write, eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; neighbouring blocks read the same rows of
  *           A
- * needs:    sm_90a; columns a multiple of 256, K of 64; FUSED_SHARED (227,456) bytes of shared memory
+ * needs:    sm_90a; columns a multiple of 256, K of 64, chunks of 128; FUSED_SHARED (227,456) bytes of shared
+ *           memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the
  *           epilogue */
-template <typename E>
+template <typename E, typename W>
 __global__ void __launch_bounds__(FUSED_THREADS, 1)
     fused_product_kernel(const __grid_constant__ CUtensorMap A, const __grid_constant__ CUtensorMap B,
-                         E epilogue, int64_t rows, int columns, int K) {
+                         E epilogue, W walk, int64_t rows, int columns) {
     FusedMemory memory = {dynamic_shared()};
-    FusedWalk walk(rows, columns);
-    int pieces = K / FUSED_K;
+    walk.start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < FUSED_PLACES; i++)
             barrier_init(memory.full(i), 1), barrier_init(memory.empty(i), FUSED_GROUPS);
@@ -405,11 +464,11 @@ __global__ void __launch_bounds__(FUSED_THREADS, 1)
     }
     __syncthreads(); // the barriers are initialised
     if (threadIdx.x >= WARPGROUP)
-        multiply_tiles(epilogue, memory, walk, rows, columns, pieces);
+        multiply_tiles(epilogue, memory, walk, rows, columns);
     else if (threadIdx.x >= WARP_SIZE)
         write_rows(epilogue, memory, walk, rows, columns);
     else if (threadIdx.x == 0)
-        copy_pieces(epilogue, A, B, memory, walk, pieces);
+        copy_pieces(epilogue, A, B, memory, walk);
 }
 
 /* ---- launchers ---- */
@@ -423,6 +482,15 @@ static bool fused_fits(const Context *context, int64_t rows, int64_t columns, in
            columns % FUSED_N == 0 && K % FUSED_K == 0 && vectorises<bf16>(columns, pointers...);
 }
 
+/* columns: the distance between rows of all that the epilogue uses */
+template <typename E, typename W>
+static void launch_fused(Context *context, const E &epilogue, const W &walk, const CUtensorMap &A,
+                         const CUtensorMap &B, int64_t rows, int64_t columns) {
+    unsigned blocks = (unsigned)(walk.units() < context->num_sms ? walk.units() : context->num_sms);
+    LAUNCH_WITH_SHARED((fused_product_kernel<E, W>), blocks, FUSED_THREADS, FUSED_SHARED, context, A, B,
+                       epilogue, walk, rows, (int)columns);
+}
+
 /* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight,
@@ -431,10 +499,7 @@ static void fused_product(Context *context, const E &epilogue, const bf16 *x, co
     CUtensorMap A = tile_map(x, rows, K, FUSED_M),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
                                  : tile_map(weight, columns, K, FUSED_N);
-    int64_t tiles = ceil_div(rows, FUSED_M) * (columns / FUSED_N);
-    unsigned blocks = (unsigned)(tiles < context->num_sms ? tiles : context->num_sms);
-    LAUNCH_WITH_SHARED(fused_product_kernel<E>, blocks, FUSED_THREADS, FUSED_SHARED, context, A, B, epilogue,
-                       rows, (int)columns, (int)K);
+    launch_fused(context, epilogue, FusedWalk(rows, columns, K), A, B, rows, columns);
 }
 
 /* y = x W^T + bias (NULL: none);  h = dropout(silu(y) other) (NULL: as if 1);  s (NULL: not wanted) = silu(y).
@@ -478,6 +543,27 @@ static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *db
     }
     linear_backward_input(context, dx, false, dy, weight, M, N, K);
     silu_gate_backward(context, dx, da, h, dbias, dx, x, a, M, K, dropout);
+}
+
+/* May causal_silu_backward take chunks of C tokens and heads of e columns? The pointers are all that it uses. */
+template <typename T, typename... P>
+static bool causal_silu_fits(const Context *context, int64_t C, int64_t e, const P *...pointers) {
+    return std::is_same<T, bf16>::value && FUSED_PRODUCTS && DV_FUSED && context->hopper &&
+           C % FUSED_M == 0 && e % FUSED_N == 0 && vectorises<bf16>(e, pointers...);
+}
+
+/* v = silu(x) of one head:  dv = weights^T da of each chunk;  dx = dv silu'(x);  partial: sums of dx over 16
+ * rows each. weights (chunks,C,C), a row for each query, whose columns of later keys in the same 128 are 0 and
+ * of those behind are not read; dx, da, x (chunks,C,E) and partial (chunks C / 16,E), of which the head has e
+ * columns from first_column on. */
+static inline void causal_silu_backward(Context *context, bf16 *dx, float *partial, const bf16 *weights,
+                                        const bf16 *da, const bf16 *x, int64_t chunks, int64_t C, int64_t E,
+                                        int64_t first_column, int64_t e) {
+    if (context->dry_run) return;
+    int64_t rows = chunks * C;
+    GateEpilogue<false> epilogue = {dx, nullptr, nullptr, x, nullptr, partial, (int)E};
+    launch_fused(context, epilogue, CausalWalk(chunks, C, first_column, e),
+                 tile_map(weights, rows, C, FUSED_K), tile_map(da, rows, E, FUSED_K), rows, E);
 }
 
 #endif

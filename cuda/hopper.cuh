@@ -197,8 +197,8 @@ static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t colum
 /* ---- products of four warps ---- */
 
 /* How a product finds an operand in shared memory: from an address on, groups of 8 rows of 128 bytes are
- * group_bytes apart. Where the rows run along K, one address holds 64 rows of K's other side, and the next
- * such 64 lie block_bytes further; else block_bytes says nothing. */
+ * group_bytes apart. Where the rows run along K, block_bytes says nothing. Where they are K, a row has 64
+ * numbers of the other side, and the next such 64 lie block_bytes further; A has no more than these. */
 __device__ inline uint64_t operand(const void *from, int block_bytes, int group_bytes) {
     constexpr uint64_t swizzle_128 = 1;
     return (uint64_t)((shared_address(from) & 0x3ffff) >> 4) | (uint64_t)(block_bytes >> 4) << 16 |
@@ -230,11 +230,11 @@ __device__ inline void products_done(float (&d)[128]) {
     for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
-/* d (+)= A B of 64 x 256 numbers, 16 deep: A 64 rows along K, B 256 rows along K, or 16 rows of K. A thread's
- * d[4 i + 2 h + j] is row 16 warp + lane / 4 + 8 h, column 8 i + 2 (lane mod 4) + j. */
+/* d (+)= A B of 64 x 256 numbers, 16 deep: A 64 rows along K, B 256 rows along K, or each 16 rows of K. A
+ * thread's d[4 i + 2 h + j] is row 16 warp + lane / 4 + 8 h, column 8 i + 2 (lane mod 4) + j. */
 #define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ACC16(i) ACC4(i), ACC4(i + 4), ACC4(i + 8), ACC4(i + 12)
-template <bool ROWS_OF_K>
+template <bool A_ROWS_OF_K, bool B_ROWS_OF_K>
 __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, bool add) {
 #if HOPPER_CODE
     asm volatile("{\n"
@@ -249,10 +249,10 @@ __device__ inline void product_64x256(float (&d)[128], uint64_t a, uint64_t b, b
                  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
                  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
                  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-                 "%128, %129, add, 1, 1, 0, %131;\n"
+                 "%128, %129, add, 1, 1, %131, %132;\n"
                  "}"
                  : ACC16(0), ACC16(16), ACC16(32), ACC16(48), ACC16(64), ACC16(80), ACC16(96), ACC16(112)
-                 : "l"(a), "l"(b), "r"((int)add), "n"(ROWS_OF_K ? 1 : 0));
+                 : "l"(a), "l"(b), "r"((int)add), "n"(A_ROWS_OF_K ? 1 : 0), "n"(B_ROWS_OF_K ? 1 : 0));
 #endif
 }
 

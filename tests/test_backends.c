@@ -72,6 +72,7 @@ enum { NUM_CANDIDATES = sizeof candidates / sizeof *candidates, STAND_IN = NUM_C
 /* ---- two models ---- */
 
 enum { REFERENCE, OURS, MAX_B = 3, MAX_T = 64, MAX_GENERATED = 8 };
+enum { LONG_CHUNK = 384, LONG_T = 2 * LONG_CHUNK }; /* chunks of several tiles of a GPU's, and two of them */
 
 static bool brief; /* --short */
 
@@ -104,7 +105,8 @@ static MegalodonModel *create_least(const Pair *pair, MegalodonOptions options, 
 }
 
 static MegalodonModel *create_side(const Pair *pair, int side, bool training, uint64_t seed) {
-    MegalodonOptions options = {.max_batch = training ? MAX_B : MAX_GENERATED, .max_length = MAX_T,
+    int length = pair->config.chunk_size < LONG_CHUNK ? MAX_T : LONG_T;
+    MegalodonOptions options = {.max_batch = training ? MAX_B : MAX_GENERATED, .max_length = length,
                                 .training = training,
                                 .keep_activations = training && (side == REFERENCE || pair->keep), .carry = true,
                                 .state_gradients = training,
@@ -127,7 +129,7 @@ static void pair_destroy(Pair *pair) {
 
 /* Random tokens, and targets of which every seventh does not count. The arrays live until the next call. */
 static MegalodonBatch random_batch(const MegalodonConfig *config, int B, int T, uint64_t seed) {
-    static int32_t tokens[MAX_B * MAX_T], targets[MAX_B * MAX_T];
+    static int32_t tokens[MAX_B * LONG_T], targets[MAX_B * LONG_T];
     random_tokens(tokens, B * T, config->vocab_size, 2 * seed);
     random_tokens(targets, B * T, config->vocab_size, 2 * seed + 1);
     for (int i = 6; i < B * T; i += 7) targets[i] = MEGALODON_IGNORE;
@@ -289,6 +291,23 @@ static void check_wide(const Candidate *candidate, const char *what, MegalodonCo
     memset(&worst, 0, sizeof worst);
     check_pass(&pair, MAX_B, 3 * config.chunk_size + 2, 0, false, &worst);
     check_pass(&pair, 1, config.chunk_size, 5, false, &worst);
+    printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name, what,
+           worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
+           worst.gradients.worst, worst.state_gradients.worst_error);
+    pair_destroy(&pair);
+}
+
+/* Whole chunks of tiles, whose backward may go other ways than that of parts of them. */
+static void check_chunks(const Candidate *candidate, const char *what, MegalodonConfig config, bool dropout) {
+    config = wide_config(config);
+    config.num_layers = 1, config.chunk_size = LONG_CHUNK;
+    Pair pair = pair_create(candidate, what, &config, true, !dropout);
+    Worst worst;
+    memset(&worst, 0, sizeof worst);
+    check_pass(&pair, 2, LONG_T, 0, dropout, &worst);
+    check_pass(&pair, 1, LONG_CHUNK, LONG_CHUNK, dropout, &worst);
+    check_pass(&pair, 1, LONG_CHUNK, 5, dropout, &worst);
+    check_pass(&pair, 1, LONG_T - 128, 0, dropout, &worst);
     printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)  of the state %.1e\n", candidate->name, what,
            worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
            worst.gradients.worst, worst.state_gradients.worst_error);
@@ -846,6 +865,8 @@ static void check_steps(const Candidate *candidate, const char *only) {
     if (test_among(only, "wide")) {
         if (!brief) check_wide(candidate, "wide", plain, false);
         check_wide(candidate, "wide, swiglu", plain, true);
+        check_chunks(candidate, "chunks", plain, false);
+        check_chunks(candidate, "chunks, dropout", dropout, true);
         if (!brief && candidate != &candidates[STAND_IN]) check_many_tiles(candidate, plain);
     }
     if (test_among(only, "dropout")) check_masks(candidate, &dropout);
