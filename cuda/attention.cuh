@@ -421,7 +421,10 @@ static void split_gradient(Context *context, T *now, T *state, const T *together
 template <typename T> struct SpanGradients { Matrix<T> q, k, v; };
 
 /* Where v = silu(x), the gradient of x can take the place of v's: dx = dv silu'(x), with partial sums of its
- * columns. x NULL: dv stays. */
+ * columns. x NULL: dv stays.
+ *
+ * The partial sums take the place of kept weights: a row of them for each 16 tokens of all heads needs less
+ * than the same tokens' weights of the first head, which have been read by then. */
 template <typename T> struct SiluOfValues {
     const T *x;
     float *partial;
@@ -429,14 +432,14 @@ template <typename T> struct SiluOfValues {
 
 /* Can it in this call? Chunks have to be whole and begin with the call, so that nothing is added to dv later,
  * and a block of queries has to have whole tiles of keys, since what lies behind it was not written. A dry run
- * stands for calls of all lengths. */
+ * is told no: then silu_backward follows, which needs more scratch memory. */
 template <typename T>
 static bool silu_fits(const Context *context, const AttentionKeys<T> &a, const T *dv, const T *dout,
                       const T *x) {
-    if (!causal_silu_fits<T>(context, a.C, a.e, dv, dout, x)) return false;
-    if (context->dry_run) return true;
+    if (context->dry_run || !causal_silu_fits<T>(context, a.C, a.e, dv, dout, x)) return false;
     int64_t chunks = a.B * (a.steps / a.C);
-    return a.n == 0 && a.steps % a.C == 0 &&
+    size_t sums = (size_t)(a.H * a.e) * sizeof(float), weights = (size_t)a.C * sizeof(KeptWeight<T>);
+    return a.n == 0 && a.steps % a.C == 0 && sums <= FUSED_WARP_ROWS * weights &&
            score_shape<T>(a.C, a.C, a.C, query_blocks(context, a, chunks)).block % FUSED_M == 0;
 }
 
@@ -498,7 +501,7 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
 
 /* dquery, dk, dv, dk_in, dv_in as query, k, v, k_in, v_in (dk_in, dv_in NULL: not wanted); all are written.
  * kept: the forward's weights. x NULL: no more; else, if silu_fits, v = silu(x), the gradient of x takes the
- * place of dv, and its column sums are added to dbias by the next add_sums. */
+ * place of dv, its column sums are added to dbias by the next add_sums, and `kept` has to stay until then. */
 template <typename T>
 static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_in, T *dv_in, const T *dout,
                                const AttentionWeights<T> &kept, const T *query, const AttentionKeys<T> &a,
@@ -507,7 +510,8 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
     int64_t Z = a.H * a.z, E = a.H * a.e;
     size_t bytes = score_scratch(context, a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
-    SiluOfValues<T> silu = {x, take_sum(context, dbias, ceil_div(a.B * a.steps, FUSED_WARP_ROWS), E)};
+    SiluOfValues<T> silu = {x, (float *)kept.data};
+    if (x) sum_later(context, dbias, silu.partial, a.B * a.steps / FUSED_WARP_ROWS, E);
     T *together[4] = {}; // k, v and their gradients
     for (int i = 0; i < 4 && a.n; i++) together[i] = take<T>(context, a.B * a.C * (i % 2 ? E : Z));
     for_each_span(a.B, a.steps, a.n, a.C, [&](const Span &span) {

@@ -534,15 +534,18 @@ static inline void add_sums(Context *context) {
     context->pending_bytes = 0;
 }
 
-/* Memory for `count` rows of partial sums that the next add_sums adds to sum (columns), or NULL if sum is
- * NULL. The caller's kernel writes all of them. */
+/* The next add_sums adds `count` rows of partial sums to sum (columns). */
+static inline void sum_later(Context *context, float *sum, float *partial, int64_t count, int64_t columns) {
+    REQUIRE(context->num_pending < MAX_SUMS);
+    context->pending[context->num_pending++] = PendingSum{sum, partial, (int)count, (int)columns};
+}
+/* Memory for such rows, or NULL if sum is NULL. The caller's kernel writes all of them. */
 static inline float *take_sum(Context *context, float *sum, int64_t count, int64_t columns) {
     if (!sum) return nullptr;
-    REQUIRE(context->num_pending < MAX_SUMS);
     context->pending_bytes += scratch_size((size_t)(count * columns) * sizeof(float));
     check_scratch(context);
     float *partial = (float *)(context->scratch + context->scratch_bytes - context->pending_bytes);
-    context->pending[context->num_pending++] = PendingSum{sum, partial, (int)count, (int)columns};
+    sum_later(context, sum, partial, count, columns);
     return partial;
 }
 
