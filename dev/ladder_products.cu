@@ -11,7 +11,7 @@
 #define OPTIONS(X)                                                                                          \
     X(TEXT, product, NULL, 0, 0, "NAME", "Size", "only products whose names begin so, such as mega200M")    \
     X(FLAG, quick, NULL, 0, 0, "", "Measuring", "without the naive version")                                \
-    X(INT, rows, "0", 0, 1048576, "ROWS", "Size", "one product of other sizes, both ways: rows")            \
+    X(INT, rows, "0", 0, 1048576, "ROWS", "Size", "one product of other sizes, all ways: rows")             \
     X(INT, columns, "2048", 256, 65536, "COLUMNS", "Size", "its columns, a multiple of 256")                \
     X(INT, depth, "1024", 64, 65536, "DEPTH", "Size", "the numbers a product adds up, a multiple of 64")
 struct Values {
@@ -24,6 +24,7 @@ struct Shape {
     const char *name;
     int64_t rows, columns, depth;
     bool backward, gated, biased; /* biased: adds one; in the backward, its gradient is wanted */
+    bool causal;                  /* the gradient of attention's values: depth is the size of a chunk */
 };
 /* mega200M's with 8 x 4,096 tokens, mega1.3B's with 4 x 4,096, bytes12M's with 32 x 2,048. In the backward, h
  * is wanted once more. */
@@ -40,10 +41,15 @@ static const Shape shapes[] = {
     {"mega1.3B/fc1", 16384, 4864, 2048, false, false, false},
     {"mega1.3B/wh2", 16384, 4096, 2048, true, true, true},
     {"mega1.3B/fc2", 16384, 4864, 2048, true, false, false},
+    {"bytes12M/dv", 65536, 768, 512, true, false, true, true},
+    {"mega200M/dv", 32768, 2048, 2048, true, false, true, true},
+    {"mega1.3B/dv", 16384, 4096, 2048, true, false, true, true},
 };
 
 /* One set of arguments: in (rows,depth); one, two, three (rows,columns) are written: y, h, or dx, da, h; x
- * and other (rows,columns) are read: of x the backward's, of other the gate. */
+ * and other (rows,columns) are read: of x the backward's, of other the gate. Causal: in is the weights of
+ * attention, a row for each query, with 0 for later keys; other is the gradient of its output, and only dx is
+ * written. */
 struct Arguments { bf16 *in, *one, *two, *three, *x, *other; };
 /* Common to all sets: weight (columns,depth) or, backward, (depth,columns); bias and dbias (columns). */
 struct Parameters {
@@ -58,7 +64,8 @@ struct Truth { double *one, *two, *three, *dbias; };
 
 enum { SIDE = 16 };
 
-/* computes: y = in W^T + bias, h = silu(y) other; or g = in W, dx = g a silu'(x), da = g silu(x), h = a silu(x)
+/* computes: y = in W^T + bias, h = silu(y) other; or g = in W, dx = g a silu'(x), da = g silu(x), h = a silu(x);
+ *           causal: g = in^T other of each chunk, dx = g silu'(x)
  * launch:   grid (ceil(columns / 16), ceil(rows / 16)), block (16, 16): a thread owns a number; tiles of the
  *           operands go through shared memory
  * traffic:  a sixteenth of 2 rows columns depth sizeof(bf16) bytes, most of it from the caches
@@ -72,8 +79,11 @@ __global__ void naive_kernel(Out *one, Out *two, Out *three, const bf16 *in, con
     int64_t row = (int64_t)blockIdx.y * SIDE + i, column = (int64_t)blockIdx.x * SIDE + j,
             other_column = (int64_t)blockIdx.x * SIDE + i;
     Real sum = 0;
+    int64_t chunk = row / s.depth * s.depth; // causal: its first row
+    if (s.causal) weight = other + chunk * s.columns;
     for (int64_t k = 0; k < s.depth; k += SIDE) {
-        a[i][j] = row < s.rows ? (Real)to_float(in[row * s.depth + k + j]) : (Real)0;
+        int64_t at = s.causal ? (chunk + k + j) * s.depth + row - chunk : row * s.depth + k + j;
+        a[i][j] = row < s.rows ? (Real)to_float(in[at]) : (Real)0;
         b[i][j] = s.backward ? (Real)to_float(weight[(k + i) * s.columns + column])
                              : (Real)to_float(weight[other_column * s.depth + k + j]);
         __syncthreads(); // the tiles are there
@@ -91,13 +101,23 @@ __global__ void naive_kernel(Out *one, Out *two, Out *three, const bf16 *in, con
     Real v = (Real)to_float(x[at]), logistic = 1 / (1 + (Real)exp(-(double)v));
     one[at] = (Out)(sum * gate * logistic * (1 + v * (1 - logistic)));
     if (s.gated) two[at] = (Out)(sum * v * logistic);
-    three[at] = (Out)(gate * v * logistic);
+    if (!s.causal) three[at] = (Out)(gate * v * logistic);
 }
 static void naive_product(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
     dim3 grid(blocks_for(s.columns, SIDE), blocks_for(s.rows, SIDE)), block(SIDE, SIDE);
     LAUNCH((naive_kernel<float, bf16>), grid, block, context, set.one, set.two, set.three, set.in, p.weight,
            p.bias, set.x, set.other, s);
     if (s.backward && s.biased) add_column_sums(context, p.dbias, set.one, s.rows, s.columns);
+}
+
+/* computes: weights[query, key] = 0 for the keys of a chunk behind the query
+ * launch:   grid ceil(rows C / 256), block 256: a thread owns a weight
+ * traffic:  about rows C bytes
+ * needs:    nothing
+ * numerics: none */
+__global__ static void causal_kernel(bf16 *weights, int64_t count, int64_t C) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count && i % C > i / C % C) weights[i] = from_float<bf16>(0.0f);
 }
 
 /* computes: dbias[j] = sum over rows of dx[row, j], in double
@@ -117,8 +137,20 @@ __global__ static void column_truth_kernel(double *dbias, const double *dx, Shap
  * 2. cuBLAS and a kernel after it; 3. one kernel
  */
 
+/* As attention's backward does it: the keys of a quarter of a chunk, or of 256, with all later queries. */
+static void cublas_causal(Context *context, const Arguments &set, const Shape &s) {
+    int64_t C = s.depth, block = std::max(C / 4, std::min(C, (int64_t)256));
+    for (int64_t first = 0; first < C; first += block) {
+        const bf16 *weights = set.in + first * C + first, *da = set.other + first * s.columns;
+        matmul(context, true, false, std::min(block, C - first), s.columns, C - first, 1.0f,
+               matrix(weights, C, C * C), matrix(da, s.columns, C * s.columns), 0.0f,
+               matrix(set.one + first * s.columns, s.columns, C * s.columns), s.rows / C);
+    }
+}
 static void cublas_product(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
-    if (s.backward)
+    if (s.causal)
+        cublas_causal(context, set, s);
+    else if (s.backward)
         linear_backward_input<bf16>(context, set.one, false, set.in, p.weight, s.rows, s.depth, s.columns);
     else
         linear_forward<bf16>(context, set.one, set.in, p.weight, s.biased ? p.bias : nullptr, nullptr, s.rows,
@@ -128,16 +160,20 @@ static void cublas_and_kernel(Context *context, const Arguments &set, const Para
     const bf16 *gate = s.gated ? set.other : nullptr;
     cublas_product(context, set, p, s);
     if (s.backward)
-        silu_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
-                                 s.biased ? p.dbias : nullptr, set.one, set.x, gate, s.rows, s.columns,
-                                 no_dropout());
+        silu_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr,
+                                 s.causal ? nullptr : set.three, s.biased ? p.dbias : nullptr, set.one,
+                                 set.x, gate, s.rows, s.columns, no_dropout());
     else
         silu_gate<bf16>(context, set.two, nullptr, set.one, gate, s.rows * s.columns, no_dropout());
 }
 
 static void fused(Context *context, const Arguments &set, const Parameters &p, const Shape &s) {
     const bf16 *gate = s.gated ? set.other : nullptr;
-    if (s.backward)
+    if (s.causal)
+        causal_silu_backward(context, set.one,
+                             take_sum(context, p.dbias, s.rows / FUSED_WARP_ROWS, s.columns), set.in,
+                             set.other, set.x, s.rows / s.depth, s.depth, s.columns, 0, s.columns);
+    else if (s.backward)
         linear_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
                                    s.biased ? p.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows,
                                    s.depth, s.columns, no_dropout());
@@ -184,15 +220,16 @@ static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &se
     Context *context = &ladder->context;
     int64_t size = s.rows * s.columns;
     int count = (int)sets.size(), arrays = s.backward ? 3 + 2 * s.gated : 2 + s.gated;
-    double bytes = (double)sizeof(bf16) * (double)(arrays * size + s.rows * s.depth + s.columns * s.depth);
+    int64_t operands = s.causal ? s.rows * s.depth / 2 : (s.rows + s.columns) * s.depth;
+    double bytes = (double)sizeof(bf16) * (double)(arrays * size + operands);
     /* Rounding to bf16 leaves 1.7e-3 each time: the product is rounded, then what comes of it. */
     LadderOutput<bf16> one = {s.backward ? "dx" : "y", sets[0].one, size, nullptr, 4e-3, truth.one},
                        two = {s.backward ? "da" : "h", sets[0].two, size, nullptr, 4e-3, truth.two},
                        three = {"h", sets[0].three, size, nullptr, 4e-3, truth.three};
     LadderOutput<float> dbias = {"dbias", p.dbias, s.columns, nullptr, 4e-3, truth.dbias};
-    ladder->flop = 2.0 * (double)size * (double)s.depth, ladder->first_ms = 0;
+    ladder->flop = (s.causal ? 1.0 : 2.0) * (double)size * (double)s.depth, ladder->first_ms = 0;
     printf("%s: %lld rows, %lld columns, depth %lld, %s\n", s.name, (long long)s.rows, (long long)s.columns,
-           (long long)s.depth, s.backward ? "backward" : "forward");
+           (long long)s.depth, s.causal ? "backward, causal" : s.backward ? "backward" : "forward");
     auto step = [&](const char *name, const char *idea, auto version) {
         ladder->ms = NAN;
         auto run = [&](int i) {
@@ -202,6 +239,8 @@ static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &se
         };
         if (!s.backward)
             ladder_step(ladder, name, idea, bytes, count, run, one, two);
+        else if (s.causal)
+            ladder_step(ladder, name, idea, bytes, count, run, one, dbias);
         else if (s.gated && s.biased)
             ladder_step(ladder, name, idea, bytes, count, run, one, two, three, dbias);
         else
@@ -255,6 +294,9 @@ static void climb_shape(Ladder *ladder, Table *table, const Shape &s, bool quick
         sets[i] = Arguments{numbers(s.rows * s.depth), numbers(size), numbers(size),
                             numbers(size),             numbers(size), numbers(size)};
         ladder_fill(ladder, sets[i].in, s.rows * s.depth, 10 + 3 * i, 0.0f, 1.0f);
+        if (s.causal)
+            LAUNCH(causal_kernel, blocks_for(s.rows * s.depth, 256), 256, &ladder->context, sets[i].in,
+                   s.rows * s.depth, s.depth);
         ladder_fill(ladder, sets[i].x, size, 11 + 3 * i, 0.0f, 1.0f);
         ladder_fill(ladder, sets[i].other, size, 12 + 3 * i, 0.0f, 1.0f);
     }
@@ -281,14 +323,19 @@ int main(int argc, char **argv) {
     context->hopper = hopper_code(context, (int *)context->scratch);
     if (!context->hopper) printf("this device or this build knows no wgmma: the fused version is left out\n");
     Table table;
-    if (values.rows)
-        for (int backward = 0; backward < 2; backward++)
-            climb_shape(&ladder, &table, Shape{backward ? "backward" : "forward", values.rows, values.columns,
-                                               values.depth, backward == 1, true, true}, values.quick);
-    else
+    if (values.rows) {
+        Shape s = {"forward", values.rows, values.columns, values.depth, false, true, true};
+        climb_shape(&ladder, &table, s, values.quick);
+        s.name = "backward", s.backward = true;
+        climb_shape(&ladder, &table, s, values.quick);
+        s.name = "causal", s.causal = true, s.gated = false;
+        if (s.rows % s.depth == 0 && s.depth % FUSED_M == 0)
+            climb_shape(&ladder, &table, s, values.quick);
+    } else {
         for (const Shape &s : shapes)
             if (!values.product || strncmp(values.product, s.name, strlen(values.product)) == 0)
                 climb_shape(&ladder, &table, s, values.quick);
+    }
     table.print();
     return ladder_close(&ladder);
 }
