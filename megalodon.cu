@@ -747,7 +747,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E), *dzz = take<T>(context, rows * Z);
     if (!a->v) silu_forward(context, v, a->vv, rows * E);
     AttentionKeys<T> keys = attention_keys(m, l, (const T *)v);
-    bool through = silu_fits(context, keys, dv, da, a->vv); // dv becomes vv's gradient in attention's backward
+    bool through = silu_fits(context, keys, dv, da, a->vv); // dv becomes vv's gradient there
     {
         ScratchScope queries(context);
         T *dq = take<T>(context, rows * Z), *dk = take<T>(context, rows * Z);

@@ -430,9 +430,9 @@ template <typename T> struct SiluOfValues {
     float *partial;
 };
 
-/* Can it in this call? Chunks have to be whole and begin with the call, so that nothing is added to dv later,
- * and a block of queries has to have whole tiles of keys, since what lies behind it was not written. A dry run
- * is told no: then silu_backward follows, which needs more scratch memory. */
+/* Can it in this call? Chunks have to be whole and begin with the call, so that nothing is added to dv
+ * later, and a block of queries has to have whole tiles of keys, since what lies behind it was not written. A
+ * dry run is told no: then silu_backward follows, which needs more scratch memory. */
 template <typename T>
 static bool silu_fits(const Context *context, const AttentionKeys<T> &a, const T *dv, const T *dout,
                       const T *x) {

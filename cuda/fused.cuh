@@ -108,8 +108,9 @@ template <bool GATED> struct SiluEpilogue {
     __device__ void put_sums(float (&)[FUSED_VEC], int, int) const {}
 };
 
-/* g = product;  dx = g a silu'(x);  da = g silu(x);  h = silu(x) a; partial sums of dx over 16 rows each */
-template <bool GATED> struct GateEpilogue {
+/* g = product;  dx = g a silu'(x);  da = g silu(x);  h = silu(x) a; partial sums of dx over 16 rows each.
+ * ONLY_DX: neither da nor h. */
+template <bool GATED, bool ONLY_DX = false> struct GateEpilogue {
     static constexpr bool ROWS_OF_K = true; // the weight's rows are K
     static constexpr int INPUTS = GATED ? 2 : 1;
     static constexpr const bf16 *bias = nullptr;
@@ -140,8 +141,8 @@ template <bool GATED> struct GateEpilogue {
         }
         asm volatile("" ::: "memory"); // so that there is one code for rows that are there or not
         if (there) store_eight(dx + at, dx_out);
-        if (there && da) store_eight(da + at, da_out);
-        if (there && h) store_eight(h + at, h_out);
+        if (!ONLY_DX && there && da) store_eight(da + at, da_out);
+        if (!ONLY_DX && there && h) store_eight(h + at, h_out);
     }
     /* Sums over all rows of a parcel, of which this is number `block` of the matrix. */
     __device__ void put_sums(float (&sum)[FUSED_VEC], int block, int column) const {
@@ -170,9 +171,9 @@ struct FusedMemory {
 
 /* ---- walks: which tiles a block makes, one after the other, and of which pieces ----
  *
- * The host knows the sizes, and each thread of the kernel begins with start(). Piece k of a tile is, of A, the
- * columns from k on, or, where A_ROWS_OF_K, the rows from first_k() + k on and the columns from a_column() on.
- * Of B, whose rows are K, it is the rows from first_k() + k on. */
+ * The host knows the sizes, and each thread of the kernel begins with start(). Of A, the piece at k is the
+ * columns from k on or, where A_ROWS_OF_K, the rows from first_k() + k and the columns from a_column() on. Of
+ * a B whose rows are K, it is the rows from first_k() + k on. */
 
 /* All tiles of a product whose A has rows along K, along the columns first. */
 struct FusedWalk {
@@ -234,10 +235,12 @@ struct CausalWalk {
 template <typename E, typename W>
 __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap &A, const CUtensorMap &B,
                                    FusedMemory memory, W walk) {
-    constexpr int A_BOXES = FUSED_M / FUSED_K, BOXES = FUSED_N / FUSED_K; // of A and B, where their rows are K
+    /* of A and B, where their rows are K */
+    constexpr int A_BOXES = FUSED_M / FUSED_K, BOXES = FUSED_N / FUSED_K;
     int place = 0, round = 0;
     for (int tile = 0; walk.goes_on(); walk.next(), tile++) {
-        int row = walk.row(), column = walk.column(), first_k = walk.first_k(), pieces = walk.pieces();
+        int row = walk.row(), column = walk.column(), pieces = walk.pieces();
+        int first_k = walk.first_k(), a_column = walk.a_column();
         for (int piece = 0; piece < pieces; piece++) {
             char *a = memory.place(place), *b = a + FUSED_A_BYTES;
             uint64_t *full = memory.full(place);
@@ -251,8 +254,8 @@ __device__ inline void copy_pieces(const E &epilogue, const CUtensorMap &A, cons
                 load_tile(a, &A, row, k, full);
             else
                 for (int i = 0; i < A_BOXES; i++)
-                    load_tile(a + i * (FUSED_A_BYTES / A_BOXES), &A, first_k + k,
-                              walk.a_column() + i * FUSED_K, full);
+                    load_tile(a + i * (FUSED_A_BYTES / A_BOXES), &A, first_k + k, a_column + i * FUSED_K,
+                              full);
             if (!E::ROWS_OF_K)
                 load_tile(b, &B, column, k, full);
             else
@@ -439,8 +442,8 @@ __device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, W w
     write_last_rows(epilogue, LaneRows(walk, parcel, rows, columns), memory.parcel(parcel), columns);
 }
 
-/* computes: A B^T (B's rows along K), A B (B's rows are K) or, of each chunk, A^T B (both have rows of K and A
- *           is causal), each result handed to the epilogue
+/* computes: A B^T (B's rows along K), A B (B's rows are K) or, of each chunk, A^T B (the rows of both are K),
+ *           each result handed to the epilogue
  * launch:   one block a multiprocessor but no more than the walk has units, block 384: a warp copies, three
  *           write, eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; neighbouring blocks read the same rows of
@@ -545,7 +548,7 @@ static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *db
     silu_gate_backward(context, dx, da, h, dbias, dx, x, a, M, K, dropout);
 }
 
-/* May causal_silu_backward take chunks of C tokens and heads of e columns? The pointers are all that it uses. */
+/* May causal_silu_backward take chunks of C tokens and heads of e columns? The pointers are what it uses. */
 template <typename T, typename... P>
 static bool causal_silu_fits(const Context *context, int64_t C, int64_t e, const P *...pointers) {
     return std::is_same<T, bf16>::value && FUSED_PRODUCTS && DV_FUSED && context->hopper &&
@@ -553,14 +556,14 @@ static bool causal_silu_fits(const Context *context, int64_t C, int64_t e, const
 }
 
 /* v = silu(x) of one head:  dv = weights^T da of each chunk;  dx = dv silu'(x);  partial: sums of dx over 16
- * rows each. weights (chunks,C,C), a row for each query, whose columns of later keys in the same 128 are 0 and
- * of those behind are not read; dx, da, x (chunks,C,E) and partial (chunks C / 16,E), of which the head has e
+ * rows each. weights (chunks,C,C): a row for each query, in which later keys are 0 as far as the query's 128
+ * go, and are not read behind; dx, da, x (chunks,C,E) and partial (chunks C / 16,E), of which the head has e
  * columns from first_column on. */
 static inline void causal_silu_backward(Context *context, bf16 *dx, float *partial, const bf16 *weights,
                                         const bf16 *da, const bf16 *x, int64_t chunks, int64_t C, int64_t E,
                                         int64_t first_column, int64_t e) {
     int64_t rows = chunks * C;
-    GateEpilogue<false> epilogue = {dx, nullptr, nullptr, x, nullptr, partial, (int)E};
+    GateEpilogue<false, true> epilogue = {dx, nullptr, nullptr, x, nullptr, partial, (int)E};
     launch_fused(context, epilogue, CausalWalk(chunks, C, first_column, e),
                  tile_map(weights, rows, C, FUSED_K), tile_map(da, rows, E, FUSED_K), rows, E);
 }

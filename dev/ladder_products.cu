@@ -64,8 +64,8 @@ struct Truth { double *one, *two, *three, *dbias; };
 
 enum { SIDE = 16 };
 
-/* computes: y = in W^T + bias, h = silu(y) other; or g = in W, dx = g a silu'(x), da = g silu(x), h = a silu(x);
- *           causal: g = in^T other of each chunk, dx = g silu'(x)
+/* computes: y = in W^T + bias, h = silu(y) other; or g = in W, dx = g a silu'(x), da = g silu(x),
+ *           h = a silu(x); or causal, of each chunk, g = in^T other, dx = g silu'(x)
  * launch:   grid (ceil(columns / 16), ceil(rows / 16)), block (16, 16): a thread owns a number; tiles of the
  *           operands go through shared memory
  * traffic:  a sixteenth of 2 rows columns depth sizeof(bf16) bytes, most of it from the caches
