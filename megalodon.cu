@@ -233,7 +233,7 @@ struct MegalodonModel {
     std::vector<MegalodonTensor>
         params; /* the list of parameters and each one's place in the arenas below */
     std::vector<int64_t> offset;
-    std::vector<size_t> arena_order; /* the parameters in the order of their offsets */
+    std::vector<size_t> arena_order; /* the parameters in the order of their offsets, see FOLLOWERS */
     int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
@@ -499,6 +499,28 @@ static int find_param(const MegalodonModel *m, const char *name) {
     return -1;
 }
 
+/* Layers that read the same activation: the second one's weight stands right behind the first one's, and its
+ * gradient behind the first one's, so that both are one matrix of more rows. Where the gradients of the layers'
+ * outputs lie side by side as well, one product of the backward serves both. */
+static const char *const FOLLOWERS[][2] = {{"nffn.fc1.weight", "nffn.fc3.weight"}};
+
+/* The parameter that has to stand right behind another one, or -1. */
+static int follower(const MegalodonModel *m, const char *name) {
+    char full[MEGALODON_MAX_NAME];
+    for (const auto &pair : FOLLOWERS) {
+        const char *end = strstr(name, pair[0]);
+        if (!end) continue;
+        snprintf(full, sizeof full, "%.*s%s", (int)(end - name), name, pair[1]);
+        return find_param(m, full);
+    }
+    return -1;
+}
+static bool follows(const char *name) {
+    for (const auto &pair : FOLLOWERS)
+        if (strstr(name, pair[1])) return true;
+    return false;
+}
+
 template <typename P> static P *param_in(const MegalodonModel *m, P *arena, int layer, const char *name) {
     char full[MEGALODON_MAX_NAME];
     if (layer >= 0)
@@ -688,21 +710,23 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
         df = scaled;
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
-    T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
+    /* fc1 and fc3 read the same n: df1 and df3 lie side by side, as their weights stand one behind the other. */
+    int64_t both = c->swiglu ? 2 * F : F;
+    T *df1 = take<T>(context, rows * both), *df3 = c->swiglu ? df1 + F : nullptr;
+    int gap = (int)(both - F);
     linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
-                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN),
+                            Gaps{gap, 0, gap});
     linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     side_ready(context);
-    linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
-    if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
+    linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, both, D);
     side_start<T>(context);
     /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
     bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
     layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
                           drops ? nullptr : dw->wh1_bias, dy, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
                           w->ffnnorm_bias, rows, D);
-    linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, F, D);
-    if (c->swiglu) linear_backward_weight(context, dw->fc3_weight, add, df3, n, rows, F, D);
+    linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, both, D);
     side_join(context);
     add_sums(context);
 }
@@ -1273,10 +1297,13 @@ template <typename T> static const char *build(Model<T> *m) {
     m->offset.resize(m->params.size());
     for (int products = 0; products < 2; products++) {
         for (size_t i = 0; i < m->params.size(); i++) {
-            if (has_product_gradient(&m->params[i]) != (bool)products) continue;
-            m->offset[i] = m->arena_size;
-            m->arena_order.push_back(i);
-            m->arena_size += ceil_div(m->params[i].size, ARENA_ALIGN) * ARENA_ALIGN;
+            if (has_product_gradient(&m->params[i]) != (bool)products || follows(m->params[i].name)) continue;
+            for (int next = (int)i; next >= 0; next = follower(m, m->params[(size_t)next].name)) {
+                m->offset[(size_t)next] = m->arena_size;
+                m->arena_order.push_back((size_t)next);
+                m->arena_size += m->params[(size_t)next].size;
+            }
+            m->arena_size = ceil_div(m->arena_size, ARENA_ALIGN) * ARENA_ALIGN;
         }
         if (!products) m->sums_size = m->arena_size;
     }

@@ -281,6 +281,12 @@ template <typename T, typename... P> static bool vectorises(int64_t columns, con
         }                                                                                                   \
     } while (0)
 
+/* Gradients of outputs of several layers may lie side by side, so that one product takes them all: the numbers
+ * between the end of a row of each tensor and the beginning of its next. */
+struct Gaps {
+    int dx, dy, da;
+};
+
 /* The widest vector of 16 bytes, 8 bytes or one element that rows of `columns` elements can be read in. */
 template <typename T, typename... P> static int vector_width(int64_t columns, const P *...pointers) {
     uintptr_t bits = ((uintptr_t)pointers | ... | 0);
