@@ -53,7 +53,7 @@ static const char *errorf(const char *format, ...) {
  * 1. Kernels of the model: AdamW, norm of the gradients, the working copy of the weights
  */
 
-enum { ARENA_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
+enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
 
 /* Numbers on the device that one step's kernels hand to each other. */
 struct Scalars {
@@ -502,7 +502,8 @@ static int find_param(const MegalodonModel *m, const char *name) {
 /* Layers that read the same activation: the second one's weight stands right behind the first one's, and its
  * gradient behind the first one's, so that both are one matrix of more rows. Where the gradients of the layers'
  * outputs lie side by side as well, one product of the backward serves both. */
-static const char *const FOLLOWERS[][2] = {{"nffn.fc1.weight", "nffn.fc3.weight"}};
+static const char *const FOLLOWERS[][2] = {{"mega.wr.weight", "mega.wz.weight"},
+                                           {"nffn.fc1.weight", "nffn.fc3.weight"}};
 
 /* The parameter that has to stand right behind another one, or -1. */
 static int follower(const MegalodonModel *m, const char *name) {
@@ -759,16 +760,19 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     }
     /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been
      * read by ffn_backward. */
-    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
+    int64_t both = E + Z, pitch = ceil_div(both, ROW_ALIGN) * ROW_ALIGN; // wr and wz read m: drr and dzz side by side
+    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * pitch), *dzz = drr + E;
+    T *dm = over(m, a->y, rows * D);
     T *ar = a->ar ? a->ar : a->v ? a->rr : take<T>(context, rows * E);
     linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
-                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
+                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED),
+                            Gaps{(int)(pitch - E), 0, 0});
     linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E);
     if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z. rr and a have been read for the last
      * time. */
-    T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E), *dzz = take<T>(context, rows * Z);
+    T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E);
     if (!a->v) silu_forward(context, v, a->vv, rows * E);
     {
         ScratchScope queries(context);
@@ -781,10 +785,9 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
             attention_state_backward<T>(context, din->v, dv, dout->v, n, C, B, steps, E, C);
         }
         side_ready(context);
-        linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
         side_start<T>(context);
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
-                            query_shape(m), eps);
+                            query_shape(m), eps, (int)(pitch - Z));
     }
     silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
@@ -795,22 +798,23 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
                               G, eps);
     linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
     side_ready(context);
+    linear_backward_input(context, dm, false, drr, w->wr_weight, rows, both, D, Gaps{0, (int)(pitch - both), 0});
     linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
-    linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
     side_start<T>(context);
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
     int idle = cema_idle(context, B, steps, D);
     if (side_fits(context, idle)) {
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
+        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, both, D,
+                                     Gaps{0, (int)(pitch - both), 0});
         side_ready(context);
         side_start<T>(context, idle);
         linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
     } else {
         linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
+        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, both, D,
+                                     Gaps{0, (int)(pitch - both), 0});
     }
-    linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
      * du and the product of v's layer adds to it, reading du under its arithmetic. */

@@ -139,6 +139,7 @@ struct SideStream {
         const void *dy, *x;
         int64_t M, N, K;
         bool accumulate;
+        int dy_gap; /* see Gaps */
     } waiting[MAX_WAITING]; /* products for the next side_start */
     int num_waiting;
     bool busy; /* it was given work that nobody waits for yet */

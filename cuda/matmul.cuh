@@ -339,13 +339,13 @@ static inline bool side_pays(const Context *context, int64_t largest) {
  * side_join. */
 template <typename T>
 static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy,
-                                         const T *x, int64_t M, int64_t N, int64_t K) {
+                                         const T *x, int64_t M, int64_t N, int64_t K, Gaps gaps = {}) {
     if (!context->side.context || context->dry_run) {
-        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
+        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K, gaps);
         return;
     }
     REQUIRE(context->side.num_waiting < MAX_WAITING);
-    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate};
+    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate, gaps.dy};
 }
 
 /* What waits may begin when all that the main stream was given up to here is done. */
@@ -362,7 +362,7 @@ template <typename T> static void side_start(Context *context, int sms) {
     for (int i = 0; i < side->num_waiting; i++) {
         const auto &p = side->waiting[i];
         linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M,
-                               p.N, p.K);
+                               p.N, p.K, Gaps{0, p.dy_gap, 0});
     }
     side->num_waiting = 0;
     side->busy = true;
