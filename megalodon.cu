@@ -55,6 +55,11 @@ static const char *errorf(const char *format, ...) {
 
 enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
 
+/* -DJOINT_UNDER_CEMA=0: the gradient of the weights of wh1, wr and wz waits until CEMA's backward is done */
+#ifndef JOINT_UNDER_CEMA
+#define JOINT_UNDER_CEMA 1
+#endif
+
 /* Numbers on the device that one step's kernels hand to each other. */
 struct Scalars {
     double loss, norm;
@@ -502,7 +507,8 @@ static int find_param(const MegalodonModel *m, const char *name) {
 /* Layers that read the same activation: the second one's weight stands right behind the first one's, and its
  * gradient behind the first one's, so that both are one matrix of more rows. Where the gradients of the layers'
  * outputs lie side by side as well, one product of the backward serves both. */
-static const char *const FOLLOWERS[][2] = {{"mega.wr.weight", "mega.wz.weight"},
+static const char *const FOLLOWERS[][2] = {{"mega.wh1.weight", "mega.wr.weight"},
+                                           {"mega.wr.weight", "mega.wz.weight"},
                                            {"nffn.fc1.weight", "nffn.fc3.weight"}};
 
 /* The parameter that has to stand right behind another one, or -1. */
@@ -690,9 +696,31 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
+/* Gradients that a layer's backward hands on: dy of the mega half's output, and of the outputs of the three layers
+ * that read m, side by side in rows of `pitch` numbers, `width` of which they are. dy is dh, unless there is a
+ * dropout between. A gap is what lies between rows. */
+template <typename T> struct MegaGradients {
+    T *dy, *dh, *drr, *dzz; /* (B,T,D), (B,T,D), (B,T,E), (B,T,Z) */
+    int64_t width, pitch;
+    int dy_gap;
+    int gap(int64_t columns) const { return (int)(pitch - columns); }
+};
+template <typename T> static MegaGradients<T> take_mega_gradients(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, E = c->value_dim;
+    MegaGradients<T> grad = {};
+    grad.width = D + E + c->z_dim, grad.pitch = ceil_div(grad.width, ROW_ALIGN) * ROW_ALIGN;
+    grad.dy = grad.dh = take<T>(&m->context, rows * grad.pitch), grad.dy_gap = grad.gap(D);
+    grad.drr = grad.dh + D, grad.dzz = grad.drr + E;
+    if (dropout_at(m, c->dropout, 0, MEGALODON_SITE_H).threshold)
+        grad.dy = take<T>(&m->context, rows * D), grad.dy_gap = 0;
+    return grad;
+}
+
 /* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays,
  * since out = f + x hands dout on to x unchanged. */
-template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
+template <typename T>
+static void ffn_backward(Model<T> *m, int l, const T *dx, const MegaGradients<T> &grad) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
     LayerParams<float> *dw = &m->dlayers[l];
@@ -720,20 +748,20 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
                             Gaps{gap, 0, gap});
     linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     side_ready(context);
-    linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, both, D);
+    linear_backward_input(context, grad.dy, false, df1, w->fc1_weight, rows, both, D, Gaps{grad.dy_gap, 0, 0});
     side_start<T>(context);
     /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
-    bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
-    layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
-                          drops ? nullptr : dw->wh1_bias, dy, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
-                          w->ffnnorm_bias, rows, D);
+    layernorm_backward<T>(context, grad.dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
+                          grad.dy == grad.dh ? dw->wh1_bias : nullptr, grad.dy, a->y_mean, a->y_rstd, a->y,
+                          w->ffnnorm_weight, w->ffnnorm_bias, rows, D, grad.dy_gap);
     linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, both, D);
     side_join(context);
     add_sums(context);
 }
 
 /* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
-template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const T *dy) {
+template <typename T>
+static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradients<T> &grad) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
     const LayerParams<float> *master = &m->masters[l];
@@ -751,24 +779,20 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     bool add = !m->gradients_unset;
 
     /* y = dropout(m Wh1^T + bh1 + ar Wh2^T) + x,  ar = dropout(a silu(rr)) */
-    const T *dh = dy;
-    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
-    if (dropout.threshold) {
-        T *dropped = take<T>(context, rows * D);
-        dropout_forward<T>(context, dropped, dy, rows, D, dropout);
-        dh = dropped;
+    T *dh = grad.dh, *drr = grad.drr, *dzz = grad.dzz;
+    if (grad.dy != dh) { // else ffn_backward has summed dy's columns
+        dropout_forward<T>(context, dh, grad.dy, rows, D, dropout_at(m, c->dropout, l, MEGALODON_SITE_H),
+                           grad.gap(D));
+        add_column_sums(context, dw->wh1_bias, dh, rows, D, grad.gap(D));
     }
     /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been
      * read by ffn_backward. */
-    int64_t both = E + Z, pitch = ceil_div(both, ROW_ALIGN) * ROW_ALIGN; // wr and wz read m: drr and dzz side by side
-    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * pitch), *dzz = drr + E;
-    T *dm = over(m, a->y, rows * D);
+    T *da = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
     T *ar = a->ar ? a->ar : a->v ? a->rr : take<T>(context, rows * E);
     linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
                             a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED),
-                            Gaps{(int)(pitch - E), 0, 0});
-    linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E);
-    if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
+                            Gaps{grad.gap(E), grad.gap(D), 0});
+    linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E, Gaps{0, grad.gap(D), 0});
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z. rr and a have been read for the last
      * time. */
@@ -787,7 +811,7 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         side_ready(context);
         side_start<T>(context);
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
-                            query_shape(m), eps, (int)(pitch - Z));
+                            query_shape(m), eps, grad.gap(Z));
     }
     silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
@@ -797,23 +821,18 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
         timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
                               G, eps);
     linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
+    Gaps gaps = {0, grad.gap(grad.width), 0};
     side_ready(context);
-    linear_backward_input(context, dm, false, drr, w->wr_weight, rows, both, D, Gaps{0, (int)(pitch - both), 0});
-    linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
+    linear_backward_input(context, dm, false, dh, w->wh1_weight, rows, grad.width, D, gaps);
     side_start<T>(context);
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    /* The weights of all three, on the multiprocessors that CEMA leaves idle, or else beside what comes after. */
+    linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, grad.width, D, gaps);
     int idle = cema_idle(context, B, steps, D);
-    if (side_fits(context, idle)) {
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, both, D,
-                                     Gaps{0, (int)(pitch - both), 0});
+    if (JOINT_UNDER_CEMA && side_fits(context, idle)) {
         side_ready(context);
         side_start<T>(context, idle);
-        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-    } else {
-        linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, both, D,
-                                     Gaps{0, (int)(pitch - both), 0});
     }
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
@@ -825,8 +844,9 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
     side_start<T>(context);
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
-                             dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
-                             x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
+                             dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, grad.dy, a->mean,
+                             a->var, x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G,
+                             eps, grad.dy_gap);
     side_join(context);
     add_sums(context);
 }
@@ -1142,13 +1162,14 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
     ScratchScope scope(context);
-    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, G = c->norm_num_groups;
+    int64_t B = m->batch.B, steps = m->batch.T, D = c->model_dim, G = c->norm_num_groups;
     bool din = m->carried && m->options.state_gradients;
     float eps = (float)c->norm_eps;
     ModelActs<T> *a = &m->top_acts;
     const T *last = m->acts[c->num_layers - 1].out;
     if (m->gradients_unset) clear(context, m->grads, (size_t)m->sums_size * sizeof(float));
-    T *dx = head_backward(m, (float)scale), *dy = take<T>(context, rows * D);
+    T *dx = head_backward(m, (float)scale);
+    MegaGradients<T> grad = take_mega_gradients(m);
     timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr,
                              din ? m->dstate_in.final_var : nullptr, m->dtop.final_weight,
                              m->dtop.final_bias, dx, m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
@@ -1158,8 +1179,8 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                              G, eps);
     add_sums(context);
     for (int l = c->num_layers - 1; l >= 0; l--) {
-        ffn_backward<T>(m, l, dx, dy);
-        mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
+        ffn_backward<T>(m, l, dx, grad);
+        mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, grad);
     }
 }
 

@@ -339,7 +339,7 @@ static void gate_backward(Context *context, T *da, T *dr, const T *dy, const T *
  * numerics: float */
 template <typename T, int VEC>
 __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t count,
-                                int columns, Dropout dropout) {
+                                int columns, Dropout dropout, int out_gap) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
     float value[VEC], other[VEC];
@@ -357,23 +357,25 @@ __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T
 #pragma unroll
         for (int i = 0; i < VEC; i++) value[i] += other[i];
     }
-    store<VEC>(out + at, value);
+    store<VEC>(out + at + (out_gap ? at / columns * out_gap : 0), value);
 }
 
-/* out = alpha dropout(f) + x; kept (NULL: not wanted) = dropout(f), may be f */
+/* out = alpha dropout(f) + x; kept (NULL: not wanted) = dropout(f), may be f; out_gap: the numbers between
+ * rows of out */
 template <typename T>
 static void rescale_forward(Context *context, T *out, T *kept, const T *f, const T *x, const T *alpha,
-                            int64_t rows, int64_t columns, Dropout dropout) {
-    WITH_VEC(T, vectorises<T>(columns, out, kept, f, x, alpha),
+                            int64_t rows, int64_t columns, Dropout dropout, int out_gap = 0) {
+    WITH_VEC(T, vectorises<T>(columns | out_gap, out, kept, f, x, alpha),
              LAUNCH((residual_kernel<T, VEC>), blocks_for(rows * columns, POINT_THREADS * VEC),
-                    POINT_THREADS, context, out, kept, f, x, alpha, rows * columns, (int)columns, dropout));
+                    POINT_THREADS, context, out, kept, f, x, alpha, rows * columns, (int)columns, dropout,
+                    out_gap));
 }
-/* y = dropout(x); also its backward, whose mask is the same */
+/* y = dropout(x); also its backward, whose mask is the same; y_gap: the numbers between rows of y */
 template <typename T>
 static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, int64_t columns,
-                            Dropout dropout) {
+                            Dropout dropout, int y_gap = 0) {
     rescale_forward(context, y, (T *)nullptr, x, (const T *)nullptr, (const T *)nullptr, rows, columns,
-                    dropout);
+                    dropout, y_gap);
 }
 
 /* out = alpha f + x, f = keep f':  df' = keep alpha dout;  dx = dout;  dalpha += sum over rows of dout f
