@@ -55,6 +55,10 @@ static const char *errorf(const char *format, ...) {
 
 enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
 
+/* -DSILU_BESIDE=0: SiLU's backward of v comes before the product that the side stream waits for */
+#ifndef SILU_BESIDE
+#define SILU_BESIDE 1
+#endif
 /* -DJOINT_UNDER_CEMA=0: the gradient of the weights of wh1, wr and wz waits until CEMA's backward is done */
 #ifndef JOINT_UNDER_CEMA
 #define JOINT_UNDER_CEMA 1
@@ -504,9 +508,9 @@ static int find_param(const MegalodonModel *m, const char *name) {
     return -1;
 }
 
-/* Layers that read the same activation: the second one's weight stands right behind the first one's, and its
- * gradient behind the first one's, so that both are one matrix of more rows. Where the gradients of the layers'
- * outputs lie side by side as well, one product of the backward serves both. */
+/* Layers that read the same activation: the second one's weight stands right behind the first one's, and so
+ * does its gradient, so that both are one matrix of more rows. The gradients of their outputs lie side by
+ * side in the backward, and one product serves all. */
 static const char *const FOLLOWERS[][2] = {{"mega.wh1.weight", "mega.wr.weight"},
                                            {"mega.wr.weight", "mega.wz.weight"},
                                            {"nffn.fc1.weight", "nffn.fc3.weight"}};
@@ -696,13 +700,14 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
-/* Gradients that a layer's backward hands on: dy of the mega half's output, and of the outputs of the three layers
- * that read m, side by side in rows of `pitch` numbers, `width` of which they are. dy is dh, unless there is a
- * dropout between. A gap is what lies between rows. */
+/* Gradients in a layer's backward: dy of the mega half's output, and side by side those of the outputs of the
+ * three layers that read m, in rows of `pitch` numbers, of which they are the first `width`. dy is dh, unless
+ * there is a dropout between. */
 template <typename T> struct MegaGradients {
     T *dy, *dh, *drr, *dzz; /* (B,T,D), (B,T,D), (B,T,E), (B,T,Z) */
     int64_t width, pitch;
     int dy_gap;
+    /* between rows of so many of the columns */
     int gap(int64_t columns) const { return (int)(pitch - columns); }
 };
 template <typename T> static MegaGradients<T> take_mega_gradients(Model<T> *m) {
@@ -739,7 +744,7 @@ static void ffn_backward(Model<T> *m, int l, const T *dx, const MegaGradients<T>
         df = scaled;
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
-    /* fc1 and fc3 read the same n: df1 and df3 lie side by side, as their weights stand one behind the other. */
+    /* fc1 and fc3 read n: df1 and df3 lie side by side */
     int64_t both = c->swiglu ? 2 * F : F;
     T *df1 = take<T>(context, rows * both), *df3 = c->swiglu ? df1 + F : nullptr;
     int gap = (int)(both - F);
@@ -748,7 +753,8 @@ static void ffn_backward(Model<T> *m, int l, const T *dx, const MegaGradients<T>
                             Gaps{gap, 0, gap});
     linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     side_ready(context);
-    linear_backward_input(context, grad.dy, false, df1, w->fc1_weight, rows, both, D, Gaps{grad.dy_gap, 0, 0});
+    linear_backward_input(context, grad.dy, false, df1, w->fc1_weight, rows, both, D,
+                          Gaps{grad.dy_gap, 0, 0});
     side_start<T>(context);
     /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
     layernorm_backward<T>(context, grad.dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
@@ -808,26 +814,22 @@ static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradi
             attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
             attention_state_backward<T>(context, din->v, dv, dout->v, n, C, B, steps, E, C);
         }
-        side_ready(context);
-        side_start<T>(context);
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
                             query_shape(m), eps, grad.gap(Z));
     }
-    silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
+    if (!SILU_BESIDE) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
-    /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
+    /* m = dropout(rmsnorm(c)): the backward brings m back, which the weights of the three layers that read it
+     * wait for. dm = [dh drr dzz] [Wh1; Wr; Wz] is one product, see FOLLOWERS. */
     T *mm = room(m, a->m, rows * D), *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
-    if (!a->u)
-        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
-                              G, eps);
-    linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
     Gaps gaps = {0, grad.gap(grad.width), 0};
     side_ready(context);
     linear_backward_input(context, dm, false, dh, w->wh1_weight, rows, grad.width, D, gaps);
     side_start<T>(context);
+    if (SILU_BESIDE) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
-    /* The weights of all three, on the multiprocessors that CEMA leaves idle, or else beside what comes after. */
+    /* The weights of all three, on the multiprocessors that CEMA leaves idle or beside what comes after. */
     linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, grad.width, D, gaps);
     int idle = cema_idle(context, B, steps, D);
     if (JOINT_UNDER_CEMA && side_fits(context, idle)) {
@@ -837,9 +839,13 @@ static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradi
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
      * du and the product of v's layer adds to it, reading du under its arithmetic. */
+    if (!a->u)
+        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
+                              G, eps);
     cema_backward<T>(context, du, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
                      dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha,
                      master->cema_delta, master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
+    linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
     side_ready(context);
     linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
     side_start<T>(context);

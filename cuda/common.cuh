@@ -282,8 +282,8 @@ template <typename T, typename... P> static bool vectorises(int64_t columns, con
         }                                                                                                   \
     } while (0)
 
-/* Gradients of outputs of several layers may lie side by side, so that one product takes them all: the numbers
- * between the end of a row of each tensor and the beginning of its next. */
+/* Gradients of several layers' outputs may lie side by side, so that one product takes them all. The numbers
+ * between the end of a row and the beginning of the next, of each tensor: */
 struct Gaps {
     int dx, dy, da;
 };

@@ -360,8 +360,8 @@ enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its
  *           head and walks down 16 rows; a head too large for a warp is the whole block's
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even; VEC wants z and pointers in multiples of VEC elements, but dzz's pairs; dzz may not be dq,
- *           dk or zz
+ * needs:    z even; VEC wants z and pointers in multiples of VEC elements, but dzz's pairs; dzz may not be
+ *           dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool NORM>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
