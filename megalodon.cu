@@ -53,7 +53,16 @@ static const char *errorf(const char *format, ...) {
  * 1. Kernels of the model: AdamW, norm of the gradients, the working copy of the weights
  */
 
-enum { ARENA_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
+enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
+
+/* -DSILU_BESIDE=0: SiLU's backward of v comes before the product that the side stream waits for */
+#ifndef SILU_BESIDE
+#define SILU_BESIDE 1
+#endif
+/* -DJOINT_UNDER_CEMA=0: the gradient of the weights of wh1, wr and wz waits until CEMA's backward is done */
+#ifndef JOINT_UNDER_CEMA
+#define JOINT_UNDER_CEMA 1
+#endif
 
 /* Numbers on the device that one step's kernels hand to each other. */
 struct Scalars {
@@ -233,7 +242,7 @@ struct MegalodonModel {
     std::vector<MegalodonTensor>
         params; /* the list of parameters and each one's place in the arenas below */
     std::vector<int64_t> offset;
-    std::vector<size_t> arena_order; /* the parameters in the order of their offsets */
+    std::vector<size_t> arena_order; /* the parameters in the order of their offsets, see FOLLOWERS */
     int64_t arena_size; /* numbers in one arena, padding included (always zero) */
     float *weights, *grads, *moment1, *moment2;
     int64_t sums_size;    /* of those, the first ones are no product's: their gradients are only added to */
@@ -499,6 +508,30 @@ static int find_param(const MegalodonModel *m, const char *name) {
     return -1;
 }
 
+/* Layers that read the same activation: the second one's weight stands right behind the first one's, and so
+ * does its gradient, so that both are one matrix of more rows. The gradients of their outputs lie side by
+ * side in the backward, and one product serves all. */
+static const char *const FOLLOWERS[][2] = {{"mega.wh1.weight", "mega.wr.weight"},
+                                           {"mega.wr.weight", "mega.wz.weight"},
+                                           {"nffn.fc1.weight", "nffn.fc3.weight"}};
+
+/* The parameter that has to stand right behind another one, or -1. */
+static int follower(const MegalodonModel *m, const char *name) {
+    char full[MEGALODON_MAX_NAME];
+    for (const auto &pair : FOLLOWERS) {
+        const char *end = strstr(name, pair[0]);
+        if (!end) continue;
+        snprintf(full, sizeof full, "%.*s%s", (int)(end - name), name, pair[1]);
+        return find_param(m, full);
+    }
+    return -1;
+}
+static bool follows(const char *name) {
+    for (const auto &pair : FOLLOWERS)
+        if (strstr(name, pair[1])) return true;
+    return false;
+}
+
 template <typename P> static P *param_in(const MegalodonModel *m, P *arena, int layer, const char *name) {
     char full[MEGALODON_MAX_NAME];
     if (layer >= 0)
@@ -667,9 +700,32 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
+/* Gradients in a layer's backward: dy of the mega half's output, and side by side those of the outputs of the
+ * three layers that read m, in rows of `pitch` numbers, of which they are the first `width`. dy is dh, unless
+ * there is a dropout between. */
+template <typename T> struct MegaGradients {
+    T *dy, *dh, *drr, *dzz; /* (B,T,D), (B,T,D), (B,T,E), (B,T,Z) */
+    int64_t width, pitch;
+    int dy_gap;
+    /* between rows of so many of the columns */
+    int gap(int64_t columns) const { return (int)(pitch - columns); }
+};
+template <typename T> static MegaGradients<T> take_mega_gradients(Model<T> *m) {
+    const MegalodonConfig *c = &m->config;
+    int64_t rows = (int64_t)m->batch.B * m->batch.T, D = c->model_dim, E = c->value_dim;
+    MegaGradients<T> grad = {};
+    grad.width = D + E + c->z_dim, grad.pitch = ceil_div(grad.width, ROW_ALIGN) * ROW_ALIGN;
+    grad.dy = grad.dh = take<T>(&m->context, rows * grad.pitch), grad.dy_gap = grad.gap(D);
+    grad.drr = grad.dh + D, grad.dzz = grad.drr + E;
+    if (dropout_at(m, c->dropout, 0, MEGALODON_SITE_H).threshold)
+        grad.dy = take<T>(&m->context, rows * D), grad.dy_gap = 0;
+    return grad;
+}
+
 /* Backward of ffn_forward. dx = dout is read; dy becomes the gradient of the mega half's output. dx stays,
  * since out = f + x hands dout on to x unchanged. */
-template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, T *dy) {
+template <typename T>
+static void ffn_backward(Model<T> *m, int l, const T *dx, const MegaGradients<T> &grad) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
     LayerParams<float> *dw = &m->dlayers[l];
@@ -688,27 +744,30 @@ template <typename T> static void ffn_backward(Model<T> *m, int l, const T *dx, 
         df = scaled;
     }
     T *hidden = room(m, a->hidden, rows * F), *n = room(m, a->n, rows * D);
-    T *df1 = take<T>(context, rows * F), *df3 = c->swiglu ? take<T>(context, rows * F) : nullptr;
+    /* fc1 and fc3 read n: df1 and df3 lie side by side */
+    int64_t both = c->swiglu ? 2 * F : F;
+    T *df1 = take<T>(context, rows * both), *df3 = c->swiglu ? df1 + F : nullptr;
+    int gap = (int)(both - F);
     linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
-                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN));
+                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN),
+                            Gaps{gap, 0, gap});
     linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     side_ready(context);
-    linear_backward_input(context, dy, false, df1, w->fc1_weight, rows, F, D);
-    if (c->swiglu) linear_backward_input(context, dy, true, df3, w->fc3_weight, rows, F, D);
+    linear_backward_input(context, grad.dy, false, df1, w->fc1_weight, rows, both, D,
+                          Gaps{grad.dy_gap, 0, 0});
     side_start<T>(context);
     /* y = h + bh1 + ... + x: dy's column sums are the gradient of bh1, unless there is a dropout between. */
-    bool drops = dropout_at(m, c->dropout, l, MEGALODON_SITE_H).threshold != 0;
-    layernorm_backward<T>(context, dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
-                          drops ? nullptr : dw->wh1_bias, dy, a->y_mean, a->y_rstd, a->y, w->ffnnorm_weight,
-                          w->ffnnorm_bias, rows, D);
-    linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, F, D);
-    if (c->swiglu) linear_backward_weight(context, dw->fc3_weight, add, df3, n, rows, F, D);
+    layernorm_backward<T>(context, grad.dy, a->n ? nullptr : n, dw->ffnnorm_weight, dw->ffnnorm_bias,
+                          grad.dy == grad.dh ? dw->wh1_bias : nullptr, grad.dy, a->y_mean, a->y_rstd, a->y,
+                          w->ffnnorm_weight, w->ffnnorm_bias, rows, D, grad.dy_gap);
+    linear_backward_weight(context, dw->fc1_weight, add, df1, n, rows, both, D);
     side_join(context);
     add_sums(context);
 }
 
 /* Backward of mega_forward. In: dy, and in dx what x got from the second hop. Out: dx, whole. */
-template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const T *dy) {
+template <typename T>
+static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradients<T> &grad) {
     const MegalodonConfig *c = &m->config;
     const LayerParams<T> *w = &m->layers[l];
     const LayerParams<float> *master = &m->masters[l];
@@ -726,25 +785,24 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
     bool add = !m->gradients_unset;
 
     /* y = dropout(m Wh1^T + bh1 + ar Wh2^T) + x,  ar = dropout(a silu(rr)) */
-    const T *dh = dy;
-    Dropout dropout = dropout_at(m, c->dropout, l, MEGALODON_SITE_H);
-    if (dropout.threshold) {
-        T *dropped = take<T>(context, rows * D);
-        dropout_forward<T>(context, dropped, dy, rows, D, dropout);
-        dh = dropped;
+    T *dh = grad.dh, *drr = grad.drr, *dzz = grad.dzz;
+    if (grad.dy != dh) { // else ffn_backward has summed dy's columns
+        dropout_forward<T>(context, dh, grad.dy, rows, D, dropout_at(m, c->dropout, l, MEGALODON_SITE_H),
+                           grad.gap(D));
+        add_column_sums(context, dw->wh1_bias, dh, rows, D, grad.gap(D));
     }
     /* This is the last time that rr is read, element by element: unless v takes its place, ar may. y has been
      * read by ffn_backward. */
-    T *da = take<T>(context, rows * E), *drr = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
+    T *da = take<T>(context, rows * E), *dm = over(m, a->y, rows * D);
     T *ar = a->ar ? a->ar : a->v ? a->rr : take<T>(context, rows * E);
     linear_gate_backward<T>(context, drr, da, a->ar ? nullptr : ar, dw->wr_bias, dh, w->wh2_weight, a->rr,
-                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED));
-    linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E);
-    if (dropout.threshold) add_column_sums(context, dw->wh1_bias, dh, rows, D); // else ffn_backward has summed dy
+                            a->a, rows, D, E, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_GATED),
+                            Gaps{grad.gap(E), grad.gap(D), 0});
+    linear_backward_weight_aside(context, dw->wh2_weight, add, dh, ar, rows, D, E, Gaps{0, grad.gap(D), 0});
 
     /* a = attention(q, k, v), v = silu(u Wv^T + bv), q and k from z. rr and a have been read for the last
      * time. */
-    T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E), *dzz = take<T>(context, rows * Z);
+    T *v = a->v ? a->v : a->rr, *dv = over(m, a->a, rows * E);
     if (!a->v) silu_forward(context, v, a->vv, rows * E);
     AttentionKeys<T> keys = attention_keys(m, l, (const T *)v);
     bool through = silu_fits(context, keys, dv, da, a->vv); // dv becomes vv's gradient there
@@ -758,49 +816,45 @@ template <typename T> static void mega_backward(Model<T> *m, int l, const T *x, 
             attention_state_backward<T>(context, din->k, dk, dout->k, n, C, B, steps, Z, C);
             attention_state_backward<T>(context, din->v, dv, dout->v, n, C, B, steps, E, C);
         }
-        side_ready(context);
-        linear_backward_input(context, dm, false, drr, w->wr_weight, rows, E, D);
-        side_start<T>(context);
         queries_backward<T>(context, dzz, dw->gamma, dw->beta, dw->wz_bias, dq, dk, a->zz, w->gamma, m->rope,
-                            query_shape(m), eps);
+                            query_shape(m), eps, grad.gap(Z));
     }
-    if (!through) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
+    if (!SILU_BESIDE && !through) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
 
-    /* m = dropout(rmsnorm(c)): the backward brings m back, which the three layers that read it wait for */
+    /* m = dropout(rmsnorm(c)): the backward brings m back, which the weights of the three layers that read it
+     * wait for. dm = [dh drr dzz] [Wh1; Wr; Wz] is one product, see FOLLOWERS. */
     T *mm = room(m, a->m, rows * D), *u = room(m, a->u, rows * D), *du = take<T>(context, rows * D);
-    if (!a->u)
-        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
-                              G, eps);
-    linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
+    Gaps gaps = {0, grad.gap(grad.width), 0};
     side_ready(context);
-    linear_backward_input(context, dm, true, dh, w->wh1_weight, rows, D, D);
-    linear_backward_input(context, dm, true, dzz, w->wz_weight, rows, Z, D);
+    linear_backward_input(context, dm, false, dh, w->wh1_weight, rows, grad.width, D, gaps);
     side_start<T>(context);
+    if (SILU_BESIDE && !through) silu_backward<T>(context, dv, dw->wv_bias, dv, a->vv, rows, E);
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
+    /* The weights of all three, on the multiprocessors that CEMA leaves idle or beside what comes after. */
+    linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, grad.width, D, gaps);
     int idle = cema_idle(context, B, steps, D);
-    if (side_fits(context, idle)) {
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
+    if (JOINT_UNDER_CEMA && side_fits(context, idle)) {
         side_ready(context);
         side_start<T>(context, idle);
-        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-    } else {
-        linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D);
-        linear_backward_weight_aside(context, dw->wr_weight, add, drr, mm, rows, E, D);
     }
-    linear_backward_weight_aside(context, dw->wz_weight, add, dzz, mm, rows, Z, D);
 
     /* c = cema(u), u = timestepnorm(x); x also got dy from the first hop and dx from the second. CEMA writes
      * du and the product of v's layer adds to it, reading du under its arithmetic. */
+    if (!a->u)
+        timestepnorm_again<T>(context, u, a->mean, a->var, x, w->timenorm_weight, w->timenorm_bias, rows, D,
+                              G, eps);
     cema_backward<T>(context, du, din->cema, dw->cema_alpha, dw->cema_delta, dw->cema_theta, dw->cema_gamma,
                      dw->cema_omega, dm, dout->cema, u, in->cema, m->coef[l], master->cema_alpha,
                      master->cema_delta, master->cema_theta, master->cema_omega, B, steps, D, c->cema_ndim);
+    linear_backward_weight_aside(context, dw->wv_weight, add, dv, u, rows, E, D);
     side_ready(context);
     linear_backward_input(context, du, true, dv, w->wv_weight, rows, E, D);
     side_start<T>(context);
     timestepnorm_backward<T>(context, dx, din->norm_mean, din->norm_var, dw->timenorm_weight,
-                             dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, dy, a->mean, a->var,
-                             x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G, eps);
+                             dw->timenorm_bias, du, dout->norm_mean, dout->norm_var, dx, grad.dy, a->mean,
+                             a->var, x, m->state_in.count, in->norm_mean, w->timenorm_weight, B, steps, D, G,
+                             eps, grad.dy_gap);
     side_join(context);
     add_sums(context);
 }
@@ -1116,13 +1170,14 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
     const MegalodonConfig *c = &m->config;
     Context *context = &m->context;
     ScratchScope scope(context);
-    int64_t B = m->batch.B, steps = m->batch.T, rows = B * steps, D = c->model_dim, G = c->norm_num_groups;
+    int64_t B = m->batch.B, steps = m->batch.T, D = c->model_dim, G = c->norm_num_groups;
     bool din = m->carried && m->options.state_gradients;
     float eps = (float)c->norm_eps;
     ModelActs<T> *a = &m->top_acts;
     const T *last = m->acts[c->num_layers - 1].out;
     if (m->gradients_unset) clear(context, m->grads, (size_t)m->sums_size * sizeof(float));
-    T *dx = head_backward(m, (float)scale), *dy = take<T>(context, rows * D);
+    T *dx = head_backward(m, (float)scale);
+    MegaGradients<T> grad = take_mega_gradients(m);
     timestepnorm_backward<T>(context, dx, din ? m->dstate_in.final_mean : nullptr,
                              din ? m->dstate_in.final_var : nullptr, m->dtop.final_weight,
                              m->dtop.final_bias, dx, m->have_dstate_out ? m->dstate_out.final_mean : nullptr,
@@ -1132,8 +1187,8 @@ template <typename T> static void backward_pass(Model<T> *m, double scale) {
                              G, eps);
     add_sums(context);
     for (int l = c->num_layers - 1; l >= 0; l--) {
-        ffn_backward<T>(m, l, dx, dy);
-        mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, dy);
+        ffn_backward<T>(m, l, dx, grad);
+        mega_backward<T>(m, l, l ? m->acts[l - 1].out : a->embed, dx, grad);
     }
 }
 
@@ -1275,10 +1330,13 @@ template <typename T> static const char *build(Model<T> *m) {
     m->offset.resize(m->params.size());
     for (int products = 0; products < 2; products++) {
         for (size_t i = 0; i < m->params.size(); i++) {
-            if (has_product_gradient(&m->params[i]) != (bool)products) continue;
-            m->offset[i] = m->arena_size;
-            m->arena_order.push_back(i);
-            m->arena_size += ceil_div(m->params[i].size, ARENA_ALIGN) * ARENA_ALIGN;
+            if (has_product_gradient(&m->params[i]) != (bool)products || follows(m->params[i].name)) continue;
+            for (int next = (int)i; next >= 0; next = follower(m, m->params[(size_t)next].name)) {
+                m->offset[(size_t)next] = m->arena_size;
+                m->arena_order.push_back((size_t)next);
+                m->arena_size += m->params[(size_t)next].size;
+            }
+            m->arena_size = ceil_div(m->arena_size, ARENA_ALIGN) * ARENA_ALIGN;
         }
         if (!products) m->sums_size = m->arena_size;
     }

@@ -139,6 +139,7 @@ struct SideStream {
         const void *dy, *x;
         int64_t M, N, K;
         bool accumulate;
+        int dy_gap; /* see Gaps */
     } waiting[MAX_WAITING]; /* products for the next side_start */
     int num_waiting;
     bool busy; /* it was given work that nobody waits for yet */
@@ -280,6 +281,12 @@ template <typename T, typename... P> static bool vectorises(int64_t columns, con
             __VA_ARGS__;                                                                                    \
         }                                                                                                   \
     } while (0)
+
+/* Gradients of several layers' outputs may lie side by side, so that one product takes them all. The numbers
+ * between the end of a row and the beginning of the next, of each tensor: */
+struct Gaps {
+    int dx, dy, da;
+};
 
 /* The widest vector of 16 bytes, 8 bytes or one element that rows of `columns` elements can be read in. */
 template <typename T, typename... P> static int vector_width(int64_t columns, const P *...pointers) {
@@ -555,7 +562,7 @@ static inline float *take_sum(Context *context, float *sum, int64_t count, int64
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
-__global__ void column_sums_kernel(float *partial, const T *x, int rows, int columns) {
+__global__ void column_sums_kernel(float *partial, const T *x, int rows, int columns, int gap) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
     int first = (int)blockIdx.x * SWEEP_ROWS, last = min(first + (int)SWEEP_ROWS, rows);
@@ -565,7 +572,7 @@ __global__ void column_sums_kernel(float *partial, const T *x, int rows, int col
         for (int i = 0; i < VEC; i++) sum[i] = 0;
 #pragma unroll 4
         for (int row = first + sweep.group; row < last; row += sweep.groups) {
-            load<VEC>(value, x + (int64_t)row * columns + c);
+            load<VEC>(value, x + (int64_t)row * (columns + gap) + c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) sum[i] += value[i];
         }
@@ -574,13 +581,14 @@ __global__ void column_sums_kernel(float *partial, const T *x, int rows, int col
     if (sweep.groups > 1) sweep_row<VEC>(out, sweep, columns, sum, shared);
 }
 
-/* sum[j] += sum over rows of x[row, j], with the next add_sums */
+/* sum[j] += sum over rows of x[row, j], with the next add_sums; gap: the numbers between rows of x */
 template <typename T>
-static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns) {
+static void add_column_sums(Context *context, float *sum, const T *x, int64_t rows, int64_t columns,
+                            int gap = 0) {
     float *partial = take_sum(context, sum, sweep_blocks(rows), columns);
-    WITH_VEC(T, vectorises<T>(columns, x),
+    WITH_VEC(T, vectorises<T>(columns | gap, x),
              LAUNCH((column_sums_kernel<T, VEC>), sweep_blocks(rows), sweep_threads(columns, VEC), context,
-                    partial, x, (int)rows, (int)columns));
+                    partial, x, (int)rows, (int)columns, gap));
 }
 
 #endif

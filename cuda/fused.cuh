@@ -87,9 +87,9 @@ template <bool GATED> struct SiluEpilogue {
     bf16 *y, *h;
     const bf16 *bias, *other; /* bias may be NULL */
     __device__ const bf16 *input(int) const { return other; }
-    /* `at`: of the eight in y and h; nothing is written unless there is such a row */
+    /* `at`: of the eight in y and h, in this row; nothing is written unless there is such a row */
     __device__ void apply(float (&)[FUSED_VEC], const Eight &product, const Eight (&in)[FUSED_INPUTS],
-                          int64_t at, bool there) const {
+                          int64_t at, int, bool there) const {
         Eight out;
         if (there) store_eight(y + at, product);
 #pragma unroll
@@ -117,10 +117,10 @@ template <bool GATED, bool ONLY_DX = false> struct GateEpilogue {
     bf16 *dx, *da, *h; /* da and h may be NULL; h may be x: the thread that writes an element has read it */
     const bf16 *x, *a;
     float *partial; /* may be NULL */
-    int columns;
+    int columns, dx_gap, da_gap;
     __device__ const bf16 *input(int i) const { return i == 0 ? x : a; }
     __device__ void apply(float (&sum)[FUSED_VEC], const Eight &product, const Eight (&in)[FUSED_INPUTS],
-                          int64_t at, bool there) const {
+                          int64_t at, int row, bool there) const {
         Eight dx_out, da_out, h_out;
 #pragma unroll
         for (int i = 0; i < FUSED_VEC; i += 2) {
@@ -140,8 +140,8 @@ template <bool GATED, bool ONLY_DX = false> struct GateEpilogue {
             h_out.v[i / 2] = word_of(again[0], again[1]);
         }
         asm volatile("" ::: "memory"); // so that there is one code for rows that are there or not
-        if (there) store_eight(dx + at, dx_out);
-        if (!ONLY_DX && there && da) store_eight(da + at, da_out);
+        if (there) store_eight(dx + at + (int64_t)row * dx_gap, dx_out);
+        if (!ONLY_DX && there && da) store_eight(da + at + (int64_t)row * da_gap, da_out);
         if (!ONLY_DX && there && h) store_eight(h + at, h_out);
     }
     /* Sums over all rows of a parcel, of which this is number `block` of the matrix. */
@@ -294,11 +294,12 @@ __device__ inline void stage_products(const float (&d)[128], char *parcel, const
 /* Where a lane's eight columns of a parcel begin, and how many of its rows the matrix has. */
 struct LaneRows {
     int64_t at;
-    int column, block, count; /* block: of FUSED_WARP_ROWS rows */
+    int row, column, block, count; /* row: the first; block: of FUSED_WARP_ROWS rows */
     template <typename W> __device__ LaneRows(const W &walk, int parcel, int64_t rows, int columns) {
-        int64_t row = walk.row() + parcel * FUSED_WARP_ROWS, left = rows - row;
+        row = walk.row() + parcel * FUSED_WARP_ROWS;
+        int64_t left = rows - row;
         column = walk.column() + (int)threadIdx.x % WARP_SIZE * FUSED_VEC;
-        block = (int)(row / FUSED_WARP_ROWS), at = row * columns + column;
+        block = row / FUSED_WARP_ROWS, at = (int64_t)row * columns + column;
         count = left < 0 ? 0 : left < FUSED_WARP_ROWS ? (int)left : FUSED_WARP_ROWS;
     }
 };
@@ -363,7 +364,7 @@ __device__ inline void write_rows(const E &epilogue, FusedMemory memory, W walk,
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++)
                 epilogue.apply(sum, row_of_parcel(parcel, row + i), in[i], now.at + (row + i) * columns,
-                               row + i < now.count);
+                               now.row + row + i, row + i < now.count);
         }
         __syncwarp(); // all lanes have read the parcel
         if (lane == 0) barrier_arrive(memory.drained(mine));
@@ -391,7 +392,7 @@ __device__ inline void write_last_rows(const E &epilogue, const LaneRows &rows, 
         for (int i = 0; i < TOGETHER; i++)
             if (first + i < rows.count)
                 epilogue.apply(sum, row_of_parcel(parcel, first + i), in[i], rows.at + (first + i) * columns,
-                               true);
+                               rows.row + first + i, true);
     }
     epilogue.put_sums(sum, rows.block, rows.column);
 }
@@ -497,9 +498,9 @@ static void launch_fused(Context *context, const E &epilogue, const W &walk, con
 /* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight,
-                          int64_t rows, int64_t columns, int64_t K) {
+                          int64_t rows, int64_t columns, int64_t K, int64_t x_gap = 0) {
     if (context->dry_run) return;
-    CUtensorMap A = tile_map(x, rows, K, FUSED_M),
+    CUtensorMap A = tile_map(x, rows, K, FUSED_M, x_gap),
                 B = E::ROWS_OF_K ? tile_map(weight, K, columns, FUSED_K)
                                  : tile_map(weight, columns, K, FUSED_N);
     launch_fused(context, epilogue, FusedWalk(rows, columns, K), A, B, rows, columns);
@@ -527,25 +528,26 @@ static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, 
 
 /* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx, with
  * the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL,
- * and h may be x. */
+ * and h may be x. Gaps: see Gaps. */
 template <typename T>
 static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *dbias, const T *dy,
                                  const T *weight, const T *x, const T *a, int64_t M, int64_t N, int64_t K,
-                                 Dropout dropout) {
-    if (!dropout.threshold && fused_fits<T>(context, M, K, N, dx, da, h, dy, weight, x, a)) {
+                                 Dropout dropout, Gaps gaps = {}) {
+    if (!dropout.threshold && fused_fits<T>(context, M, K, N, dx, da, h, dy, weight, x, a) &&
+        vectorises<T>(gaps.dx | gaps.dy | gaps.da)) {
         float *partial = take_sum(context, dbias, ceil_div(M, FUSED_M) * (FUSED_M / FUSED_WARP_ROWS), K);
         if constexpr (std::is_same<T, bf16>::value) {
-            GateEpilogue<true> gated = {dx, da, h, x, a, partial, (int)K};
-            GateEpilogue<false> plain = {dx, da, h, x, a, partial, (int)K};
+            GateEpilogue<true> gated = {dx, da, h, x, a, partial, (int)K, gaps.dx, gaps.da};
+            GateEpilogue<false> plain = {dx, da, h, x, a, partial, (int)K, gaps.dx, gaps.da};
             if (a)
-                fused_product(context, gated, dy, weight, M, K, N);
+                fused_product(context, gated, dy, weight, M, K, N, gaps.dy);
             else
-                fused_product(context, plain, dy, weight, M, K, N);
+                fused_product(context, plain, dy, weight, M, K, N, gaps.dy);
         }
         return;
     }
-    linear_backward_input(context, dx, false, dy, weight, M, N, K);
-    silu_gate_backward(context, dx, da, h, dbias, dx, x, a, M, K, dropout);
+    linear_backward_input(context, dx, false, dy, weight, M, N, K, Gaps{gaps.dx, gaps.dy, 0});
+    silu_gate_backward(context, dx, da, h, dbias, dx, x, a, M, K, dropout, Gaps{gaps.dx, gaps.dx, gaps.da});
 }
 
 /* May causal_silu_backward take chunks of C tokens and heads of e columns? The pointers are what it uses. */

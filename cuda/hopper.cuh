@@ -174,7 +174,8 @@ using EncodeTiled = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t,
 
 /* The map of a (rows, columns) matrix in tiles of tile_rows x 64. The function is the driver's: it is asked
  * for by name, so that no program has to link with the driver. */
-static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t columns, int tile_rows) {
+static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t columns, int tile_rows,
+                                   int64_t gap = 0) {
     static EncodeTiled encode = nullptr;
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
@@ -186,7 +187,7 @@ static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t colum
     }
     CUtensorMap map;
     cuuint64_t sizes[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
-               strides[1] = {(cuuint64_t)columns * sizeof(bf16)};
+               strides[1] = {(cuuint64_t)(columns + gap) * sizeof(bf16)};
     cuuint32_t box[2] = {SWIZZLE_BYTES / sizeof(bf16), (cuuint32_t)tile_rows}, steps[2] = {1, 1};
     REQUIRE(encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes, strides, box, steps,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -284,20 +284,20 @@ static void linear_forward(Context *context, T *y, const T *x, const T *weight, 
         LAUNCH((add_to_rows_kernel<T>), blocks_for(M * N, 256), 256, context, y, bias, rest, M * N, (int)N);
 }
 
-/* y = x W^T:  dx (+)= dy W. dx is M,K, dy is M,N, weight is N,K. */
+/* y = x W^T:  dx (+)= dy W. dx is M,K, dy is M,N, weight is N,K. Gaps: see Gaps. */
 template <typename T>
 static void linear_backward_input(Context *context, T *dx, bool accumulate, const T *dy, const T *weight,
-                                  int64_t M, int64_t N, int64_t K) {
-    matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N), matrix(weight, K), accumulate ? 1.0f : 0.0f,
-           matrix(dx, K));
+                                  int64_t M, int64_t N, int64_t K, Gaps gaps = {}) {
+    matmul(context, false, false, M, K, N, 1.0f, matrix(dy, N + gaps.dy), matrix(weight, K),
+           accumulate ? 1.0f : 0.0f, matrix(dx, K + gaps.dx));
 }
 
 /* y = x W^T:  dW (+)= dy^T x. dweight is N,K. */
 template <typename T>
 static void linear_backward_weight(Context *context, float *dweight, bool accumulate, const T *dy,
-                                   const T *x, int64_t M, int64_t N, int64_t K) {
-    matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N), matrix(x, K), accumulate ? 1.0f : 0.0f,
-           matrix(dweight, K));
+                                   const T *x, int64_t M, int64_t N, int64_t K, Gaps gaps = {}) {
+    matmul(context, true, false, N, K, M, 1.0f, matrix(dy, N + gaps.dy), matrix(x, K),
+           accumulate ? 1.0f : 0.0f, matrix(dweight, K));
 }
 
 /* ---- products beside other kernels ----
@@ -339,13 +339,13 @@ static inline bool side_pays(const Context *context, int64_t largest) {
  * side_join. */
 template <typename T>
 static void linear_backward_weight_aside(Context *context, float *dweight, bool accumulate, const T *dy,
-                                         const T *x, int64_t M, int64_t N, int64_t K) {
+                                         const T *x, int64_t M, int64_t N, int64_t K, Gaps gaps = {}) {
     if (!context->side.context || context->dry_run) {
-        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K);
+        linear_backward_weight(context, dweight, accumulate, dy, x, M, N, K, gaps);
         return;
     }
     REQUIRE(context->side.num_waiting < MAX_WAITING);
-    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate};
+    context->side.waiting[context->side.num_waiting++] = {dweight, dy, x, M, N, K, accumulate, gaps.dy};
 }
 
 /* What waits may begin when all that the main stream was given up to here is done. */
@@ -362,7 +362,7 @@ template <typename T> static void side_start(Context *context, int sms) {
     for (int i = 0; i < side->num_waiting; i++) {
         const auto &p = side->waiting[i];
         linear_backward_weight(side->context, p.dweight, p.accumulate, (const T *)p.dy, (const T *)p.x, p.M,
-                               p.N, p.K);
+                               p.N, p.K, Gaps{0, p.dy_gap, 0});
     }
     side->num_waiting = 0;
     side->busy = true;

@@ -99,7 +99,7 @@ template <typename T> struct NormBackward {
     const T *weight, *bias;
     Dropout dropout;
     int64_t rows;
-    int columns, batch; /* batch: rows at a time */
+    int columns, gap, batch; /* gap: between rows of dx and of dy; batch: rows at a time */
 };
 
 /* xhat = (x - mean) rstd, y = keep (xhat (1 + w) + b):  with g = keep dy (1 + w):
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
     __shared__ float row_g[2][NORM_BATCH], row_gx[2][NORM_BATCH];
     __shared__ SweepSums<VEC> shared;
     int64_t first = (int64_t)blockIdx.x * n.batch, stride = (int64_t)gridDim.x * n.batch;
-    int lane = (int)threadIdx.x % WARP_SIZE, columns = n.columns;
+    int lane = (int)threadIdx.x % WARP_SIZE, columns = n.columns, pitch = columns + n.gap;
     Sweep sweep(columns, VEC);
     bool wide = columns > sweep.lanes * VEC; // then a thread has several vectors, and sums wait in memory
     float dw[VEC] = {}, db[VEC] = {}, dsum[VEC] = {}, value[VEC], grad[VEC], w[VEC] = {}, b[VEC] = {};
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
             float g_sum = 0, gx_sum = 0, rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f;
             for (int c = lane * VEC; c < columns; c += WARP_SIZE * VEC) {
                 load<VEC>(value, n.x + row * columns + c);
-                load<VEC>(grad, n.dy + row * columns + c);
+                load<VEC>(grad, n.dy + row * pitch + c);
                 if (n.weight) load<VEC>(w, n.weight + c);
                 if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
 #pragma unroll
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
                 float rstd = n.rstd[row], mean = CENTRED ? n.mean[row] : 0.0f, again[VEC];
                 float g_mean = row_g[side][r], gx_mean = row_gx[side][r];
                 load<VEC>(value, n.x + row * columns + c);
-                load<VEC>(grad, n.dy + row * columns + c);
+                load<VEC>(grad, n.dy + row * pitch + c);
                 if (!CENTRED) drop<VEC>(grad, n.dropout, row * columns + c);
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
                     grad[i] = rstd * (grad[i] * (1.0f + w[i]) - g_mean - xhat * gx_mean);
                     if (CENTRED) dsum[i] += grad[i];
                 }
-                store<VEC>(n.dx + row * columns + c, grad);
+                store<VEC>(n.dx + row * pitch + c, grad);
                 if (!n.y) continue;
                 if (!CENTRED) drop<VEC>(again, n.dropout, row * columns + c);
                 store<VEC>(n.y + row * columns + c, again);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kern
 template <typename T, bool CENTRED>
 static void norm_backward(Context *context, NormBackward<T> n, float *dweight, float *dbias, float *dcolumns,
                           int64_t rows, int64_t columns) {
-    WITH_VEC(T, vectorises<T>(columns, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
+    WITH_VEC(T, vectorises<T>(columns | n.gap, n.dx, n.y, n.dy, n.x, n.weight, n.bias), {
         int64_t groups = SWEEP_THREADS / min(ceil_div(columns, VEC), (int64_t)SWEEP_THREADS);
         int64_t fit =
             min((int64_t)NORM_BATCH_BYTES / (2 * columns * (int64_t)sizeof(T)), (int64_t)NORM_BATCH);
@@ -245,14 +245,14 @@ static void layernorm_forward(Context *context, T *y, float *mean, float *rstd, 
 
 /* dx is written and may be dy; y (NULL: not wanted) is recomputed; dweight, dbias and dcolumns (NULL: none)
  * are added to by the next add_sums, dcolumns the column sums of dx: the gradient of a bias that was added
- * to x. */
+ * to x. gap: the numbers between rows of dx, and of dy. */
 template <typename T>
 static void layernorm_backward(Context *context, T *dx, T *y, float *dweight, float *dbias, float *dcolumns,
                                const T *dy, const float *mean, const float *rstd, const T *x,
-                               const T *weight, const T *bias, int64_t rows, int64_t columns) {
+                               const T *weight, const T *bias, int64_t rows, int64_t columns, int gap = 0) {
     NormBackward<T> norm = {};
     norm.dx = dx, norm.y = y, norm.dy = dy, norm.x = x, norm.mean = mean, norm.rstd = rstd;
-    norm.weight = weight, norm.bias = bias;
+    norm.weight = weight, norm.bias = bias, norm.gap = gap;
     norm_backward<T, true>(context, norm, dweight, dbias, dcolumns, rows, columns);
 }
 

@@ -201,12 +201,12 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
  *           walks down `share` rows (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
  * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
- *           NULL: as if 1, with da NULL; dx or da may be dy
+ *           NULL: as if 1, with da NULL; dx or da may be dy, with the same gaps
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool DROPS>
 __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
     silu_gate_backward_kernel(T *dx, T *da, T *y, float *partial, const T *dy, const T *x, const T *a,
-                              int rows, int columns, int share, Dropout dropout) {
+                              int rows, int columns, int share, Dropout dropout, Gaps gaps) {
     __shared__ SweepSums<VEC> shared;
     Sweep sweep(columns, VEC);
     int first = (int)blockIdx.x * share, last = min(first + share, rows);
@@ -221,13 +221,15 @@ __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
 #pragma unroll
         for (int i = 0; i < VEC; i++) next_other.v[i] = from_float<T>(1.0f), sum[i] = 0;
         if (row < last) {
-            next_value = packed<VEC>(x + at), next_grad = packed<VEC>(dy + at);
+            next_value = packed<VEC>(x + at), next_grad = packed<VEC>(dy + at + (int64_t)row * gaps.dy);
             if (a) next_other = packed<VEC>(a + at);
         }
         for (; row < last; row += sweep.groups, at += stride) {
             value = next_value, grad = next_grad, other = next_other;
-            if (row + sweep.groups < last) {
-                next_value = packed<VEC>(x + at + stride), next_grad = packed<VEC>(dy + at + stride);
+            int next = row + sweep.groups;
+            if (next < last) {
+                next_value = packed<VEC>(x + at + stride);
+                next_grad = packed<VEC>(dy + at + stride + (int64_t)next * gaps.dy);
                 if (a) next_other = packed<VEC>(a + at + stride);
             }
 #pragma unroll
@@ -240,8 +242,8 @@ __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
                 value.v[i] = from_float<T>(kept * v * s);
                 other.v[i] = from_float<T>(v * s * factor * keep); // in the order of the forward
             }
-            *reinterpret_cast<Packed<T, VEC> *>(dx + at) = grad;
-            if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at) = value;
+            *reinterpret_cast<Packed<T, VEC> *>(dx + at + (int64_t)row * gaps.dx) = grad;
+            if (da) *reinterpret_cast<Packed<T, VEC> *>(da + at + (int64_t)row * gaps.da) = value;
             if (y) *reinterpret_cast<Packed<T, VEC> *>(y + at) = other;
         }
         if (partial && sweep.groups == 1) store<VEC>(out + c, sum);
@@ -262,23 +264,24 @@ static inline int64_t gate_blocks(const Context *context, int64_t rows, unsigned
  * forward's result once more */
 template <typename T>
 static void silu_gate_backward(Context *context, T *dx, T *da, T *y, float *dbias, const T *dy, const T *x,
-                               const T *a, int64_t rows, int64_t columns, Dropout dropout) {
-    WITH_VEC(T, vectorises<T>(columns, dx, da, y, dy, x, a), {
+                               const T *a, int64_t rows, int64_t columns, Dropout dropout, Gaps gaps = {}) {
+    int all_gaps = gaps.dx | gaps.dy | gaps.da;
+    WITH_VEC(T, vectorises<T>(columns | all_gaps, dx, da, y, dy, x, a), {
         int64_t blocks = gate_blocks(context, rows, sweep_threads(columns, VEC));
         int64_t share = ceil_div(rows, blocks);
         float *partial = take_sum(context, dbias, blocks, columns);
         /* Without sums the columns do not matter, and rows of just the right width keep every thread busy. */
         int64_t width = SWEEP_THREADS * VEC;
-        if (!dbias && rows * columns % width == 0)
+        if (!dbias && !all_gaps && rows * columns % width == 0)
             rows = blocks = rows * columns / width, columns = width, share = 1;
         if (dropout.threshold)
             LAUNCH((silu_gate_backward_kernel<T, VEC, true>), (unsigned)blocks,
                    sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
-                   (int)columns, (int)share, dropout);
+                   (int)columns, (int)share, dropout, gaps);
         else
             LAUNCH((silu_gate_backward_kernel<T, VEC, false>), (unsigned)blocks,
                    sweep_threads(columns, VEC), context, dx, da, y, partial, dy, x, a, (int)rows,
-                   (int)columns, (int)share, dropout);
+                   (int)columns, (int)share, dropout, gaps);
     });
 }
 template <typename T>
@@ -336,7 +339,7 @@ static void gate_backward(Context *context, T *da, T *dr, const T *dy, const T *
  * numerics: float */
 template <typename T, int VEC>
 __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t count,
-                                int columns, Dropout dropout) {
+                                int columns, Dropout dropout, int out_gap) {
     int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (at >= count) return;
     float value[VEC], other[VEC];
@@ -354,23 +357,25 @@ __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T
 #pragma unroll
         for (int i = 0; i < VEC; i++) value[i] += other[i];
     }
-    store<VEC>(out + at, value);
+    store<VEC>(out + at + (out_gap ? at / columns * out_gap : 0), value);
 }
 
-/* out = alpha dropout(f) + x; kept (NULL: not wanted) = dropout(f), may be f */
+/* out = alpha dropout(f) + x; kept (NULL: not wanted) = dropout(f), may be f; out_gap: the numbers between
+ * rows of out */
 template <typename T>
 static void rescale_forward(Context *context, T *out, T *kept, const T *f, const T *x, const T *alpha,
-                            int64_t rows, int64_t columns, Dropout dropout) {
-    WITH_VEC(T, vectorises<T>(columns, out, kept, f, x, alpha),
+                            int64_t rows, int64_t columns, Dropout dropout, int out_gap = 0) {
+    WITH_VEC(T, vectorises<T>(columns | out_gap, out, kept, f, x, alpha),
              LAUNCH((residual_kernel<T, VEC>), blocks_for(rows * columns, POINT_THREADS * VEC),
-                    POINT_THREADS, context, out, kept, f, x, alpha, rows * columns, (int)columns, dropout));
+                    POINT_THREADS, context, out, kept, f, x, alpha, rows * columns, (int)columns, dropout,
+                    out_gap));
 }
-/* y = dropout(x); also its backward, whose mask is the same */
+/* y = dropout(x); also its backward, whose mask is the same; y_gap: the numbers between rows of y */
 template <typename T>
 static void dropout_forward(Context *context, T *y, const T *x, int64_t rows, int64_t columns,
-                            Dropout dropout) {
+                            Dropout dropout, int y_gap = 0) {
     rescale_forward(context, y, (T *)nullptr, x, (const T *)nullptr, (const T *)nullptr, rows, columns,
-                    dropout);
+                    dropout, y_gap);
 }
 
 /* out = alpha f + x, f = keep f':  df' = keep alpha dout;  dx = dout;  dalpha += sum over rows of dout f

@@ -341,6 +341,15 @@ __device__ inline void load_head(HeadVector<VEC> &v, const T *dq, const T *dk, c
         v.zn[i] = inverse * (v.q[i] * (1.0f + w[0][i]) + v.k[i] * (1.0f + w[1][i]));
 }
 
+/* Rows of gradients may begin anywhere: only wide vectors, which head_vector has found aligned, are stored as
+ * such. */
+template <int VEC, typename T> __device__ inline void store_head(T *to, const float (&from)[VEC]) {
+    if (VEC == 2)
+        to[0] = from_float<T>(from[0]), to[1] = from_float<T>(from[1]);
+    else
+        store<VEC>(to, from);
+}
+
 /* Sums that a thread makes for its vector of columns while it walks down the rows. */
 enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
 
@@ -351,13 +360,14 @@ enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its
  *           head and walks down 16 rows; a head too large for a warp is the whole block's
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even; VEC wants z and pointers in multiples of VEC elements; dzz may not be dq, dk or zz
+ * needs:    z even; VEC wants z and pointers in multiples of VEC elements, but dzz's pairs; dzz may not be
+ *           dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool NORM>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
     queries_backward_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias,
                             const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
-                            QueryShape shape, float eps, int lanes) {
+                            QueryShape shape, float eps, int lanes, int dzz_gap) {
     __shared__ SweepSums<VEC> shared;
     __shared__ float warp_sums[QUERY_WARPS];
     int z = shape.z, Z = shape.H * z, column = (int)blockIdx.y * z;
@@ -408,7 +418,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
                 sum[DBIAS][i] += dz;
                 v.zz[i] = dz;
             }
-            store<VEC>(dzz + at + j, v.zz);
+            store_head<VEC>(dzz + at + (int64_t)row * dzz_gap + j, v.zz);
 #pragma unroll
             for (int s = 0; s < NUM_QUERY_SUMS; s++)
                 if (wide && out[s]) store<VEC>(out[s] + j, sum[s]);
@@ -424,13 +434,13 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: see QueryWalk
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
  * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
- *           elements; dzz may not be dq, dk or zz
+ *           elements, but dzz's pairs; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
     queries_backward_ahead_kernel(T *dzz, float *partial_gamma, float *partial_beta, float *partial_bias,
                                   const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
-                                  QueryShape shape, float eps, int lanes) {
+                                  QueryShape shape, float eps, int lanes, int dzz_gap) {
     __shared__ SweepSums<VEC> shared;
     QueryWalk walk(shape, lanes, VEC);
     float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, sum[NUM_QUERY_SUMS][VEC] = {};
@@ -475,7 +485,7 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
             sum[DBIAS][i] += dz;
             z[i] = dz;
         }
-        store<VEC>(dzz + (int64_t)row * walk.Z + walk.column, z);
+        store_head<VEC>(dzz + (int64_t)row * (walk.Z + dzz_gap) + walk.column, z);
     }
 #pragma unroll
     for (int i = 0; i < VEC; i++) sum[DGAMMA_Q][i] *= inverse, sum[DGAMMA_K][i] *= inverse;
@@ -492,8 +502,8 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
 template <typename T, bool NORM>
 static void queries_backward_any(Context *context, T *dzz, float *dgamma, float *dbeta, float *dbias,
                                  const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
-                                 QueryShape shape, float eps) {
-    WITH_PAIRS(T, head_vector<T>(shape.z, dzz, dq, dk, zz, gamma), {
+                                 QueryShape shape, float eps, int dzz_gap) {
+    WITH_PAIRS(T, head_vector<T>(shape.z | dzz_gap, dzz, dq, dk, zz, gamma), {
         int lanes = shape.z > WARP_SIZE * VEC ? (int)QUERY_THREADS : head_lanes(shape.z, VEC);
         unsigned blocks = blocks_for((int64_t)shape.rows * lanes, QUERY_THREADS * QUERY_ROWS);
         int64_t Z = (int64_t)shape.H * shape.z;
@@ -503,12 +513,12 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
         if (NORM && table && dgamma && dbeta && dbias && queries_ahead(shape, VEC)) {
             LAUNCH((queries_backward_ahead_kernel<T, VEC>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
                    context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
-                   lanes);
+                   lanes, dzz_gap);
             return;
         }
         LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
                context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
-               lanes);
+               lanes, dzz_gap);
     });
 }
 
@@ -518,15 +528,16 @@ static void qk_affine_backward(Context *context, T *dzn, float *dgamma, float *d
                                int64_t z) {
     QueryShape shape = {(int)rows, nullptr, 1, (int)H, (int)z, 1};
     queries_backward_any<T, false>(context, dzn, dgamma, dbeta, nullptr, dq, dk, zn, gamma, nullptr, shape,
-                                   0.0f);
+                                   0.0f, 0);
 }
 /* Backward of queries_forward; dbias is the gradient of the bias that zz was made with: the column sums of
- * dzz. The three sums wait for add_sums. */
+ * dzz. The three sums wait for add_sums. dzz_gap: the numbers between rows of dzz. */
 template <typename T>
 static void queries_backward(Context *context, T *dzz, float *dgamma, float *dbeta, float *dbias,
                              const T *dq, const T *dk, const T *zz, const T *gamma, const float2 *table,
-                             QueryShape shape, float eps) {
-    queries_backward_any<T, true>(context, dzz, dgamma, dbeta, dbias, dq, dk, zz, gamma, table, shape, eps);
+                             QueryShape shape, float eps, int dzz_gap) {
+    queries_backward_any<T, true>(context, dzz, dgamma, dbeta, dbias, dq, dk, zz, gamma, table, shape, eps,
+                                  dzz_gap);
 }
 
 #endif

@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
                                  float *partial_b, Slots slots, const T *dy, const double *dmean_out,
                                  const double *dvar_out, const T *add1, const T *add2, const float *mean,
                                  const float *var, const T *__restrict__ x, const int64_t *count,
-                                 const double *mean_in, const T *weight, TimestepShape shape) {
+                                 const double *mean_in, const T *weight, TimestepShape shape, int add2_gap) {
     using A = Accum<T>;
     /* shares: dm / k and dv / k, then their scan, then P / size and 2 U / size; moments: mean and rstd */
     __shared__ Pair<A> shares[TILE_STEPS][GROUPS + 1];
@@ -544,7 +544,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
                 for (int i = 0; i < VEC; i++) grad[i] += add[i];
             }
             if (add2) {
-                load<VEC>(add, add2 + at);
+                load<VEC>(add, add2 + at + (int64_t)((int)first_row + t) * add2_gap);
 #pragma unroll
                 for (int i = 0; i < VEC; i++) grad[i] += add[i];
             }
@@ -562,13 +562,14 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
 
 /* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in,
  * dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL:
- * zero. The two sums wait for add_sums. */
+ * zero. The two sums wait for add_sums. add2_gap: the numbers between rows of add2. */
 template <typename T>
 static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight,
                                   float *dbias, const T *dy, const double *dmean_out, const double *dvar_out,
                                   const T *add1, const T *add2, const float *mean, const float *var,
                                   const T *x, const int64_t *count, const double *mean_in, const T *weight,
-                                  int64_t B, int64_t steps, int64_t D, int64_t G, float eps) {
+                                  int64_t B, int64_t steps, int64_t D, int64_t G, float eps,
+                                  int add2_gap = 0) {
     ScratchScope scope(context);
     int groups = backward_groups(D / G);
     TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
@@ -577,11 +578,11 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
     float *partial_w = take_sum(context, dweight, partials, D),
           *partial_b = take_sum(context, dbias, partials, D);
     WITH_WIDTH(
-        T, vector_width<T>(D / G, dx, dy, add1, add2, x, weight),
+        T, vector_width<T>(D / G | add2_gap, dx, dy, add1, add2, x, weight),
         WITH_GROUPS(16, groups,
                     LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape), TILE_THREADS,
                            context, dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy, dmean_out,
-                           dvar_out, add1, add2, mean, var, x, count, mean_in, weight, shape)));
+                           dvar_out, add1, add2, mean, var, x, count, mean_in, weight, shape, add2_gap)));
 }
 
 #endif

@@ -537,7 +537,7 @@ static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, c
                             LAUNCH((timestepnorm_backward_kernel<bf16, VEC, GROUPS>), tile_blocks(tiled),
                                    TILE_THREADS, context, set.dx, nullptr, nullptr, partial_w, partial_b,
                                    slots, set.dy, nullptr, nullptr, nullptr, nullptr, set.mean, set.var,
-                                   set.x, nullptr, nullptr, p.weight, tiled)));
+                                   set.x, nullptr, nullptr, p.weight, tiled, 0)));
             add_sums(context);
         },
         dx, dw, db);

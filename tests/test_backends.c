@@ -850,6 +850,8 @@ static void check_steps(const Candidate *candidate, const char *only) {
     tiled.vocab_size = 56;
     tiled.dropout = tiled.hidden_dropout = tiled.attention_dropout = 0.25;
     odd.dropout = odd.hidden_dropout = odd.attention_dropout = 0.25;
+    MegalodonConfig odd_and_even = odd; // gradients side by side: pairs of the last ones begin at odd places
+    odd_and_even.value_dim = 54;
     dropout.dropout = dropout.hidden_dropout = dropout.attention_dropout = 0.25;
     dropout.rescale_nffn = true;
     if (test_among(only, "shapes")) {
@@ -860,6 +862,7 @@ static void check_steps(const Candidate *candidate, const char *only) {
         if (!brief) check_shapes(candidate, "odd sizes", &odd, false, true);
         check_shapes(candidate, "dropout, recomputed", &dropout, true, false);
         check_shapes(candidate, "odd sizes, recomputed", &odd, true, false);
+        check_shapes(candidate, "odd and even sizes", &odd_and_even, true, false);
         check_shapes(candidate, "tiles, dropout", &tiled, true, false);
     }
     if (test_among(only, "wide")) {
