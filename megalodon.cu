@@ -59,6 +59,10 @@ enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 25
 #ifndef SILU_BESIDE
 #define SILU_BESIDE 1
 #endif
+/* -DJOINT_WEIGHTS=0: without a side stream wh1, wr and wz have a product each for their gradients */
+#ifndef JOINT_WEIGHTS
+#define JOINT_WEIGHTS 1
+#endif
 /* -DJOINT_UNDER_CEMA=0: the gradient of the weights of wh1, wr and wz waits until CEMA's backward is done */
 #ifndef JOINT_UNDER_CEMA
 #define JOINT_UNDER_CEMA 1
@@ -832,7 +836,13 @@ static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradi
     rmsnorm_backward<T>(context, dm, a->m ? nullptr : mm, dw->rmsnorm_weight, dm, a->c_rstd, a->c,
                         w->rmsnorm_weight, rows, D, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_M));
     /* The weights of all three, on the multiprocessors that CEMA leaves idle or beside what comes after. */
-    linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, grad.width, D, gaps);
+    if (JOINT_WEIGHTS || context->side.context) {
+        linear_backward_weight_aside(context, dw->wh1_weight, add, dh, mm, rows, grad.width, D, gaps);
+    } else {
+        linear_backward_weight(context, dw->wh1_weight, add, dh, mm, rows, D, D, Gaps{0, grad.gap(D), 0});
+        linear_backward_weight(context, dw->wr_weight, add, drr, mm, rows, E, D, Gaps{0, grad.gap(E), 0});
+        linear_backward_weight(context, dw->wz_weight, add, dzz, mm, rows, Z, D, Gaps{0, grad.gap(Z), 0});
+    }
     int idle = cema_idle(context, B, steps, D);
     if (JOINT_UNDER_CEMA && side_fits(context, idle)) {
         side_ready(context);
