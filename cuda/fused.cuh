@@ -41,10 +41,6 @@
 #ifndef FUSED_PRODUCTS
 #define FUSED_PRODUCTS 1
 #endif
-/* -DDV_FUSED=0: never for the gradient of attention's values */
-#ifndef DV_FUSED
-#define DV_FUSED 0
-#endif
 
 enum {
     FUSED_M = 128, FUSED_N = 256, FUSED_K = 64, // a tile, and the depth of a piece
@@ -553,8 +549,8 @@ static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *db
 /* May causal_silu_backward take chunks of C tokens and heads of e columns? The pointers are what it uses. */
 template <typename T, typename... P>
 static bool causal_silu_fits(const Context *context, int64_t C, int64_t e, const P *...pointers) {
-    return std::is_same<T, bf16>::value && FUSED_PRODUCTS && DV_FUSED && context->hopper &&
-           C % FUSED_M == 0 && e % FUSED_N == 0 && vectorises<bf16>(e, pointers...);
+    return std::is_same<T, bf16>::value && FUSED_PRODUCTS && context->hopper && C % FUSED_M == 0 &&
+           e % FUSED_N == 0 && vectorises<bf16>(e, pointers...);
 }
 
 /* v = silu(x) of one head:  dv = weights^T da of each chunk;  dx = dv silu'(x);  partial: sums of dx over 16
