@@ -256,9 +256,13 @@ static int32_t most_likely(const float *logits, int V) {
         zero[0] += zero[k];
     }
     if (zero[0] != 0) die("bench generate: the logits are not all finite");
-    for (int i = 0; i < V; i++)
-        if (logits[i] == largest[0]) return i;
-    return 0;
+    int first = 0;
+    for (bool found = false; first < whole; first += LANES) {
+        for (int k = 0; k < LANES; k++) found |= logits[first + k] == largest[0];
+        if (found) break;
+    }
+    while (first < V - 1 && logits[first] != largest[0]) first++;
+    return first;
 }
 
 /* Feeds the next token of each row and chooses the most likely one after it. */
