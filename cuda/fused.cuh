@@ -16,16 +16,23 @@
  * place to (`full`) and fro (`empty`). The multiplying warps, two groups of four, multiply 16 rows of the
  * tile each. At > a warp rounds them to bf16 and puts them into shared memory, its parcel; the writing
  * warps take the parcels in turns (`staged`, a group's four parcels) and give them back (`drained`, one).
- * They go row by row, and what the epilogue reads waits in a ring of their own, asked for 4 or 8 rows
- * before. A block's last tile is written by those that have multiplied it, since nothing else is left for
- * them to do.
+ * They go row by row, and what the epilogue reads waits in a ring of their own, as large as shared memory
+ * allows: 10 rows in the forward, 12 in the backward, or 6 of two arrays. A block's last tile is written by
+ * those that have multiplied it, since nothing else is left for them to do.
+ *
+ * What the rings ask for and all that is written leaves the second cache first: this kernel reads none of it
+ * again, but the weight for every row of tiles, and the rows of A for every column of them.
  *
  * On an H100 80GB, `build/ladder_products --quick --repeats 15`, mega200M's wr forward and wh2 backward
  * take 0.271 and 0.356 ms; the products alone, by cuBLAS, 0.205 each, and with a kernel after them 0.343
  * and 0.515. What was slower there: multiplying warps that write every tile themselves (0.338 and 0.442),
  * also in clusters of two that copy the weight for each other (0.345 and 0.430); writers that hold batches
  * of rows in registers (0.276 and 0.578); eight writers (0.300 and 0.368); and these three when the second
- * cache is asked for their rows a tile ahead (0.297 and 0.416).
+ * cache is asked for their rows a tile ahead (0.297 and 0.416), or in pairs of blocks that copy the weight
+ * for each other (mega1.3B's 0.442 and 0.502, not 0.437 and 0.495). All this with rings of 8 rows, and with
+ * nothing that leaves the second cache first; both together took a training step of mega1.3B from 267.7 to
+ * 264.3 ms. Asking that cache for A and the weight four pieces ahead took it back to 267.4, although in the
+ * ladder, by pairs and with rings of 8, it was faster (0.432 and 0.476, not 0.436 and 0.501).
  *
  * Everything else (other devices, float, dropout, sizes that tiles do not divide) takes the product of
  * matmul.cuh and the kernel of pointwise.cuh; the results are the same but for the order of sums.
@@ -50,15 +57,19 @@ enum {
     /* the rows of a tile: of a group of warps, and of one warp, which are a parcel */
     FUSED_GROUPS = 2, FUSED_GROUP_WARPS = 4, FUSED_WARP_ROWS = 16,
     FUSED_PARCELS = FUSED_M / FUSED_WARP_ROWS, FUSED_PARCEL_BYTES = FUSED_WARP_ROWS * FUSED_ROW_BYTES,
-    /* a writer's ring holds so many rows of arrays that the epilogue reads, two of them at most */
-    FUSED_WRITERS = 3, FUSED_INPUTS = 2, FUSED_RING_ROWS = 8,
-    FUSED_RING_BYTES = FUSED_RING_ROWS * FUSED_ROW_BYTES,
+    /* a writer's ring holds so many rows of arrays that the epilogue reads, two of them at most; the backward
+     * has no bias, so more room */
+    FUSED_WRITERS = 3, FUSED_INPUTS = 2, FUSED_RING_ROWS = 10, FUSED_BACKWARD_RING_ROWS = 12,
     FUSED_BIASES = FUSED_PLACES + 1, FUSED_BIAS_BYTES = FUSED_N * 2,
+    FUSED_FORWARD_BYTES =
+        FUSED_WRITERS * FUSED_RING_ROWS * FUSED_ROW_BYTES + FUSED_BIASES * FUSED_BIAS_BYTES,
+    FUSED_BACKWARD_BYTES = FUSED_WRITERS * FUSED_BACKWARD_RING_ROWS * FUSED_ROW_BYTES,
     FUSED_BARRIERS = 2 * FUSED_PLACES + FUSED_GROUPS + FUSED_PARCELS,
     FUSED_THREADS = (1 + FUSED_GROUPS) * WARPGROUP,
     FUSED_SHARED = FUSED_PLACES * FUSED_PLACE_BYTES + FUSED_PARCELS * FUSED_PARCEL_BYTES +
-                   FUSED_WRITERS * FUSED_RING_BYTES + FUSED_BIASES * FUSED_BIAS_BYTES + FUSED_BARRIERS * 8
+                   FUSED_BARRIERS * 8 + FUSED_BACKWARD_BYTES
 };
+static_assert(FUSED_FORWARD_BYTES <= FUSED_BACKWARD_BYTES, "the same shared memory serves both directions");
 static_assert(FUSED_SHARED <= 232448, "as much shared memory as a block can have");
 
 /* Eight bf16 numbers as they move: in words, since the compiler keeps arrays of bf16 element by element. */
@@ -66,7 +77,10 @@ using Eight = Packed<uint32_t, FUSED_VEC / 2>;
 __device__ inline Eight load_eight(const bf16 *from) {
     return packed<FUSED_VEC / 2>(reinterpret_cast<const uint32_t *>(from));
 }
-__device__ inline void store_eight(bf16 *to, const Eight &words) { *reinterpret_cast<Eight *>(to) = words; }
+/* What is written leaves the second cache before what is read again. */
+__device__ inline void store_eight(bf16 *to, const Eight &words) {
+    __stcs(reinterpret_cast<uint4 *>(to), make_uint4(words.v[0], words.v[1], words.v[2], words.v[3]));
+}
 __device__ inline float number(const Eight &words, int i) {
     return i % 2 ? high_bf16(words.v[i / 2]) : low_bf16(words.v[i / 2]);
 }
@@ -79,7 +93,7 @@ __device__ inline float number(const Eight &words, int i) {
 /* y = product + bias;  h = silu(y) other */
 template <bool GATED> struct SiluEpilogue {
     static constexpr bool ROWS_OF_K = false; // the weight's rows run along K
-    static constexpr int INPUTS = GATED ? 1 : 0;
+    static constexpr int INPUTS = GATED ? 1 : 0, RING_ROWS = FUSED_RING_ROWS;
     bf16 *y, *h;
     const bf16 *bias, *other; /* bias may be NULL */
     __device__ const bf16 *input(int) const { return other; }
@@ -108,7 +122,7 @@ template <bool GATED> struct SiluEpilogue {
  * ONLY_DX: neither da nor h. */
 template <bool GATED, bool ONLY_DX = false> struct GateEpilogue {
     static constexpr bool ROWS_OF_K = true; // the weight's rows are K
-    static constexpr int INPUTS = GATED ? 2 : 1;
+    static constexpr int INPUTS = GATED ? 2 : 1, RING_ROWS = FUSED_BACKWARD_RING_ROWS;
     static constexpr const bf16 *bias = nullptr;
     bf16 *dx, *da, *h; /* da and h may be NULL; h may be x: the thread that writes an element has read it */
     const bf16 *x, *a;
@@ -151,18 +165,20 @@ template <bool GATED, bool ONLY_DX = false> struct GateEpilogue {
 
 /* ---- the kernel ---- */
 
-/* Shared memory: the ring of places, the parcels, the writers' rings, the biases of the last tiles' columns,
- * the barriers. */
+/* Shared memory: the ring of places, the parcels, the barriers, the writers' rings, the biases of the last
+ * tiles' columns. */
 struct FusedMemory {
     char *memory;
     __device__ char *place(int i) const { return memory + i * FUSED_PLACE_BYTES; }
     __device__ char *parcel(int i) const { return place(FUSED_PLACES) + i * FUSED_PARCEL_BYTES; }
-    __device__ char *ring(int writer) const { return parcel(FUSED_PARCELS) + writer * FUSED_RING_BYTES; }
-    __device__ char *bias(int i) const { return ring(FUSED_WRITERS) + i * FUSED_BIAS_BYTES; }
-    __device__ uint64_t *full(int place) const { return (uint64_t *)bias(FUSED_BIASES) + place; }
+    __device__ uint64_t *full(int place) const { return (uint64_t *)parcel(FUSED_PARCELS) + place; }
     __device__ uint64_t *empty(int place) const { return full(FUSED_PLACES) + place; }
     __device__ uint64_t *staged(int group) const { return empty(FUSED_PLACES) + group; }
     __device__ uint64_t *drained(int parcel) const { return staged(FUSED_GROUPS) + parcel; }
+    __device__ char *ring(int writer, int rows) const {
+        return (char *)drained(FUSED_PARCELS) + writer * rows * FUSED_ROW_BYTES;
+    }
+    __device__ char *bias(int i) const { return ring(FUSED_WRITERS, FUSED_RING_ROWS) + i * FUSED_BIAS_BYTES; }
 };
 
 /* ---- walks: which tiles a block makes, one after the other, and of which pieces ----
@@ -311,10 +327,12 @@ __device__ inline Eight row_of_parcel(const char *parcel, int row) {
  * only what it has copied itself, so that nobody has to wait for others. */
 template <typename E, typename W>
 __device__ inline void write_rows(const E &epilogue, FusedMemory memory, W walk, int64_t rows, int columns) {
-    constexpr int AHEAD = FUSED_RING_ROWS / (E::INPUTS > 1 ? E::INPUTS : 1), TOGETHER = 2; // rows at a time
+    constexpr int AHEAD = E::RING_ROWS / (E::INPUTS > 1 ? E::INPUTS : 1), TOGETHER = 2; // rows at a time
+    static_assert(AHEAD % TOGETHER == 0, "rows that go together lie together in the ring");
     int writer = (int)threadIdx.x / WARP_SIZE - 1, lane = (int)threadIdx.x % WARP_SIZE, number = writer,
-        tile = 0;
-    char *ring = memory.ring(writer) + lane * 16;
+        tile = 0, slot = 0; // slot: of the ring's rows, whose number need not divide a parcel's
+    char *ring = memory.ring(writer, E::RING_ROWS) + lane * 16;
+    uint64_t policy = goes_first();
     /* For a row behind the matrix's last the last again: its products are 0, and 0 times that has to be 0. */
     auto ask = [&](const LaneRows &from, int row, char *place) {
 #pragma unroll
@@ -323,7 +341,7 @@ __device__ inline void write_rows(const E &epilogue, FusedMemory memory, W walk,
 #pragma unroll
             for (int k = 0; k < E::INPUTS; k++)
                 if (from.count > 0)
-                    copy_aside(place + (i * E::INPUTS + k) * FUSED_ROW_BYTES, epilogue.input(k) + at);
+                    copy_aside(place + (i * E::INPUTS + k) * FUSED_ROW_BYTES, epilogue.input(k) + at, policy);
         }
         copies_commit();
     };
@@ -343,7 +361,8 @@ __device__ inline void write_rows(const E &epilogue, FusedMemory memory, W walk,
 #pragma unroll 1
         for (int row = 0; row < FUSED_WARP_ROWS; row += TOGETHER) {
             Eight in[TOGETHER][FUSED_INPUTS];
-            char *place = ring + row % AHEAD * (E::INPUTS * FUSED_ROW_BYTES);
+            char *place = ring + slot * (E::INPUTS * FUSED_ROW_BYTES);
+            if ((slot += TOGETHER) == AHEAD) slot = 0;
             copies_wait<AHEAD / TOGETHER - 1>();
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++)
@@ -445,7 +464,7 @@ __device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, W w
  *           write, eight multiply 16 x 256 of a tile each
  * traffic:  A, B and what the epilogue reads and writes, each once; neighbouring blocks read the same rows of
  *           A
- * needs:    sm_90a; columns a multiple of 256, K of 64, chunks of 128; FUSED_SHARED (227,456) bytes of shared
+ * needs:    sm_90a; columns a multiple of 256, K of 64, chunks of 128; FUSED_SHARED (231,552) bytes of shared
  *           memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the
  *           epilogue */

@@ -137,10 +137,20 @@ __device__ inline void load_bytes(void *to, const void *from, int bytes, uint64_
 #endif
 }
 
-/* Asks for 16 bytes, into shared memory, that this thread alone will read. */
-__device__ inline void copy_aside(void *to, const void *from) {
+/* A policy for bytes that nobody will read again soon: they leave the second cache before others. */
+__device__ inline uint64_t goes_first() {
+    uint64_t policy = 0;
 #if HOPPER_CODE
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+#endif
+    return policy;
+}
+/* Asks for 16 bytes, into shared memory, that this thread alone will read. */
+__device__ inline void copy_aside(void *to, const void *from, uint64_t policy) {
+#if HOPPER_CODE
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "l"(policy)
+                 : "memory");
 #endif
 }
 /* What the thread asked for since the last call is one group. */

@@ -49,13 +49,14 @@ static const Shape shapes[] = {
 /* One set of arguments: in (rows,depth); one, two, three (rows,columns) are written: y, h, or dx, da, h; x
  * and other (rows,columns) are read: of x the backward's, of other the gate. Causal: in is the weights of
  * attention, a row for each query, with 0 for later keys; other is the gradient of its output, and only dx is
- * written. */
-struct Arguments { bf16 *in, *one, *two, *three, *x, *other; };
-/* Common to all sets: weight (columns,depth) or, backward, (depth,columns); bias and dbias (columns). */
-struct Parameters {
-    bf16 *weight, *bias;
+ * written. dbias (columns) gets the backward's column sums of dx: of each set its own, since what set 0 left
+ * is looked at again after runs on others. */
+struct Arguments {
+    bf16 *in, *one, *two, *three, *x, *other;
     float *dbias;
 };
+/* Common to all sets: weight (columns,depth) or, backward, (depth,columns); bias (columns). */
+struct Parameters { bf16 *weight, *bias; };
 struct Truth { double *one, *two, *three, *dbias; };
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ static void naive_product(Context *context, const Arguments &set, const Paramete
     dim3 grid(blocks_for(s.columns, SIDE), blocks_for(s.rows, SIDE)), block(SIDE, SIDE);
     LAUNCH((naive_kernel<float, bf16>), grid, block, context, set.one, set.two, set.three, set.in, p.weight,
            p.bias, set.x, set.other, s);
-    if (s.backward && s.biased) add_column_sums(context, p.dbias, set.one, s.rows, s.columns);
+    if (s.backward && s.biased) add_column_sums(context, set.dbias, set.one, s.rows, s.columns);
 }
 
 /* computes: weights[query, key] = 0 for the keys of a chunk behind the query
@@ -161,7 +162,7 @@ static void cublas_and_kernel(Context *context, const Arguments &set, const Para
     cublas_product(context, set, p, s);
     if (s.backward)
         silu_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr,
-                                 s.causal ? nullptr : set.three, s.biased ? p.dbias : nullptr, set.one,
+                                 s.causal ? nullptr : set.three, s.biased ? set.dbias : nullptr, set.one,
                                  set.x, gate, s.rows, s.columns, no_dropout());
     else
         silu_gate<bf16>(context, set.two, nullptr, set.one, gate, s.rows * s.columns, no_dropout());
@@ -171,11 +172,11 @@ static void fused(Context *context, const Arguments &set, const Parameters &p, c
     const bf16 *gate = s.gated ? set.other : nullptr;
     if (s.causal)
         causal_silu_backward(context, set.one,
-                             take_sum(context, p.dbias, s.rows / FUSED_WARP_ROWS, s.columns), set.in,
+                             take_sum(context, set.dbias, s.rows / FUSED_WARP_ROWS, s.columns), set.in,
                              set.other, set.x, s.rows / s.depth, s.depth, s.columns, 0, s.columns);
     else if (s.backward)
         linear_gate_backward<bf16>(context, set.one, s.gated ? set.two : nullptr, set.three,
-                                   s.biased ? p.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows,
+                                   s.biased ? set.dbias : nullptr, set.in, p.weight, set.x, gate, s.rows,
                                    s.depth, s.columns, no_dropout());
     else
         linear_silu_forward<bf16>(context, set.two, set.one, nullptr, set.in, p.weight,
@@ -226,15 +227,16 @@ static void climb(Ladder *ladder, Table *table, const std::vector<Arguments> &se
     LadderOutput<bf16> one = {s.backward ? "dx" : "y", sets[0].one, size, nullptr, 4e-3, truth.one},
                        two = {s.backward ? "da" : "h", sets[0].two, size, nullptr, 4e-3, truth.two},
                        three = {"h", sets[0].three, size, nullptr, 4e-3, truth.three};
-    LadderOutput<float> dbias = {"dbias", p.dbias, s.columns, nullptr, 4e-3, truth.dbias};
+    LadderOutput<float> dbias = {"dbias", sets[0].dbias, s.columns, nullptr, 4e-3, truth.dbias};
     ladder->flop = (s.causal ? 1.0 : 2.0) * (double)size * (double)s.depth, ladder->first_ms = 0;
     printf("%s: %lld rows, %lld columns, depth %lld, %s\n", s.name, (long long)s.rows, (long long)s.columns,
            (long long)s.depth, s.causal ? "backward, causal" : s.backward ? "backward" : "forward");
     auto step = [&](const char *name, const char *idea, auto version) {
         ladder->ms = NAN;
         auto run = [&](int i) {
-            clear(context, p.dbias, (size_t)s.columns * sizeof(float)); // sums are added to it
-            version(sets[(size_t)i]);
+            const Arguments &set = sets[(size_t)i];
+            clear(context, set.dbias, (size_t)s.columns * sizeof(float)); // sums are added to it
+            version(set);
             add_sums(context);
         };
         if (!s.backward)
@@ -284,15 +286,16 @@ static void climb_shape(Ladder *ladder, Table *table, const Shape &s, bool quick
     auto truths = [&](int64_t count) {
         return all.push_back(ladder_allocate<double>(count)), (double *)all.back();
     };
-    Parameters p = {numbers(s.columns * s.depth), numbers(s.columns), ladder_allocate<float>(s.columns)};
+    Parameters p = {numbers(s.columns * s.depth), numbers(s.columns)};
     Truth truth = {truths(size), truths(size), truths(size), truths(s.columns)};
-    all.push_back(p.dbias);
     ladder_fill(ladder, p.weight, s.columns * s.depth, 1, 0.0f, 1.0f / std::sqrt((float)s.depth));
     ladder_fill(ladder, p.bias, s.columns, 2, 0.0f, 0.5f);
     std::vector<Arguments> sets((size_t)ladder_sets(ladder, 2.0 * (double)size * sizeof(bf16)));
     for (size_t i = 0; i < sets.size(); i++) {
         sets[i] = Arguments{numbers(s.rows * s.depth), numbers(size), numbers(size),
-                            numbers(size),             numbers(size), numbers(size)};
+                            numbers(size),             numbers(size), numbers(size),
+                            ladder_allocate<float>(s.columns)};
+        all.push_back(sets[i].dbias);
         ladder_fill(ladder, sets[i].in, s.rows * s.depth, 10 + 3 * i, 0.0f, 1.0f);
         if (s.causal)
             LAUNCH(causal_kernel, blocks_for(s.rows * s.depth, 256), 256, &ladder->context, sets[i].in,
