@@ -251,6 +251,7 @@ struct MegalodonModel {
     int *arrivals;      /* decode_attention's counters, zero between steps */
     bool clusters;      /* see attention_clusters_run */
     std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
+    float *opened_u;    /* (D): u of the layer that opened last, until its own states have moved on */
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
@@ -431,7 +432,7 @@ static int64_t few_rows(const MegalodonModel *m) {
 }
 
 /* Can a step with one row begin its layers with an opening (see decode_tiles.cuh)? It does not pay where the
- * blocks of the states' part, which stand beside those of Wh2, would have to wait for a processor. */
+ * blocks of the states' part, which stand beside those of fc2, would have to wait for a processor. */
 template <typename T> static bool has_openings(const Model<T> *m) {
     const MegalodonConfig *c = &m->config;
     DecodeTiles opening = {};
@@ -439,8 +440,8 @@ template <typename T> static bool has_openings(const Model<T> *m) {
     opening.opens = true, opening.opening.G = c->norm_num_groups;
     int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
     return std::is_same<T, bf16>::value && !m->options.training &&
-           c->model_dim % TILE_CHUNK == 0 && c->value_dim % TILE_CHUNK == 0 && blocks <= m->context.num_sms &&
-           tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
+           c->model_dim % TILE_CHUNK == 0 && c->ffn_hidden_dim % TILE_CHUNK == 0 &&
+           blocks <= m->context.num_sms && tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
 
 /* Training keeps the incoming state for the backward; inference moves one state on in place. */
@@ -481,7 +482,10 @@ template <typename T> static void layout_workspace(Model<T> *m, Arena *arena) {
         m->plan.groups = take<SegmentGroup>(&upload, max_partials(rows));
     }
     m->device_upload = take<char>(arena, (int64_t)upload.used);
-    if (has_openings(m)) m->prepared.resize((size_t)c->num_layers + 1);
+    if (has_openings(m)) {
+        m->prepared.resize((size_t)c->num_layers + 1);
+        m->opened_u = take<float>(arena, c->model_dim);
+    }
     for (DecodePrepared &prepared : m->prepared) {
         prepared.response = take<float2>(arena, c->model_dim);
         prepared.moments = take<double>(arena, 2 * c->norm_num_groups + 2);
@@ -995,8 +999,8 @@ static bool opens(const MegalodonModel *m, int l) {
     return l > 0 && m->batch.B == 1 && !m->prepared.empty();
 }
 
-/* What the opening of layer l, or the final norm, reads and writes. u (D): scratch, NULL: the final norm. */
-template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int l, float *u) {
+/* What the opening of layer l, or the final norm, reads and writes. */
+template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int l) {
     DecodeOpening opening = {};
     if constexpr (std::is_same<T, bf16>::value) {
         bool final_norm = l == m->config.num_layers;
@@ -1006,13 +1010,13 @@ template <typename T> static DecodeOpening decode_opening(const Model<T> *m, int
         opening.bias = final_norm ? m->top.final_bias : m->layers[l].timenorm_bias;
         opening.mean = final_norm ? m->state.final_mean : m->state.layers[l].norm_mean;
         opening.var = final_norm ? m->state.final_var : m->state.layers[l].norm_var;
-        opening.u = u, opening.G = m->config.norm_num_groups;
+        opening.u = m->opened_u, opening.G = m->config.norm_num_groups;
     }
     return opening;
 }
 
-/* The states' part of layer l: what layer l + 1 opens with and, where u (D) is given, the move of its own. */
-template <typename T> static DecodeStates decode_states_of(const Model<T> *m, int l, const float *u) {
+/* The states' part of layer l: what layer l + 1 opens with and, where l has opened, the move of its own. */
+template <typename T> static DecodeStates decode_states_of(const Model<T> *m, int l) {
     const MegalodonConfig *c = &m->config;
     DecodeStates states = {};
     bool last = l + 1 == c->num_layers;
@@ -1023,7 +1027,8 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
     states.mean = last ? m->state.final_mean : m->state.layers[l + 1].norm_mean;
     states.var = last ? m->state.final_var : m->state.layers[l + 1].norm_var;
     states.count = m->state.count;
-    if (u) states.own_coef = m->coef[l], states.own_h = m->state.layers[l].cema, states.u = u;
+    if (opens(m, l))
+        states.own_coef = m->coef[l], states.own_h = m->state.layers[l].cema, states.u = m->opened_u;
     states.D = c->model_dim, states.G = c->norm_num_groups, states.N = c->cema_ndim;
     return states;
 }
@@ -1053,7 +1058,7 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     int64_t B = m->batch.B, D = c->model_dim, Z = c->z_dim, E = c->value_dim, H = c->num_heads, e = E / H;
     DecodeAttentionSizes sizes = decode_attention_sizes(B, H, e);
     T *u = take<T>(context, B * D), *h = take<T>(context, B * D), *ar = take<T>(context, B * E);
-    float *partial = take<float>(context, sizes.partial), *wide_u = take<float>(context, D);
+    float *partial = take<float>(context, sizes.partial);
     float2 *parts = take<float2>(context, sizes.parts);
 
     norm.u = u, norm.c = a->c, norm.h = state->cema, norm.coef = m->coef[l];
@@ -1080,7 +1085,7 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     h1->out = h, h1->add = x;
     v->out = state->v, v->silu = true, v->count = m->state.count, v->C = c->chunk_size;
     if (opens(m, l)) {
-        DecodeOpening opening = decode_opening(m, l, wide_u);
+        DecodeOpening opening = decode_opening(m, l);
         decode_step_tiles<T>(m, "opening z r h1 v", p, &opening, nullptr);
     } else {
         decode_step_products<T>(context, "z r h1 v", p);
@@ -1094,12 +1099,7 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
     p.product[0].out = a->y, p.product[0].add = h;
-    if (opens(m, l + 1)) {
-        DecodeStates states = decode_states_of(m, l, opens(m, l) ? wide_u : nullptr);
-        decode_step_tiles<T>(m, "h2, states", p, nullptr, &states);
-    } else {
-        decode_step_products<T>(context, "h2", p);
-    }
+    decode_step_products<T>(context, "h2", p);
     return a->y;
 }
 
@@ -1122,7 +1122,12 @@ template <typename T> static void ffn_step(Model<T> *m, int l, T *out, const T *
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->fc2_weight, nullptr, hidden, D, F);
     p.product[0].out = out, p.product[0].scale = w->ffn_alpha, p.product[0].add = x;
-    decode_step_products<T>(context, "fc2", p);
+    if (opens(m, l + 1)) {
+        DecodeStates states = decode_states_of(m, l);
+        decode_step_tiles<T>(m, "fc2, states", p, nullptr, &states);
+    } else {
+        decode_step_products<T>(context, "fc2", p);
+    }
 }
 
 /* forward_pass for a step, and the logits, which are what a step is made for: the first kernel reads the
@@ -1155,7 +1160,7 @@ template <typename T> static void decode_pass(Model<T> *m) {
     p.product[0].wide_out = m->host_logits;
     p.advance = m->state.count; // all that read the counts have ended when this kernel writes
     if (opening) {
-        DecodeOpening final_norm = decode_opening(m, c->num_layers, nullptr);
+        DecodeOpening final_norm = decode_opening(m, c->num_layers);
         p.product[0].input = DECODE_NORMED;
         decode_step_tiles<T>(m, "final norm, logits", p, &final_norm, nullptr);
     } else {

@@ -9,12 +9,15 @@
  *
  * A lane so reads 16 bytes of each output at a time. Which of the product's k a number is does not matter as
  * long as weights and inputs agree. A plain input goes from memory straight into registers; a normalised one
- * passes through shared memory as two bf16 whose sum it is to 16 bits.
+ * passes through shared memory as two bf16 whose sum it is to 16 bits: of several rows, in two products; of
+ * one row, whose product would leave seven columns empty, in two columns of one. With one row, a norm's
+ * moments also come in only at the end (see OwnColumn): a warp waits for no numbers but those it multiplies.
  *
  * With one row, a layer's first kernel also is its TimestepNorm and CEMA (an "opening"): c = Re(sum_k c_k
  * (q_k h_k + p_k u)) + omega u = response.x + response.y u, where response depends only on the states that
- * the step before left. Blocks beside those of the layer before's Wh2 compute it, before their wait, and
- * move that layer's own states on after it. Each block of the opening then makes all of u and c itself.
+ * the step before left. Blocks beside those of the layer before's fc2 compute it, before their wait, and
+ * move that layer's own states on after it. Each block of the opening then makes all of u and c itself, where
+ * sizes allow with four channels a thread that stay in its registers from x to u and c.
  */
 #ifndef CUDA_DECODE_TILES_CUH
 #define CUDA_DECODE_TILES_CUH
@@ -27,6 +30,8 @@ enum {
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
     TILE_MANY_THREADS = 704, /* for registers: the next kernel's blocks find some beside 16 warps */
+    TILE_SMALL_HELD = 4, /* chunks that each of 16 warps holds at most where these are all of K .. */
+    TILE_SMALL_THREADS = 1024, /* .. and, for registers: a block finds room beside one of attention */
     TILE_STATE_LANES = 16, /* lanes that share a channel's states */
     TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES /* of a block of 16 warps */
 };
@@ -45,6 +50,7 @@ struct DecodeOpening {
     double *mean, *var;
     float *u;
     int G, size, lane_bits; /* size D/G */
+    int lanes; /* threads of four channels that make a group, see OpeningLane; 0: see opening_statistics */
     float inverse_size;
 };
 
@@ -75,6 +81,7 @@ struct DecodeTiles {
  */
 
 struct TileShared {
+    uint4 *own;      /* (K/32, OWN_COLUMNS, 4): where warps make their own input, in place of the next two */
     bf16 *constants; /* (3,K) */
     bf16 *input;     /* (inputs, 2 parts, M, K + TILE_PAD) */
     bf16 *x;         /* (K): from here on only in an opening */
@@ -90,7 +97,8 @@ __host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, 
     size_t x = input + inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16), response = x + K * sizeof(bf16);
     size_t moments = response + K * sizeof(float2), statistics = moments + (2 * G + 2) * sizeof(double);
     if (to)
-        *to = TileShared{(bf16 *)base,
+        *to = TileShared{(uint4 *)base,
+                         (bf16 *)base,
                          (bf16 *)(base + input),
                          (bf16 *)(base + x),
                          (float2 *)(base + response),
@@ -117,6 +125,27 @@ __device__ inline void tile_send_for_word(void *to, const bf16 *from, int64_t at
                  : "memory");
 }
 
+/* A load that stays where it is written. Compilers put one off to the first use of its result, and then it
+ * waits for what else is used before. */
+__device__ inline uint2 load_here(const uint2 *from) {
+    uint2 words;
+#ifdef __CUDA_ARCH__
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from) : "memory");
+#else
+    words = *from;
+#endif
+    return words;
+}
+
+/* Four numbers, or zeros. */
+__device__ inline uint2 four_of(const bf16 *from, int at) {
+    return from ? *(const uint2 *)(from + at) : make_uint2(0, 0);
+}
+__device__ inline void unpack_four(float (&to)[4], uint2 words) {
+    to[0] = low_bf16(words.x), to[1] = high_bf16(words.x);
+    to[2] = low_bf16(words.y), to[3] = high_bf16(words.y);
+}
+
 /* Sends for the norm's constants, K numbers each: (weight, bias), in an opening and RMSNorm's weight. */
 template <int THREADS>
 __device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const DecodeProduct<bf16> &q) {
@@ -128,11 +157,12 @@ __device__ inline void tile_constants(bf16 *to, const DecodeTiles &p, const Deco
 
 /* Four numbers as two rows of bf16, `distance` numbers apart, whose sum they are. */
 __device__ inline void tile_split(bf16 *to, int distance, const float (&value)[4]) {
-    float rest[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) rest[i] = value[i] - to_float(from_float<bf16>(value[i]));
-    store<4>(to, value);
-    store<4>(to + distance, rest);
+    /* in pairs, since one instruction rounds two */
+    uint2 first = make_uint2(word_of(value[0], value[1]), word_of(value[2], value[3]));
+    *(uint2 *)to = first;
+    *(uint2 *)(to + distance) =
+        make_uint2(word_of(value[0] - low_bf16(first.x), value[1] - high_bf16(first.x)),
+                   word_of(value[2] - low_bf16(first.y), value[3] - high_bf16(first.y)));
 }
 
 /* Sum over the `threads` neighbouring threads that share a row, a multiple of 32. scratch: a float a warp,
@@ -184,6 +214,127 @@ __device__ inline void tile_normalise(const DecodeTiles &p, const DecodeProduct<
         tile_split(shared.input + row * (K + TILE_PAD) + k, M * (K + TILE_PAD), value);
     }
 }
+
+/* ----------------------------------------------------------------------------------------------------------
+ * A normalised input of one row, of which each warp makes what it multiplies
+ */
+
+/* norm(x) W^T = rstd (sum_k (x_k - x_0) (1 + w_k) W_k - (mean - x_0) sum_k (1 + w_k) W_k) + sum_k b_k W_k,
+ * so that no warp has to know mean and rstd before it multiplies. Without x_0 little would be left of these
+ * sums where the mean is large; with it no term is larger than about sqrt(K) standard deviations. With one
+ * row, the eight columns of mma.m16n8k16 have room for all that these sums are of, which so cost no products
+ * of their own: the first two are two bf16 whose sum is (x_k - x_0) (1 + w_k); w_k and 1 make the second
+ * sum. */
+enum OwnColumn { OWN_HIGH, OWN_LOW, OWN_WEIGHT, OWN_ONE, OWN_BIAS, OWN_COLUMNS };
+
+/* Each two columns are one sum. */
+enum OwnSum { OWN_INPUT_SUM, OWN_WEIGHT_SUM, OWN_BIAS_SUM, OWN_SUMS };
+
+enum { OWN_AHEAD = 2 }; /* of a lane's pieces of the input that are read at the same time */
+
+/* A warp's own chunks in pieces, four numbers long, of which a lane has every 32nd. */
+template <int WARPS> struct OwnPieces {
+    static constexpr int IN_CHUNK = TILE_CHUNK / 4;
+    static constexpr int CHUNKS = WARP_SIZE / IN_CHUNK * WARPS; /* from a lane's piece to its next */
+    int k, pieces; /* of x, the lane's first number; the whole warp's pieces */
+    Packed<bf16, 4> piece[OWN_AHEAD];
+    float first; /* x_0 */
+
+    __device__ OwnPieces(int K) {
+        int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
+        k = (lane / IN_CHUNK * WARPS + warp) * TILE_CHUNK + lane % IN_CHUNK * 4;
+        pieces = max(K / TILE_CHUNK - warp + WARPS - 1, 0) / WARPS * IN_CHUNK;
+    }
+    /* Is there a piece number i? */
+    __device__ bool has(int i) const { return (int)threadIdx.x % WARP_SIZE + i * WARP_SIZE < pieces; }
+    /* Reads those from number i on. */
+    __device__ void read(const bf16 *x, int i) {
+        if (i == 0) first = to_float(x[0]);
+#pragma unroll
+        for (int j = 0; j < OWN_AHEAD; j++) {
+            piece[j] = Packed<bf16, 4>{};
+            if (has(i + j)) piece[j] = packed<4>(x + k + (i + j) * (CHUNKS * TILE_CHUNK));
+        }
+    }
+    /* The place of number i in a column. */
+    __device__ bf16 *place(const TileShared &shared, int i, OwnColumn column) const {
+        int chunk = k / TILE_CHUNK + i * CHUNKS;
+        return (bf16 *)shared.own + (chunk * OWN_COLUMNS + column) * TILE_CHUNK + k % TILE_CHUNK;
+    }
+};
+
+/* Sends for the columns that do not depend on x, of the warp's own chunks; wait_for_copies and a barrier of
+ * the warp follow. */
+template <int WARPS>
+__device__ inline void own_constants(const TileShared &shared, int K, const DecodeProduct<bf16> &q) {
+    constexpr uint32_t TWO_ONES = 0x3F803F80;
+    int warp = (int)threadIdx.x / WARP_SIZE, lane = (int)threadIdx.x % WARP_SIZE;
+#pragma unroll 1
+    for (int chunk = lane / 4 * WARPS + warp; chunk * TILE_CHUNK < K; chunk += WARP_SIZE / 4 * WARPS) {
+        int k = chunk * TILE_CHUNK + lane % 4 * 8;
+        uint4 *to = shared.own + chunk * (OWN_COLUMNS * 4) + lane % 4;
+        if (q.norm_weight) copy_early(to + OWN_WEIGHT * 4, q.norm_weight + k, true);
+        else to[OWN_WEIGHT * 4] = make_uint4(0, 0, 0, 0);
+        if (q.norm_bias) copy_early(to + OWN_BIAS * 4, q.norm_bias + k, true);
+        else to[OWN_BIAS * 4] = make_uint4(0, 0, 0, 0);
+        to[OWN_ONE * 4] = make_uint4(TWO_ONES, TWO_ONES, TWO_ONES, TWO_ONES);
+    }
+}
+
+/* The columns of x, of the warp's own chunks, whose first pieces have been read; the lane's part of the sums
+ * of x - x_0 and of its square. Only LAYERNORM has a mean: elsewhere 0 stands for that sum and for x_0. */
+template <int WARPS>
+__device__ inline void own_input(float &sum, float &squares, const DecodeProduct<bf16> &q,
+                                 const TileShared &shared, OwnPieces<WARPS> &own) {
+    float first = q.input == DECODE_LAYERNORM ? own.first : 0.0f;
+    sum = squares = 0;
+    wait_for_copies();
+    __syncwarp(); // the warp's constants are there
+#pragma unroll 1
+    for (int i = 0; own.has(i); i += OWN_AHEAD) {
+        if (i) own.read(q.x, i);
+#pragma unroll
+        for (int j = 0; j < OWN_AHEAD; j++) {
+            if (!own.has(i + j)) break;
+            float weight[4], value[4];
+            load<4>(weight, own.place(shared, i + j, OWN_WEIGHT));
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float difference = to_float(own.piece[j].v[n]) - first;
+                sum += difference, squares = fmaf(difference, difference, squares);
+                value[n] = fmaf(difference, weight[n], difference);
+            }
+            tile_split(own.place(shared, i + j, OWN_HIGH), (OWN_LOW - OWN_HIGH) * TILE_CHUNK, value);
+        }
+    }
+    if (q.input != DECODE_LAYERNORM) sum = 0;
+    __syncwarp(); // the warp's columns are there
+}
+
+/* What ends a product, from all warps' sums of x - x_0 and of its square. */
+struct OwnNorm {
+    float distance, rstd; /* mean - x_0, 1 / standard deviation */
+    template <int WARPS>
+    __device__ OwnNorm(const DecodeTiles &p, const DecodeProduct<bf16> &q, const float (&moments)[2][WARPS]) {
+        float sum = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) sum += moments[0][i], squares += moments[1][i];
+        distance = sum * p.inverse_K;
+        float var = fmaxf(fmaf(squares, p.inverse_K, -distance * distance), 0.0f);
+        rstd = q.input == DECODE_PLAIN ? 1.0f : rsqrtf(var + p.products.eps);
+    }
+    /* An output's sum, from those of all warps. */
+    template <int WARPS>
+    __device__ float total(const float (&sums)[WARPS][TILE_OUTPUTS][OWN_SUMS + 1], int output) const {
+        float total = 0, weights = 0, constant = 0;
+#pragma unroll 4
+        for (int i = 0; i < WARPS; i++) { // few at a time: registers wait for the next tile's weights
+            float4 sum = *(const float4 *)sums[i][output];
+            total += sum.x, weights += sum.y, constant += sum.z;
+        }
+        return fmaf(rstd, fmaf(-distance, weights, total), constant);
+    }
+};
 
 /* ----------------------------------------------------------------------------------------------------------
  * The opening of a layer, for one row
@@ -273,6 +424,79 @@ __device__ inline void tile_open(const DecodeTiles &p, const DecodeProduct<bf16>
     sum = warp_sum(sum);
     if (threadIdx.x % WARP_SIZE == 0) squares[threadIdx.x / WARP_SIZE] = sum;
 }
+
+/* The same from a thread's four channels, where lanes of a warp make whole groups: nothing waits for other
+ * warps between x and the two inputs. */
+struct OpeningLane {
+    uint2 weight, bias, average;
+    int k, group; /* the first channel, its group */
+    bool active, averages;
+
+    /* Before the wait. */
+    __device__ void prepare(const DecodeTiles &p, const DecodeProduct<bf16> &first) {
+        const DecodeOpening &o = p.opening;
+        active = (int)threadIdx.x * 4 < p.K, averages = first.input == DECODE_AVERAGED;
+        k = active ? (int)threadIdx.x * 4 : 0; // the others work along: sums want whole warps
+        group = (int)(((float)k + 0.5f) * o.inverse_size); // k / size
+        weight = four_of(o.weight, k), bias = four_of(o.bias, k);
+        average = averages ? four_of(first.norm_weight, k) : make_uint2(0, 0);
+    }
+
+    /* As tile_open, and x to shared memory. */
+    __device__ void open(const DecodeTiles &p, const DecodeProduct<bf16> &first, const TileShared &s,
+                         float *squares_of_warps) const {
+        const DecodeOpening &o = p.opening;
+        const double *moments = o.prepared.moments;
+        uint2 words = load_here((const uint2 *)(first.x + k));
+        double before = moments[group], spread = moments[o.G + group], share = moments[2 * o.G];
+        float4 response[2] = {};
+        if (averages) {
+            const float4 *from = (const float4 *)(o.prepared.response + k);
+            response[0] = from[0], response[1] = from[1];
+        }
+        float value[4], factor[4], shift[4], sum = 0, squares = 0;
+        unpack_four(value, words);
+        float reference = __shfl_sync(FULL_MASK, value[0], (int)threadIdx.x % WARP_SIZE & -o.lanes);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float difference = value[i] - reference;
+            sum += difference, squares = fmaf(difference, difference, squares);
+        }
+        for (int step = o.lanes / 2; step > 0; step /= 2) {
+            sum += __shfl_xor_sync(FULL_MASK, sum, step);
+            squares += __shfl_xor_sync(FULL_MASK, squares, step);
+        }
+        Pair<float> own = moments_of(reference, sum, squares, o.inverse_size);
+        double difference = (double)own.x - before, all_mean = before + share * difference;
+        double all_var =
+            spread + share * ((double)own.y - spread) + share * (1 - share) * difference * difference;
+        float mean = (float)all_mean, rstd = rsqrtf((float)all_var + p.products.eps);
+        bool writes = blockIdx.x == 0 && active;
+        if (writes && k == group * o.size) o.mean[group] = all_mean, o.var[group] = all_var;
+        unpack_four(factor, weight), unpack_four(shift, bias);
+#pragma unroll
+        for (int i = 0; i < 4; i++) value[i] = (value[i] - mean) * rstd * (1.0f + factor[i]) + shift[i];
+        if (active) {
+            *(uint2 *)(s.x + k) = words;
+            tile_split(s.input + k, p.K + TILE_PAD, value);
+        }
+        if (!averages) return;
+        if (writes) store<4>(o.u + k, value);
+        const float from[4][2] = {{response[0].x, response[0].y}, {response[0].z, response[0].w},
+                                  {response[1].x, response[1].y}, {response[1].z, response[1].w}};
+        unpack_four(factor, average);
+        squares = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float c = fmaf(from[i][1], value[i], from[i][0]);
+            squares = fmaf(c, c, squares);
+            value[i] = c * (1.0f + factor[i]);
+        }
+        if (active) tile_split(s.input + 2 * (p.K + TILE_PAD) + k, p.K + TILE_PAD, value);
+        squares = warp_sum(active ? squares : 0.0f);
+        if (threadIdx.x % WARP_SIZE == 0) squares_of_warps[threadIdx.x / WARP_SIZE] = squares;
+    }
+};
 
 /* One state's part in h = q h + p u. */
 struct StateMove {
@@ -376,34 +600,53 @@ __device__ inline void tile_multiply(float (&sum)[2][4], const uint4 (&w)[2], co
 }
 
 /* The sums of the held chunks, and then, HELD at a time, of the others. q: the tile's product. input: in
- * shared memory, unless it is PLAIN. */
-template <int WARPS, int HELD, bool PLAIN>
+ * shared memory, unless it is PLAIN; the warp's OWN columns lie as its lanes want them. */
+template <int WARPS, int HELD, bool OPENS, bool PLAIN, bool OWN>
 __device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const DecodeProduct<bf16> &q,
-                                 const DecodeTiles &p, int tile, const bf16 *input) {
-    int warp = (int)threadIdx.x / WARP_SIZE, row = (int)threadIdx.x % WARP_SIZE / 4;
+                                 const DecodeTiles &p, int tile, const void *input) {
+    int warp = (int)threadIdx.x / WARP_SIZE, column = (int)threadIdx.x % WARP_SIZE / 4;
     int part = (int)threadIdx.x % 4, K = p.K, M = p.products.M;
+    const int columns = OWN ? (int)OWN_COLUMNS : OPENS ? 2 : M; // the others are zeros
     const uint4 nothing = make_uint4(0, 0, 0, 0);
-    const bf16 *x = PLAIN ? q.x + (int64_t)row * K : input + row * (K + TILE_PAD);
+    const bf16 *x = PLAIN ? q.x + (int64_t)column * K : (const bf16 *)input + column * (K + TILE_PAD);
+    const uint4 *own = (const uint4 *)input + column * 4 + part;
     for (int first = warp; first * TILE_CHUNK < K; first += WARPS * HELD) {
         if (first != warp) tile_weights<WARPS>(held, tile_place_of(p, tile), K, first);
         uint4 value[HELD];
 #pragma unroll
-        for (int i = 0; i < HELD && PLAIN; i++) { // all on their way at the same time
-            int k = (first + i * WARPS) * TILE_CHUNK;
-            value[i] = row < M && k < K ? *(const uint4 *)(x + k + part * 8) : nothing;
+        for (int i = 0; i < HELD && (PLAIN || OWN); i++) { // all on their way at the same time
+            int chunk = first + i * WARPS, k = chunk * TILE_CHUNK;
+            const uint4 *from = PLAIN ? (const uint4 *)(x + k + part * 8) : own + chunk * (OWN_COLUMNS * 4);
+            value[i] = column < columns && k < K ? *from : nothing;
         }
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             int k = (first + i * WARPS) * TILE_CHUNK;
             if (k >= K) break;
-            if (PLAIN) {
+            if (PLAIN || OWN) {
                 tile_multiply(sum, held[i], value[i]);
                 continue;
             }
             const bf16 *at = x + k + part * 8;
-            tile_multiply(sum, held[i], row < M ? *(const uint4 *)at : nothing);
-            tile_multiply(sum, held[i], row < M ? *(const uint4 *)(at + M * (K + TILE_PAD)) : nothing);
+            tile_multiply(sum, held[i], column < columns ? *(const uint4 *)at : nothing);
+            if (OPENS) continue; // the second part is the second column
+            tile_multiply(sum, held[i],
+                          column < columns ? *(const uint4 *)(at + M * (K + TILE_PAD)) : nothing);
         }
+        if (WARPS == 16 && HELD == TILE_SMALL_HELD) break; // these were all
+    }
+}
+
+/* The warp's sums to shared memory: (outputs, ROWS). PAIRS: each is of two columns. */
+template <bool PAIRS, int ROWS>
+__device__ inline void tile_keep(float (&to)[TILE_OUTPUTS][ROWS + 1], const float (&sum)[2][4]) {
+    int lane = (int)threadIdx.x % WARP_SIZE, pair = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        float even = sum[0][i] + sum[1][i], odd = sum[0][i + 1] + sum[1][i + 1];
+        float *row = to[i / 2 * 8 + lane / 4];
+        if (!PAIRS) row[pair * 2] = even, row[pair * 2 + 1] = odd;
+        else if (pair < ROWS) row[pair] = even + odd;
     }
 }
 
@@ -440,17 +683,19 @@ __device__ inline void tile_ends(TileEnds &ends, const TileEnd &end) {
     if (end.output == 0) ends.row[end.m] = q.count ? (int64_t)end.m * q.C + q.count[end.m] % q.C : end.m;
 }
 
-/* sums of all warps: (warps, outputs, rows). factor: of all sums. add: to the sum. */
+/* An output's sum, from those of all warps: (warps, outputs, rows). */
 template <int WARPS, int ROWS>
-__device__ inline void tile_finish(const TileEnd &end, const TileEnds &ends, float factor, bf16 add,
-                                   const float (&sums)[WARPS][TILE_OUTPUTS][ROWS + 1]) {
+__device__ inline float tile_total(const float (&sums)[WARPS][TILE_OUTPUTS][ROWS + 1], int output, int m) {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) total += sums[i][output][m];
+    return total;
+}
+
+/* total, gate: the sums of the output and of its gate. factor: of the former. add: to the sum. */
+__device__ inline void tile_finish(const TileEnd &end, const TileEnds &ends, float total, float gate,
+                                   float factor, bf16 add) {
     const DecodeProduct<bf16> &q = *end.q;
-    float total = 0, gate = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) total += sums[i][end.output][end.m];
-    if (q.second)
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) gate += sums[i][end.output + 8][end.m];
     float value = fmaf(total, factor, ends.bias[end.output]);
     if (q.silu) value = silu(value);
     if (q.second) value *= gate;
@@ -481,14 +726,16 @@ __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProd
  *           WARPS-th chunk of K
  * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
  * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory
- * numerics: exact products, float sums in a fixed order: deterministic; out may be add */
-template <int WARPS, int HELD, bool OPENS, bool PLAIN>
-__global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS * WARP_SIZE,
+ * numerics: exact products, float sums by chunks, columns, warps in order: deterministic; out may be add */
+template <int WARPS, int HELD, bool OPENS, bool PLAIN, bool OWN>
+__global__ void __launch_bounds__(WARPS < 16                ? WARPS * WARP_SIZE
+                                  : HELD == TILE_SMALL_HELD ? (int)TILE_SMALL_THREADS
+                                                            : (int)TILE_MANY_THREADS,
                                   WARPS == 8 ? 3 : 1)
     decode_tiles_kernel(const __grid_constant__ DecodeTiles p) {
-    constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : (int)DECODE_ROWS;
+    constexpr int THREADS = WARPS * WARP_SIZE, ROWS = OPENS ? 1 : OWN ? (int)OWN_SUMS : (int)DECODE_ROWS;
     extern __shared__ uint4 tile_memory[];
-    __shared__ float sums[WARPS][TILE_OUTPUTS][ROWS + 1];
+    __shared__ __align__(16) float sums[WARPS][TILE_OUTPUTS][ROWS + 1];
     __shared__ float scratch[2][WARPS];
     __shared__ TileEnds ends;
     mark(p.launch, STAGE_ENTERED);
@@ -502,18 +749,32 @@ __global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS *
     TileShared shared = {};
     if (!PLAIN) tile_shared(p, (char *)tile_memory, &shared);
     uint4 held[HELD][2];
+    const bool lanes = OPENS && p.opening.lanes;
     const DecodeProduct<bf16> *q = tile_request<WARPS>(held, p, tile);
     const DecodeProduct<bf16> *constants = q, *ready = nullptr; // whose are, whose input is in shared memory
-    if (!PLAIN) tile_constants<THREADS>(shared.constants, p, *constants);
+    if (OWN) own_constants<WARPS>(shared, K, *constants);
+    else if (!PLAIN && !lanes) tile_constants<THREADS>(shared.constants, p, *constants);
+    OpeningLane opening;
+    if (OPENS) opening.prepare(p, *q);
     TileEnd end(p, tile);
     tile_ends(ends, end);
+    OwnPieces<WARPS> own(K);
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
+    if (OPENS) { // one input for all turns
+        if (lanes) opening.open(p, *q, shared, scratch[0]);
+        else tile_open<WARPS>(p, *q, shared, scratch[0]);
+        __syncthreads(); // the input is there
+    }
     for (;;) {
-        bool news = !PLAIN && !(ready && (OPENS || same_input(*ready, *q)));
-        if (news && OPENS) {
-            tile_open<WARPS>(p, *q, shared, scratch[0]);
+        float own_sum = 0, own_squares = 0;
+        bool news = !PLAIN && !OPENS && !(ready && same_input(*ready, *q));
+        if (news && OWN) {
+            if (constants != q) own_constants<WARPS>(shared, K, *q);
+            own.read(q->x, 0);
+            own_input<WARPS>(own_sum, own_squares, *q, shared, own);
+            ready = q;
         } else if (news) {
             if (constants != q) {
                 __syncthreads(); // nobody reads another input and its constants any more
@@ -521,8 +782,6 @@ __global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS *
             }
             wait_for_copies(); // of the constants, which are read after a barrier
             tile_normalise<WARPS>(p, *q, shared, scratch);
-        }
-        if (news) {
             __syncthreads(); // the input is there
             ready = q;
         }
@@ -531,12 +790,14 @@ __global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS *
         if (!OPENS && end.active && end.q->add) tile_send_for_word(ends.add[threadIdx.x], end.q->add, added);
         bool averaged = OPENS && q->input == DECODE_AVERAGED;
         float sum[2][4] = {};
-        tile_sums<WARPS, HELD, PLAIN>(sum, held, *q, p, tile,
-                                      shared.input + (averaged ? 2 * (K + TILE_PAD) : 0));
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (lane % 4 * 2 + i % 2 < ROWS)
-                sums[warp][i / 2 * 8 + lane / 4][lane % 4 * 2 + i % 2] = sum[0][i] + sum[1][i];
+        const bf16 *input = shared.input + (averaged ? 2 * (K + TILE_PAD) : 0);
+        tile_sums<WARPS, HELD, OPENS, PLAIN, OWN>(sum, held, *q, p, tile,
+                                                  OWN ? (const void *)shared.own : (const void *)input);
+        tile_keep<OPENS || OWN, ROWS>(sums[warp], sum);
+        if (news && OWN) {
+            own_sum = warp_sum(own_sum), own_squares = warp_sum(own_squares);
+            if (lane == 0) scratch[0][warp] = own_sum, scratch[1][warp] = own_squares;
+        }
         mark(p.launch, STAGE_MULTIPLIED);
         tile += p.tile_blocks;
         bool last = (WARPS > 8 && !OPENS) || tile >= p.tiles; // the former: there is a block for each tile
@@ -552,7 +813,16 @@ __global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS *
                 for (int i = 0; i < WARPS; i++) squares += scratch[0][i];
                 factor = rsqrtf(fmaf(squares, p.inverse_K, p.products.eps));
             }
-            tile_finish<WARPS, ROWS>(end, ends, factor, add, sums);
+            float total, gate = 0;
+            if constexpr (OWN) {
+                const OwnNorm norm(p, *end.q, scratch);
+                total = norm.total(sums, end.output);
+                if (end.q->second) gate = norm.total(sums, end.output + 8);
+            } else {
+                total = tile_total<WARPS, ROWS>(sums, end.output, end.m);
+                if (end.q->second) gate = tile_total<WARPS, ROWS>(sums, end.output + 8, end.m);
+            }
+            tile_finish(end, ends, total, gate, factor, add);
         }
         if (last) break;
         __syncthreads(); // all have read the sums and the ends
@@ -568,9 +838,9 @@ __global__ void __launch_bounds__(WARPS == 16 ? (int)TILE_MANY_THREADS : WARPS *
  * Launchers
  */
 
-template <int WARPS, int HELD, bool OPENS, bool PLAIN>
+template <int WARPS, int HELD, bool OPENS, bool PLAIN, bool OWN = false>
 static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
-    auto kernel = decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN>;
+    auto kernel = decode_tiles_kernel<WARPS, HELD, OPENS, PLAIN, OWN>;
     p.tile_blocks = min(p.tiles, context->num_sms * (WARPS == 8 ? 3 : 1));
     int channels = WARPS * WARP_SIZE / TILE_STATE_LANES;
     p.states.blocks = (int)ceil_div(p.states.D, channels);
@@ -601,6 +871,9 @@ static inline bool tiles_fit(DecodeTiles *p) {
         fit = fit && p->products.M == 1 && vectorises<bf16>(p->K, o->weight, o->bias);
         for (o->lane_bits = 5; o->lane_bits > 0 && o->G << o->lane_bits > 8 * WARP_SIZE;) o->lane_bits--;
         o->size = p->K / o->G, o->inverse_size = 1.0f / (float)o->size;
+        /* four channels for each thread of a block, and 1, 2, 4, .. or 32 threads for each group */
+        bool lanes = p->K <= 4 * 8 * WARP_SIZE && o->size % 4 == 0 && 4 * WARP_SIZE % o->size == 0;
+        o->lanes = lanes ? o->size / 4 : 0;
         for (int i = 0; i < p->products.number; i++) {
             const DecodeProduct<bf16> &q = p->products.product[i];
             fit = fit && (!q.add || q.add == q.x);
@@ -611,10 +884,14 @@ static inline bool tiles_fit(DecodeTiles *p) {
 
 /* Few tiles are worked on by more warps each, since a tile stays with its processor. */
 static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
-    bool few = p.tiles <= context->num_sms;
+    bool few = p.tiles <= context->num_sms, own = p.products.M == 1 && !p.plain;
+    bool small = few && p.plain && p.K <= 16 * TILE_SMALL_HELD * TILE_CHUNK;
     if (p.opens) launch_tiles<8, 4, true, false>(context, name, p);
+    else if (small) launch_tiles<16, TILE_SMALL_HELD, false, true>(context, name, p);
+    else if (few && own) launch_tiles<16, 5, false, false, true>(context, name, p);
     else if (few && p.plain) launch_tiles<16, 5, false, true>(context, name, p);
     else if (few) launch_tiles<16, 5, false, false>(context, name, p);
+    else if (own) launch_tiles<8, 4, false, false, true>(context, name, p);
     else if (p.plain) launch_tiles<8, 4, false, true>(context, name, p);
     else launch_tiles<8, 4, false, false>(context, name, p);
 }
