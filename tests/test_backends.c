@@ -681,6 +681,21 @@ static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T
     return (MegalodonBatch){.tokens = tokens, .B = B, .T = T};
 }
 
+/* Weights and biases of norms, which begin as zeros, become others, the same on both sides in every precision. */
+static void set_norms(const Pair *pair) {
+    MegalodonTensor list[MODEL_MAX_TENSORS];
+    int count = megalodon_tensors(&pair->config, MEGALODON_PARAM, 1, 1, 0, list, MODEL_MAX_TENSORS);
+    for (int i = 0; i < count; i++) {
+        if (!strstr(list[i].name, "norm.")) continue;
+        float *values = must_allocate((size_t)list[i].size * sizeof *values);
+        for (int64_t j = 0; j < list[i].size; j++)
+            values[j] = (float)((int)(megalodon_random(700 + (uint64_t)i, (uint64_t)j) % 129) - 64) / 128;
+        for (int side = 0; side < 2; side++)
+            must(pair->backend[side]->set(pair->model[side], MEGALODON_PARAM, list[i].name, values, MEGALODON_F32));
+        free(values);
+    }
+}
+
 /* `steps` tokens one by one after a prompt, the last one with a loss, which is another way than that of generation;
  * then the state, and (in the short form only after a prompt of one token) the same again from an empty state, which
  * must give the same bits. Of a long prompt each piece repeats one of two tokens: if keys are left out, the mean of
@@ -688,6 +703,7 @@ static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T
 static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
                              int prompt, int steps) {
     Pair pair = pair_create(candidate, what, config, false, true);
+    set_norms(&pair);
     int runs = brief && prompt > 1 ? 1 : 2, V = config->vocab_size, most = MAX_T / B;
     int pieces = (prompt + most - 1) / most;
     float *logits[2];
