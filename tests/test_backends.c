@@ -741,17 +741,19 @@ static void check_generation(const Candidate *candidate, const char *what, const
 }
 
 /* Sizes at which a GPU changes its ways of making a token: each number of rows, from the first token on; heads as wide
- * as a cluster of blocks takes them, and wider, with a group and states that take several turns; layers too wide for
- * the states to be made beside a product; so many keys that a block takes them in two turns, one for each piece of 64,
- * or in three; the end of such a chunk. */
+ * as a cluster of blocks takes them, and wider, with a group and states that take several turns; groups whose size is
+ * no power of two; layers too wide for the states to be made beside a product; so many keys that a block takes them in
+ * two turns, one for each piece of 64, or in three; the end of such a chunk. */
 static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled) {
-    MegalodonConfig head = *tiled, wide = *tiled, longer = *tiled;
+    MegalodonConfig head = *tiled, groups = *tiled, wide = *tiled, longer = *tiled;
     int around = tiled->chunk_size + 3;
     for (int B = 1; B <= MAX_GENERATED; B++) check_generation(candidate, "tiles, from nothing", tiled, B, 1, 4);
     head.num_heads = 1, head.z_dim = 256, head.value_dim = 288, head.norm_num_groups = 1, head.cema_ndim = 20;
     for (int B = 1; B < MAX_B; B++) check_generation(candidate, "a head of 256", &head, B, 1, around);
     head.z_dim = head.value_dim = 264;
     check_generation(candidate, "a head of 264", &head, 1, 1, around);
+    groups.model_dim = 96, groups.norm_num_groups = 4, groups.norm_affine = true;
+    check_generation(candidate, "groups of 24", &groups, 1, 1, 4);
     wide.model_dim = 1440, wide.norm_num_groups = 15;
     check_generation(candidate, "wide layers", &wide, 1, 1, 3);
     longer.num_layers = 1, longer.chunk_size = 2200;
