@@ -16,9 +16,10 @@
  *
  * What differs from the CPU, for speed: elementwise steps are fused (z-norm, affine and RoPE; SiLU, gate and
  * dropout; a residual rides in the product's epilogue), a backward kernel that needs a CHEAP activation's
- * inputs anyway writes that activation once more, passes that come again are recorded and replayed,
- * gradients of small weights are computed beside other kernels, and everything temporary lives in one scratch
- * stack whose size create() measures by a dry run.
+ * inputs anyway writes that activation once more, passes that come again are recorded and replayed, layers
+ * that read the same activation share products in the backward, gradients of small weights are computed
+ * beside other kernels, and everything temporary lives in one scratch stack whose size create() measures by a
+ * dry run.
  */
 #include <cfloat>
 #include <cmath>
@@ -53,7 +54,7 @@ static const char *errorf(const char *format, ...) {
  * 1. Kernels of the model: AdamW, norm of the gradients, the working copy of the weights
  */
 
-enum { ARENA_ALIGN = 64, ROW_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
+enum { ARENA_ALIGN = 64, NORM_CHUNK = 65536, UPDATE_THREADS = 256, UPDATE_VEC = 4 };
 
 /* Numbers on the device that one step's kernels hand to each other. */
 struct Scalars {
@@ -505,7 +506,8 @@ static int find_param(const MegalodonModel *m, const char *name) {
 
 /* Layers that read the same activation: the second one's weight stands right behind the first one's, and so
  * does its gradient, so that both are one matrix of more rows. The gradients of their outputs lie side by
- * side in the backward, and one product serves all. */
+ * side in the backward: one product makes the gradient of what they read, and one may make all of their
+ * weights'. */
 static const char *const FOLLOWERS[][2] = {{"mega.wh1.weight", "mega.wr.weight"},
                                            {"mega.wr.weight", "mega.wz.weight"},
                                            {"nffn.fc1.weight", "nffn.fc3.weight"}};
@@ -695,9 +697,11 @@ template <typename T> static void ffn_forward(Model<T> *m, int l, const T *x) {
 
 /* ---- backward ---- */
 
-/* Gradients in a layer's backward: dy of the mega half's output, and side by side those of the outputs of the
- * three layers that read m, in rows of `pitch` numbers, of which they are the first `width`. dy is dh, unless
- * there is a dropout between. */
+enum { ROW_ALIGN = 64 }; /* numbers */
+
+/* Gradients in a block's backward: dy of the mega half's output, and side by side those of the outputs of the
+ * three layers that read m, in rows of `pitch` numbers, a multiple of ROW_ALIGN, of which they are the first
+ * `width`. dy is dh, unless there is a dropout between. */
 template <typename T> struct MegaGradients {
     T *dy, *dh, *drr, *dzz; /* (B,T,D), (B,T,D), (B,T,E), (B,T,Z) */
     int64_t width, pitch;
@@ -743,9 +747,9 @@ static void ffn_backward(Model<T> *m, int l, const T *dx, const MegaGradients<T>
     int64_t both = c->swiglu ? 2 * F : F;
     T *df1 = take<T>(context, rows * both), *df3 = c->swiglu ? df1 + F : nullptr;
     int gap = (int)(both - F);
-    linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight, a->f1,
-                            a->f3, rows, D, F, dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN),
-                            Gaps{gap, 0, gap});
+    linear_gate_backward<T>(context, df1, df3, a->hidden ? nullptr : hidden, nullptr, df, w->fc2_weight,
+                            a->f1, a->f3, rows, D, F,
+                            dropout_at(m, c->hidden_dropout, l, MEGALODON_SITE_HIDDEN), Gaps{gap, 0, gap});
     linear_backward_weight_aside(context, dw->fc2_weight, add, df, hidden, rows, D, F);
     side_ready(context);
     linear_backward_input(context, grad.dy, false, df1, w->fc1_weight, rows, both, D,
@@ -863,8 +867,8 @@ static void mega_backward(Model<T> *m, int l, const T *x, T *dx, const MegaGradi
 
 /* ---- the head ---- */
 
-/* The loss is the last thing of a forward and its gradient the first of the backward. In training both are made
- * in the forward, while a block's logits are there, so that no logits are computed twice or held for all
+/* The loss is the last thing of a forward and its gradient the first of the backward. In training both are
+ * made in the forward, while a block's logits are there, so that no logits are computed twice or held for all
  * tokens. The scale of the gradient is known to the backward only, and is applied there. Until then the two
  * gradients lie at the bottom of the scratch stack, which nothing else uses between a forward and its
  * backward. */
@@ -1570,8 +1574,8 @@ static void upload_batch(MegalodonModel *m) {
     upload(m, (size_t)((char *)m->targets - m->device_upload), rows * sizeof(int32_t));
 }
 
-/* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy with
- * the forward meanwhile. */
+/* Makes and sends the plan of the embedding's gradient, which only the backward wants: the device is busy
+ * with the forward meanwhile. */
 static void upload_plan(MegalodonModel *m) {
     EmbeddingPlan plan = {
         on_host(m, m->plan.order), on_host(m, m->plan.segments), on_host(m, m->plan.groups), 0, 0, 0};
@@ -1740,7 +1744,8 @@ static void update_range(MegalodonModel *m, int64_t begin, int64_t end, const Me
            end - begin, a);
 }
 
-/* AdamW with decoupled decay on every parameter, or on all but CEMA's, gradients clipped by the global norm. */
+/* AdamW with decoupled decay on every parameter, or on all but CEMA's; gradients clipped by the global
+ * norm. */
 static const char *cuda_update(MegalodonModel *m, const MegalodonAdamW *adamw, double *grad_norm) {
     if (!m->options.training) return errorf("a model made for inference cannot be updated");
     settle_gradients(m);

@@ -130,7 +130,7 @@ struct SoftmaxRows {
     int64_t row, stride;      /* token of the first item's first query of this block; tokens between items */
     int first_query, queries; /* of the block, counted from the span's first query */
     int old, columns, pitch;  /* keys of the state; keys in use; distance between rows of scores */
-    int64_t batch;            /* of the matrices of T between items: weights and dscores, with the same pitch */
+    int64_t batch; /* of the matrices of T between items: weights and dscores, with the same pitch */
     int64_t kept_pitch, kept_batch; /* distances between rows and items of the kept weights */
     int steps, H, h, C;
     Dropout dropout;
@@ -501,7 +501,8 @@ static void span_backward(Context *context, const SpanGradients<T> &grad, const 
 
 /* dquery, dk, dv, dk_in, dv_in as query, k, v, k_in, v_in (dk_in, dv_in NULL: not wanted); all are written.
  * kept: the forward's weights. x NULL: no more; else, if silu_fits, v = silu(x), the gradient of x takes the
- * place of dv, its column sums are added to dbias by the next add_sums, and `kept` has to stay until then. */
+ * place of dv, and its column sums are added to dbias by the next add_sums. Until then partial sums lie over
+ * `kept`, whose weights are lost. */
 template <typename T>
 static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_in, T *dv_in, const T *dout,
                                const AttentionWeights<T> &kept, const T *query, const AttentionKeys<T> &a,

@@ -454,8 +454,8 @@ __device__ inline void cema_write(T *y, const CemaShare<T> &out, const CemaMover
     }
 }
 
-/* Between two barriers a warp computes a tile and carries data, in either order: the warps of a scheduler do not
- * all do the same at the same time. */
+/* Between two barriers a warp computes a tile and carries data, in either order: the warps of a scheduler do
+ * not all do the same at the same time. */
 __device__ inline bool cema_carries_first() {
     return (int)threadIdx.x / WARP_SIZE / NUM_SCHEDULERS % 2 == 1;
 }

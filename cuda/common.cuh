@@ -11,8 +11,8 @@
 #ifndef CUDA_COMMON_CUH
 #define CUDA_COMMON_CUH
 
-/* -DPLAIN_PRODUCTS=1: every matrix product by plain.cuh's kernel, without cuBLAS and without the instructions of
- * Hopper */
+/* -DPLAIN_PRODUCTS=1: every matrix product by plain.cuh's kernel, without cuBLAS and without the instructions
+ * of Hopper */
 #ifndef PLAIN_PRODUCTS
 #define PLAIN_PRODUCTS 0
 #endif
@@ -77,7 +77,8 @@ static inline const char *cuda_hint(cudaError_t status) {
         if (status_ != cudaSuccess)                                                                         \
             cuda_failed(cudaGetErrorString(status_), #call, __FILE__, __LINE__, cuda_hint(status_));        \
     } while (0)
-/* For a call that may be refused with this one error. False: it was, and the error is not found again later. */
+/* For a call that may be refused with this one error. False: it was, and the error is not found again
+ * later. */
 #define CHECK_CUDA_UNLESS(refusal, call) cuda_granted(refusal, call, #call, __FILE__, __LINE__)
 static inline bool cuda_granted(cudaError_t refusal, cudaError_t status, const char *call, const char *file,
                                 int line) {
@@ -559,7 +560,7 @@ static inline float *take_sum(Context *context, float *sum, int64_t count, int64
 /* computes: partial[block, j] = sum over the block's rows of x[row, j]
  * launch:   grid ceil(rows / 32), block 256: a thread owns VEC columns (see Sweep)
  * traffic:  rows columns sizeof(T) bytes read
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything
+ * needs:    VEC 16 / sizeof(T) wants columns, gap and x in multiples of 16 bytes; VEC 1 takes anything
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void column_sums_kernel(float *partial, const T *x, int rows, int columns, int gap) {

@@ -724,8 +724,9 @@ __device__ inline bool same_input(const DecodeProduct<bf16> &a, const DecodeProd
  *           them the states' part (see DecodeStates)
  * launch:   grid tile_blocks + states.blocks, block 32 WARPS: a block owns 16 outputs at a time, a warp every
  *           WARPS-th chunk of K
- * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 48 D N bytes
- * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8, tile_shared's bytes of shared memory
+ * traffic:  the weights, N K 2 bytes each, once for all rows; the states' part: 56 D N bytes
+ * needs:    K a multiple of 32, pointers of 16 bytes, M <= 8 (OPENS, OWN: 1), tile_shared's bytes of shared
+ *           memory
  * numerics: exact products, float sums by chunks, columns, warps in order: deterministic; out may be add */
 template <int WARPS, int HELD, bool OPENS, bool PLAIN, bool OWN>
 __global__ void __launch_bounds__(WARPS < 16                ? WARPS * WARP_SIZE

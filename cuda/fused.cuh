@@ -34,7 +34,7 @@
  * 264.3 ms. Asking that cache for A and the weight four pieces ahead took it back to 267.4, although in the
  * ladder, by pairs and with rings of 8, it was faster (0.432 and 0.476, not 0.436 and 0.501).
  *
- * Everything else (other devices, float, dropout, sizes that tiles do not divide) takes the product of
+ * Everything else (other devices, float, dropout of h, sizes that tiles do not divide) takes the product of
  * matmul.cuh and the kernel of pointwise.cuh; the results are the same but for the order of sums.
  */
 #ifndef CUDA_FUSED_CUH
@@ -462,10 +462,10 @@ __device__ inline void multiply_tiles(const E &epilogue, FusedMemory memory, W w
  *           each result handed to the epilogue
  * launch:   one block a multiprocessor but no more than the walk has units, block 384: a warp copies, three
  *           write, eight multiply 16 x 256 of a tile each
- * traffic:  A, B and what the epilogue reads and writes, each once; neighbouring blocks read the same rows of
- *           A
- * needs:    sm_90a; columns a multiple of 256, K of 64, chunks of 128; FUSED_SHARED (231,552) bytes of shared
- *           memory
+ * traffic:  A (of a chunk, half of it), B and what the epilogue reads and writes, each once; neighbouring
+ *           blocks read the same rows of A
+ * needs:    sm_90a; columns a multiple of 256, K of 64, chunks of 128; pointers, and the distances between
+ *           rows of all matrices, of 16 bytes; FUSED_SHARED (231,552) bytes of shared memory
  * numerics: float sums along K in one order: deterministic; the product is rounded to bf16 before the
  *           epilogue */
 template <typename E, typename W>
@@ -501,7 +501,7 @@ static bool fused_fits(const Context *context, int64_t rows, int64_t columns, in
            columns % FUSED_N == 0 && K % FUSED_K == 0 && vectorises<bf16>(columns, pointers...);
 }
 
-/* columns: the distance between rows of all that the epilogue uses */
+/* columns: the distance between rows of all that the epilogue uses, but for its gaps */
 template <typename E, typename W>
 static void launch_fused(Context *context, const E &epilogue, const W &walk, const CUtensorMap &A,
                          const CUtensorMap &B, int64_t rows, int64_t columns) {
@@ -510,7 +510,7 @@ static void launch_fused(Context *context, const E &epilogue, const W &walk, con
                        epilogue, walk, rows, (int)columns);
 }
 
-/* x is rows,K; weight is columns,K, or K,columns if the epilogue says so. */
+/* x is rows,K, with x_gap numbers between rows; weight is columns,K, or K,columns if the epilogue says so. */
 template <typename E>
 static void fused_product(Context *context, const E &epilogue, const bf16 *x, const bf16 *weight,
                           int64_t rows, int64_t columns, int64_t K, int64_t x_gap = 0) {
@@ -521,11 +521,12 @@ static void fused_product(Context *context, const E &epilogue, const bf16 *x, co
     launch_fused(context, epilogue, FusedWalk(rows, columns, K), A, B, rows, columns);
 }
 
-/* y = x W^T + bias (NULL: none);  h = dropout(silu(y) other) (NULL: as if 1);  s (NULL: not wanted) = silu(y).
- * y, h, other (M,N), x (M,K), weight (N,K) */
+/* y = x W^T + bias (NULL: none);  h = dropout(silu(y) other) (NULL: as if 1);  s (NULL: not wanted) =
+ * silu(y). y, h, other (M,N), x (M,K), weight (N,K) */
 template <typename T>
-static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, const T *weight, const T *bias,
-                                const T *other, int64_t M, int64_t N, int64_t K, Dropout dropout) {
+static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, const T *weight,
+                                const T *bias, const T *other, int64_t M, int64_t N, int64_t K,
+                                Dropout dropout) {
     if (!s && !dropout.threshold && fused_fits<T>(context, M, N, K, h, y, x, weight, bias, other)) {
         if constexpr (std::is_same<T, bf16>::value) {
             SiluEpilogue<true> gated = {y, h, bias, other};
@@ -541,9 +542,9 @@ static void linear_silu_forward(Context *context, T *h, T *y, T *s, const T *x, 
     silu_gate(context, h, s, y, other, M * N, dropout);
 }
 
-/* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx, with
- * the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be NULL,
- * and h may be x. Gaps: see Gaps. */
+/* h = dropout(silu(x) a), g = dh = dy W:  dx = g a silu'(x);  da = g silu(x);  dbias += column sums of dx,
+ * with the next add_sums;  and h again. dy (M,N), weight (N,K), the others (M,K); da, h, a and dbias may be
+ * NULL, and h may be x. Gaps: see Gaps. */
 template <typename T>
 static void linear_gate_backward(Context *context, T *dx, T *da, T *h, float *dbias, const T *dy,
                                  const T *weight, const T *x, const T *a, int64_t M, int64_t N, int64_t K,

@@ -87,8 +87,8 @@ __device__ inline void cluster_barriers_ready() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-/* All threads of all blocks of the cluster meet, each warp as one, in two halves. They hand no stores over but
- * cluster_barriers_ready's. */
+/* All threads of all blocks of the cluster meet, each warp as one, in two halves. They hand no stores over
+ * but cluster_barriers_ready's. */
 __device__ inline void cluster_arrive() {
 #if HOPPER_CODE
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -182,7 +182,8 @@ using EncodeTiled = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t,
                                  CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                  CUtensorMapFloatOOBfill);
 
-/* The map of a (rows, columns) matrix in tiles of tile_rows x 64. The function is the driver's: it is asked
+/* The map of a (rows, columns) matrix in tiles of tile_rows x 64; gap: the numbers between rows. data and the
+ * distance between rows have to be multiples of 16 bytes. The function is the driver's: it is asked
  * for by name, so that no program has to link with the driver. */
 static inline CUtensorMap tile_map(const bf16 *data, int64_t rows, int64_t columns, int tile_rows,
                                    int64_t gap = 0) {

@@ -15,8 +15,8 @@ enum { LOSS_THREADS = 1024, LOSS_HELD = 8, LOSS_HELD_THREADS = 512 };
  * launch:   grid rows, block 32..1024: a block owns a row; two blocks a multiprocessor, so that the second
  *           reading of 32,000 logits in bf16 finds both rows in the first cache
  * traffic:  2 rows V sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; dlogits may
- *           be logits
+ * needs:    VEC 16 / sizeof(T) wants V and pointers in multiples of 16 bytes; VEC 1 takes anything; dlogits
+ *           may be logits
  * numerics: float, fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(LOSS_THREADS, 2)
@@ -54,8 +54,8 @@ template <typename T> struct HeldLogits {
 };
 
 /* computes: as loss_kernel
- * launch:   grid rows, block 32..512: a block owns a row, a thread eight vectors of it in registers, all asked
- *           for at once; two blocks a multiprocessor, one's row moves while the other's is computed.
+ * launch:   grid rows, block 32..512: a block owns a row, a thread eight vectors of it in registers, all
+ *           asked for at once; two blocks a multiprocessor, one's row moves while the other's is computed.
  *           exp(x - lse) is 2^(x log2 e - shift), a multiplication and addition and a power
  * traffic:  2 rows V sizeof(T) bytes
  * needs:    V at most 8 VEC times the block; V and pointers in multiples of 16 bytes; dlogits may be logits

@@ -302,8 +302,9 @@ static void linear_backward_weight(Context *context, float *dweight, bool accumu
 
 /* ---- products beside other kernels ----
  *
- * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more than
- * some of the multiprocessors, so a product on the others costs little. The order of things makes them meet:
+ * Nothing in a backward waits for the gradients of weights. Kernels that are bound by memory need no more
+ * than some of the multiprocessors, so a product on the others costs little. The order of things makes them
+ * meet:
  *
  *     main stream   ... | side_ready | a product | side_start | kernels bound by memory | ... | side_join
  *     side stream                                  the gradient of a weight, on its share of multiprocessors
@@ -321,10 +322,11 @@ enum {
      * chosen, not tuned. */
     SIDE_LEAST = 20,
     /* Large gradients fill the device by themselves and would only take turns with the main stream: there is
-     * a side stream where none of a block's has more tiles of SIDE_TILE x SIDE_TILE numbers than this
-     * percentage of multiprocessors. On an H100 (132 of them, so at most 66 tiles) a block's largest
-     * gradient has 18 tiles in bytes12M, which gained, and 160 in mega200M, whose step took 98.6 ms with a
-     * side stream and 98.5 without. */
+     * a side stream where none of a block's weights has more tiles of SIDE_TILE x SIDE_TILE numbers than this
+     * percentage of multiprocessors. On an H100 (132 of them, so at most 66 tiles) a block's largest weight
+     * has 18 tiles in bytes12M, which gained, and 160 in mega200M, whose step took 98.6 ms with a side
+     * stream and 98.5 without. This was timed when each weight's gradient was a product of its own; some now
+     * share one, which has more tiles. */
     SIDE_TILE = 128,
     SIDE_TILES_PERCENT = 50,
 };

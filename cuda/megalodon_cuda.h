@@ -1,7 +1,8 @@
 /* megalodon_cuda.h - device memory for programs that call the components of megalodon_cuda one by one.
  *
  * The component table takes device pointers there. A test or a benchmark gets and fills them with these four
- * functions; all of them wait until the work before them is done, and a failure ends the program with file and line.
+ * functions; all of them wait until the work before them is done, and a failure ends the program with file
+ * and line.
  */
 #ifndef MEGALODON_CUDA_H
 #define MEGALODON_CUDA_H

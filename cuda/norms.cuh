@@ -109,8 +109,8 @@ template <typename T> struct NormBackward {
  * launch:   grid at most 3 blocks a multiprocessor, block 256: a block takes batches of rows in turn with the
  *           others; in each, first a warp a row for the two means, then a thread walks down its columns
  * traffic:  4 rows columns sizeof(T) bytes: x and dy read (a second time from the caches), dx and y written
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; dx
- *           may be dy
+ * needs:    VEC 16 / sizeof(T) wants columns, gap and pointers in multiples of 16 bytes; VEC 1 takes
+ *           anything; dx may be dy
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool CENTRED>
 __global__ void __launch_bounds__(SWEEP_THREADS, NORM_BLOCKS) norm_backward_kernel(NormBackward<T> n) {

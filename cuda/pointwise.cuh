@@ -200,8 +200,8 @@ static void swiglu_forward(Context *context, T *hidden, const T *f1, const T *f3
  * launch:   grid at least rows / share (see gate_blocks), block 256: a thread owns columns in vectors and
  *           walks down `share` rows (see Sweep)
  * traffic:  up to 6 rows columns sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything; a
- *           NULL: as if 1, with da NULL; dx or da may be dy, with the same gaps
+ * needs:    VEC 16 / sizeof(T) wants columns, gaps and pointers in multiples of 16 bytes; VEC 1 takes
+ *           anything; a NULL: as if 1, with da NULL; dx or da may be dy, with the same gap
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool DROPS>
 __global__ void __launch_bounds__(SWEEP_THREADS, GATE_BLOCKS)
@@ -334,8 +334,8 @@ static void gate_backward(Context *context, T *da, T *dr, const T *dy, const T *
  * NULL
  * launch:   grid ceil(count / (256 VEC)), block 256: a thread owns VEC elements
  * traffic:  (2 + kept + x) count sizeof(T) bytes
- * needs:    VEC 16 / sizeof(T) wants columns and pointers in multiples of 16 bytes; VEC 1 takes anything;
- *           out may be f or x
+ * needs:    VEC 16 / sizeof(T) wants columns, gap and pointers in multiples of 16 bytes; VEC 1 takes
+ *           anything; out may be f or x, without a gap
  * numerics: float */
 template <typename T, int VEC>
 __global__ void residual_kernel(T *out, T *kept, const T *f, const T *x, const T *alpha, int64_t count,

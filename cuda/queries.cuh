@@ -360,8 +360,8 @@ enum { DGAMMA_Q, DGAMMA_K, DBETA_Q, DBETA_K, DBIAS, NUM_QUERY_SUMS };
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: as the forward, but a group of lanes keeps its
  *           head and walks down 16 rows; a head too large for a warp is the whole block's
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even; VEC wants z and pointers in multiples of VEC elements, but dzz's pairs; dzz may not be
- *           dq, dk or zz
+ * needs:    z even; VEC wants z, dzz_gap and pointers in multiples of VEC elements, but pairs of dzz may
+ *           begin anywhere; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC, bool NORM>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
@@ -433,8 +433,8 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
 /* computes: as queries_backward_kernel with NORM and a table
  * launch:   grid (ceil(B T lanes / (256 16)), H), block 256: see QueryWalk
  * traffic:  4 B T Z sizeof(T) bytes, the table from the caches
- * needs:    z even and at most a vector a lane, no count; VEC wants z and pointers in multiples of VEC
- *           elements, but dzz's pairs; dzz may not be dq, dk or zz
+ * needs:    z even and at most a vector a lane, no count; VEC wants z, dzz_gap and pointers in multiples of
+ *           VEC elements, but pairs of dzz may begin anywhere; dzz may not be dq, dk or zz
  * numerics: float sums in a fixed order: deterministic */
 template <typename T, int VEC>
 __global__ void __launch_bounds__(QUERY_THREADS, 2)
@@ -512,8 +512,8 @@ static void queries_backward_any(Context *context, T *dzz, float *dgamma, float 
               *partial_bias = take_sum(context, dbias, blocks, Z);
         if (NORM && table && dgamma && dbeta && dbias && queries_ahead(shape, VEC)) {
             LAUNCH((queries_backward_ahead_kernel<T, VEC>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,
-                   context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape, eps,
-                   lanes, dzz_gap);
+                   context, dzz, partial_gamma, partial_beta, partial_bias, dq, dk, zz, gamma, table, shape,
+                   eps, lanes, dzz_gap);
             return;
         }
         LAUNCH((queries_backward_kernel<T, VEC, NORM>), dim3(blocks, (unsigned)shape.H), QUERY_THREADS,

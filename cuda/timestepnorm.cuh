@@ -36,7 +36,7 @@ enum {
     SPAN_TILES = WARP_SIZE,
     TILE_THREADS = 256,
     TILE_WARPS = TILE_THREADS / WARP_SIZE,
-    LANE_FEATURES = TIMESTEPNORM_LANE_FEATURES, /* a group of at most so many features is one thread's, in a step */
+    LANE_FEATURES = TIMESTEPNORM_LANE_FEATURES, /* a group of at most so many is one thread's, in a step */
 };
 
 /* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
@@ -391,8 +391,8 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
  *           steps before
  * launch:   grid (tiles ceil(G / GROUPS) B), block 256: as the forward, the last tile first
  * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
- * needs:    VEC wants D/G and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots; dx
- *           may be dy, add1 or add2
+ * needs:    VEC wants D/G, add2_gap and pointers in multiples of VEC elements; VEC 1 takes anything; empty
+ *           slots; dx may be dy, add1 or, without a gap, add2
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
 __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
@@ -560,9 +560,9 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
     if (partial_b) sweep_row<VEC>(partial_b + out, sweep, width, db, column_sums);
 }
 
-/* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or add2. dmean_in,
- * dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out, dvar_out NULL:
- * zero. The two sums wait for add_sums. add2_gap: the numbers between rows of add2. */
+/* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or, without a gap, add2.
+ * dmean_in, dvar_in (B,G) double, NULL: not wanted; dweight, dbias (D) added to, NULL: none; dmean_out,
+ * dvar_out NULL: zero. The two sums wait for add_sums. add2_gap: the numbers between rows of add2. */
 template <typename T>
 static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, double *dvar_in, float *dweight,
                                   float *dbias, const T *dy, const double *dmean_out, const double *dvar_out,

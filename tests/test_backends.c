@@ -697,9 +697,9 @@ static void set_norms(const Pair *pair) {
 }
 
 /* `steps` tokens one by one after a prompt, the last one with a loss, which is another way than that of generation;
- * then the state, and (in the short form only after a prompt of one token) the same again from an empty state, which
- * must give the same bits. Of a long prompt each piece repeats one of two tokens: if keys are left out, the mean of
- * the values is another one. */
+ * each one's logits, asked for again, must be the same bits. Then the state, and (in the short form only after a prompt
+ * of one token) the same again from an empty state, which must give the same bits. Of a long prompt each piece repeats
+ * one of two tokens: if keys are left out, the mean of the values is another one. */
 static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
                              int prompt, int steps) {
     Pair pair = pair_create(candidate, what, config, false, true);
@@ -720,7 +720,7 @@ static void check_generation(const Candidate *candidate, const char *what, const
             for (int side = run ? OURS : REFERENCE; side < 2; side++)
                 must(pair.backend[side]->forward(pair.model[side], &batch, NULL));
             if (run == 0) worst = fmax(worst, check_last_logits(&pair, pair.model, "token by token"));
-            if (run == 1 || i < pieces) continue;    /* in the second run nobody asks for a step's logits */
+            if (run == 1 || i < pieces) continue; /* in the second run nobody asks for a step's logits */
             for (int again = 0; again < 2; again++)
                 must(pair.backend[OURS]->last_logits(pair.model[OURS], logits[again]));
             check(memcmp(logits[0], logits[1], (size_t)(B * V) * sizeof **logits) == 0,
