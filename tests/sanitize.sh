@@ -54,7 +54,7 @@ done
 start=$(date +%s)
 export OPTIONS LIMIT="$limit" DEADLINE=$((start + ${TOTAL:-3600}))
 
-# The slowest tool and the longest parts first.
+# The longest parts first.
 parts() {
     small=embedding,rmsnorm,linear,znorm,qk_affine,rope,silu,gate,layernorm,swiglu,rescale,dropout,cross_entropy
     for type in bf16 fp32; do
@@ -68,7 +68,8 @@ parts() {
     echo "golden $folder/test_golden --backend cuda" tests/golden/*.safetensors
 }
 
-[ $# -gt 0 ] || set -- racecheck memcheck initcheck synccheck
+# The slowest tool last: where TOTAL ends before it, the others have come to an end.
+[ $# -gt 0 ] || set -- memcheck initcheck synccheck racecheck
 for tool in "$@"; do
     parts | sed "s/^/$tool /"
 done | xargs -P "$jobs" -L 1 sh tests/sanitize.sh "$folder" --part
