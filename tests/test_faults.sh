@@ -341,10 +341,17 @@ bad "another run (process $pid) writes its checkpoints here" "$train" --resume "
 kill -9 $pid
 wait $pid 2> /dev/null
 step=$(sed 's/step-0*//' "$dir/run/latest")
+# The kill may have come between a checkpoint's own name and `latest`: such a step is left alone by a run that has not
+# come so far, and then counts among --keep. Whether or not it came then, there is one from here on.
+ahead=$dir/run/step-$(printf %08d $((step + 3)))
+[ -d "$ahead" ] || cp -r "$dir/run/$(cat "$dir/run/latest")" "$ahead"
 good "a lock that was left behind" "$train" --resume "$dir/run" --steps $((step + 2))
 if ls "$dir"/run/*.tmp* > /dev/null 2>&1; then fail "a kill left a temporary file for good"; else ok; fi
 count=$(ls -d "$dir"/run/step-* | wc -l)
-if [ "$count" -le 3 ]; then ok; else fail "--keep 3 kept $count checkpoints"; fi
+if [ "$count" -eq 4 ] && [ -d "$ahead" ]; then ok; else fail "--keep 3 and a step ahead: $count checkpoints"; fi
+good "past the step ahead" "$train" --resume "$dir/run" --save-every 3 --steps $((step + 9))
+count=$(ls -d "$dir"/run/step-* | wc -l)
+if [ "$count" -eq 3 ] && [ ! -d "$ahead" ]; then ok; else fail "--keep 3 past a step ahead: $count checkpoints"; fi
 
 # A second signal does not wait: not for the step either, which takes long here.
 slow="--data $dir/text --batch 1 --seq-len 512 --accumulate 4000 --val-fraction 0"
