@@ -681,15 +681,22 @@ static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T
     return (MegalodonBatch){.tokens = tokens, .B = B, .T = T};
 }
 
-/* Weights and biases of norms, which begin as zeros, become others, the same on both sides in every precision. */
-static void set_norms(const Pair *pair) {
+/* Weights for a generation in which nothing goes unseen, the same on both sides in every precision: those and the
+ * biases of norms, which begin as zeros, become others, and the feed-forward parts, which begin small beside what they
+ * are added to, as large as it. */
+static void set_weights(const Pair *pair) {
     MegalodonTensor list[MODEL_MAX_TENSORS];
     int count = megalodon_tensors(&pair->config, MEGALODON_PARAM, 1, 1, 0, list, MODEL_MAX_TENSORS);
     for (int i = 0; i < count; i++) {
-        if (!strstr(list[i].name, "norm.")) continue;
+        bool norm = strstr(list[i].name, "norm."), feeds = strstr(list[i].name, "nffn.fc");
+        bool scale = strcmp(list[i].name + strlen(list[i].name) - 5, "alpha") == 0 && strstr(list[i].name, "nffn");
+        if (!norm && !feeds && !scale) continue;
         float *values = must_allocate((size_t)list[i].size * sizeof *values);
-        for (int64_t j = 0; j < list[i].size; j++)
-            values[j] = (float)((int)(megalodon_random(700 + (uint64_t)i, (uint64_t)j) % 129) - 64) / 128;
+        megalodon_initial_values(&pair->config, &list[i], 700, values);
+        for (int64_t j = 0; j < list[i].size; j++) {
+            float other = (float)((int)(megalodon_random(700 + (uint64_t)i, (uint64_t)j) % 129) - 64) / 128;
+            values[j] = norm ? other : feeds ? 3 * values[j] : 1 + other;
+        }
         for (int side = 0; side < 2; side++)
             must(pair->backend[side]->set(pair->model[side], MEGALODON_PARAM, list[i].name, values, MEGALODON_F32));
         free(values);
@@ -703,7 +710,7 @@ static void set_norms(const Pair *pair) {
 static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
                              int prompt, int steps) {
     Pair pair = pair_create(candidate, what, config, false, true);
-    set_norms(&pair);
+    set_weights(&pair);
     int runs = brief && prompt > 1 ? 1 : 2, V = config->vocab_size, most = MAX_T / B;
     int pieces = (prompt + most - 1) / most;
     float *logits[2];
