@@ -7,6 +7,7 @@
 #ifndef DEV_BENCH_MODEL_H
 #define DEV_BENCH_MODEL_H
 
+#include "../lib/sampler.h"
 #include "bench.h"
 #include "bench_ceilings.h"
 
@@ -234,37 +235,6 @@ typedef struct Generation {
     float *logits;                   /* rows,V                   */
 } Generation;
 
-/* The index of the largest logit. Two passes without a branch, because this is part of every token's time; sixteen
- * maxima side by side, which a compiler turns into vectors without being allowed to reorder anything. */
-static int32_t most_likely(const float *logits, int V) {
-    enum { LANES = 16 };
-    float largest[LANES], zero[LANES] = {0};
-    int whole = V / LANES * LANES;
-    for (int k = 0; k < LANES; k++) largest[k] = -INFINITY;
-    for (int i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            float x = logits[i + k];
-            largest[k] = x > largest[k] ? x : largest[k];
-            zero[k] += x - x;                    /* NaN, as soon as one of them is infinite or NaN */
-        }
-    for (int i = whole; i < V; i++) {
-        largest[0] = logits[i] > largest[0] ? logits[i] : largest[0];
-        zero[0] += logits[i] - logits[i];
-    }
-    for (int k = 1; k < LANES; k++) {
-        largest[0] = largest[k] > largest[0] ? largest[k] : largest[0];
-        zero[0] += zero[k];
-    }
-    if (zero[0] != 0) die("bench generate: the logits are not all finite");
-    int first = 0;
-    for (bool found = false; first < whole; first += LANES) {
-        for (int k = 0; k < LANES; k++) found |= logits[first + k] == largest[0];
-        if (found) break;
-    }
-    while (first < V - 1 && logits[first] != largest[0]) first++;
-    return first;
-}
-
 /* Feeds the next token of each row and chooses the most likely one after it. */
 static void generation_step(void *context) {
     Generation *g = context;
@@ -272,7 +242,10 @@ static void generation_step(void *context) {
     MegalodonBatch batch = {.tokens = g->next, .B = g->rows, .T = 1, .carry = true};
     die_if(g->bench->backend->forward(g->model, &batch, NULL));
     die_if(g->bench->backend->last_logits(g->model, g->logits));
-    for (int row = 0; row < g->rows; row++) g->next[row] = most_likely(g->logits + (int64_t)row * V, V);
+    for (int row = 0; row < g->rows; row++) {
+        g->next[row] = sampler_best(g->logits + (int64_t)row * V, V);
+        if (g->next[row] < 0) die("bench generate: a logit is NaN or infinite");
+    }
 }
 
 /* Relative RMS of what differs between two sets of logits of the last token, each reached another way. */

@@ -12,23 +12,40 @@
 #include "../lib/text.h"
 #include "test.h"
 
-enum { V = 300, DRAWS = 40000 };
+enum { V = 300, MANY = 3280, DRAWS = 40000 };
 
 static void make_logits(float *logits) {
     for (int i = 0; i < V; i++) logits[i] = (float)(4 * sin(0.7 * i) + 2 * cos(0.13 * i * i));
 }
 
-/* The probabilities that the settings define, computed the plain way: sort everything, cut, divide by the sum. */
+typedef struct Entry { double weight; int32_t token; } Entry;
+
+static int compare_entries(const void *a, const void *b) {
+    const Entry *x = a, *y = b;
+    if (x->weight != y->weight) return x->weight > y->weight ? -1 : 1;
+    return x->token < y->token ? -1 : x->token > y->token;
+}
+
+/* What the settings allow, computed the plain way: sorts everything and cuts. Returns how many of n. */
+static int expected_entries(const float *logits, int n, double temperature, int top_k, double top_p, Entry *all) {
+    double sum = 0, reached = 0, largest = -HUGE_VAL;
+    int cut = 0, few = top_k > 0 && top_k < n ? top_k : n;
+    for (int i = 0; i < n; i++) largest = fmax(largest, logits[i]);
+    for (int i = 0; i < n; i++) all[i] = (Entry){exp((logits[i] - largest) / temperature), i};
+    qsort(all, (size_t)n, sizeof *all, compare_entries);
+    for (int i = 0; i < few; i++) sum += all[i].weight;
+    while (cut < few && reached < top_p * sum) reached += all[cut++].weight;
+    return cut;
+}
+
+/* The probabilities that the settings define. */
 static void expected_probabilities(const float *logits, double temperature, int top_k, double top_p, double *p) {
-    SamplerEntry all[V];
-    double sum = 0, reached = 0;
-    for (int i = 0; i < V; i++) all[i] = (SamplerEntry){exp((double)logits[i] / temperature), i};
-    qsort(all, V, sizeof *all, sampler_compare);
-    int n = top_k > 0 && top_k < V ? top_k : V, cut = 0;
-    for (int i = 0; i < n; i++) sum += all[i].weight;
-    while (cut < n && reached < top_p * sum) reached += all[cut++].weight;
+    Entry all[V];
+    double sum = 0;
+    int cut = expected_entries(logits, V, temperature, top_k, top_p, all);
+    for (int i = 0; i < cut; i++) sum += all[i].weight;
     for (int i = 0; i < V; i++) p[i] = 0;
-    for (int i = 0; i < cut; i++) p[all[i].token] = all[i].weight / reached;
+    for (int i = 0; i < cut; i++) p[all[i].token] = all[i].weight / sum;
 }
 
 static void test_distribution(double temperature, int top_k, double top_p) {
@@ -61,6 +78,41 @@ static void test_distribution(double temperature, int top_k, double top_p) {
     check(chi2 < classes + 5 * sqrt(2. * classes), "T %g, k %d, p %g: chi-square %g over %d tokens", temperature, top_k,
           top_p, chi2, classes);
     sampler_destroy(&sampler);
+}
+
+/* With top-p a draw goes through the allowed tokens, most likely first: the same token as after a sort, for flat and
+ * steep distributions and for logits of which many are equal. */
+static void test_nucleus(int n, double spread, bool equal) {
+    static float logits[MANY];
+    static Entry all[MANY];
+    static const double shares[] = {0.01, 0.3, 0.5, 0.95, 0.999999};
+    for (uint64_t seed = 0; seed < 40; seed++) {
+        double top_p = shares[seed % 5];
+        int32_t token = -1;
+        Sampler sampler;
+        for (int i = 0; i < n; i++) {
+            double uniform = (double)(megalodon_random(seed, (uint64_t)i) >> 11) * 0x1p-53;
+            logits[i] = (float)(spread * (equal ? floor(4 * uniform) : uniform));
+        }
+        if (!check(!sampler_create(&sampler, n, 0.8, 0, top_p, seed), "create")) break;
+        int cut = expected_entries(logits, n, 0.8, 0, top_p, all), place = 0;
+        double sum = 0, reached = 0;
+        for (int i = 0; i < cut; i++) sum += all[i].weight;
+        double target = (double)((megalodon_random(seed, 0) >> 11) + 1) * 0x1p-53 * sum;
+        for (reached = all[0].weight; place < cut - 1 && reached < target;) reached += all[++place].weight;
+        check(!sampler_next(&sampler, logits, &token) && token == all[place].token,
+              "%d tokens, spread %g, top-p %g, seed %d: drew %d, expected %d", n, spread, top_p, (int)seed, (int)token,
+              (int)all[place].token);
+        sampler_destroy(&sampler);
+    }
+}
+
+static void test_exp(void) {
+    double worst = 0;
+    for (double x = 0; x > -706; x -= 0.00917) worst = fmax(worst, fabs(sampler_exp(x) / exp(x) - 1));
+    check(worst < 1e-15, "exp is off by %g of itself", worst);
+    check(sampler_exp(0) == 1 && sampler_exp(-800) == 0 && sampler_exp(-1e300) == 0 && sampler_exp(-HUGE_VAL) == 0,
+          "exp at its ends");
 }
 
 static void test_limits(void) {
@@ -115,8 +167,13 @@ static void test_errors(void) {
     if (!check(!sampler_create(&s, 4, 0, 0, 1, 1), "create")) return;
     logits[3] = NAN;
     check(sampler_next(&s, logits, &token) != NULL, "a logit is NaN");
+    logits[3] = -NAN;
+    check(sampler_next(&s, logits, &token) != NULL, "a logit is NaN of the other sign");
     logits[3] = HUGE_VALF;
     check(sampler_next(&s, logits, &token) != NULL, "a logit is infinite");
+    for (int i = 0; i < 4; i++) logits[i] = -0.0f;
+    logits[2] = 0;
+    check(!sampler_next(&s, logits, &token) && token == 0, "0 and -0 are equal: found %d", (int)token);
     for (int i = 0; i < 4; i++) logits[i] = -HUGE_VALF;
     check(sampler_next(&s, logits, &token) != NULL, "nothing to draw from");
     sampler_destroy(&s);
@@ -152,6 +209,13 @@ int main(void) {
     test_distribution(1, 0, 0.9);
     test_distribution(1.3, 50, 0.8);
     test_distribution(1, V, 1);
+    for (int n = 1; n <= MANY; n = n * 3 + 1) {
+        test_nucleus(n, 10, false);
+        test_nucleus(n, 0.5, false);
+        test_nucleus(n, 2, true);
+        test_nucleus(n, 0, true);
+    }
+    test_exp();
     test_limits();
     test_errors();
 #define TEXT(name, bytes, stop, expected) test_text(name, bytes, sizeof bytes - 1, stop, expected)
