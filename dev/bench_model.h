@@ -285,6 +285,35 @@ static void generation_check(Generation *g, const int32_t *text, int T) {
     free(before);
 }
 
+typedef struct Drawing { Sampler sampler; const float *logits; } Drawing;
+
+static void drawing_step(void *context) {
+    Drawing *d = context;
+    int32_t token;
+    die_if(sampler_next(&d->sampler, d->logits, &token));
+}
+
+/* What `generate` adds to each token with its own settings. Logits of a model that has learnt nothing are all alike;
+ * these have a standard deviation of 3, by the sum of twelve uniform numbers. */
+static void bench_drawing(const Bench *bench) {
+    const double temperature = 0.8, top_p = 0.95, deviation = 3;
+    int V = bench->config.vocab_size;
+    float *logits = host_allocate((size_t)V * sizeof *logits);
+    for (int i = 0; i < V; i++) {
+        double sum = -6;
+        for (uint64_t k = 0; k < 12; k++) sum += (double)(megalodon_random(k, (uint64_t)i) >> 11) * 0x1p-53;
+        logits[i] = (float)(deviation * sum);
+    }
+    Drawing drawing = {.logits = logits};
+    die_if(sampler_create(&drawing.sampler, V, temperature, 0, top_p, 1));
+    double seconds = seconds_of(bench, (Work){drawing_step, &drawing, false, 1});
+    printf("drawing one of %d tokens, temperature %g, top-p %g: %.1f us a row more, on the host\n", V, temperature,
+           top_p, 1e6 * seconds);
+    record(bench, "generate", "drawing a token", "us", 1e6 * seconds);
+    sampler_destroy(&drawing.sampler);
+    free(logits);
+}
+
 static void bench_generate(Bench *bench) {
     const Values *v = &bench->values;
     const MegalodonConfig *c = &bench->config;
@@ -319,6 +348,7 @@ static void bench_generate(Bench *bench) {
         if (g.rows == B) break;
     }
     if (!bench->on_gpu) printf("A share over 100%% means that weights come from a cache.\n");
+    bench_drawing(bench);
     free(text), free(g.next), free(g.logits);
     bench->backend->destroy(g.model);
 }
