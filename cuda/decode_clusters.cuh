@@ -119,11 +119,13 @@ struct QueryNumbers {
         prefetch_bytes(angles, 1, 0, 1), prefetch_bytes((const char *)angles + DECODE_LINE, 1, 0, 1);
     }
     __device__ QueryNumbers(const DecodeAttention<bf16> &p, int h, int n, int d) {
-        if (d >= p.z) d = 0; // what comes of them is zero: so is zz
+        bool here = d < p.z; // what comes of other lanes' numbers is zero: so are zz and beta
+        if (!here) d = 0;
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             int at = (which * p.H + h) * p.z + d;
-            gamma[which] = *(const uint4 *)(p.gamma + at), beta[which] = *(const uint4 *)(p.beta + at);
+            gamma[which] = *(const uint4 *)(p.gamma + at);
+            beta[which] = here ? *(const uint4 *)(p.beta + at) : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) angle[i] = p.rope[n * (p.z / 2) + d / 2 + i];

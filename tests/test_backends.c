@@ -681,24 +681,27 @@ static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T
     return (MegalodonBatch){.tokens = tokens, .B = B, .T = T};
 }
 
-/* Weights for a generation in which nothing goes unseen, the same on both sides in every precision: those and the
- * biases of norms, which begin as zeros, become others, and the feed-forward parts, which begin small beside what they
- * are added to, as large as it. */
+/* Weights for a generation in which nothing goes unseen, the same on both sides in every precision: those that begin as
+ * zeros, but for CEMA's, become others, and the feed-forward parts, which begin small beside what they are added to, as
+ * large as it. */
 static void set_weights(const Pair *pair) {
     MegalodonTensor list[MODEL_MAX_TENSORS];
     int count = megalodon_tensors(&pair->config, MEGALODON_PARAM, 1, 1, 0, list, MODEL_MAX_TENSORS);
     for (int i = 0; i < count; i++) {
-        bool norm = strstr(list[i].name, "norm."), feeds = strstr(list[i].name, "nffn.fc");
-        bool scale = strcmp(list[i].name + strlen(list[i].name) - 5, "alpha") == 0 && strstr(list[i].name, "nffn");
-        if (!norm && !feeds && !scale) continue;
+        const char *name = list[i].name;
+        bool zero = strstr(name, "norm.") || strstr(name, "mega.gamma") || strstr(name, "mega.beta") ||
+                    strstr(name, ".bias");
+        bool feeds = strstr(name, "nffn.fc");
+        bool scale = strcmp(name + strlen(name) - 5, "alpha") == 0 && strstr(name, "nffn");
+        if (!zero && !feeds && !scale) continue;
         float *values = must_allocate((size_t)list[i].size * sizeof *values);
         megalodon_initial_values(&pair->config, &list[i], 700, values);
         for (int64_t j = 0; j < list[i].size; j++) {
             float other = (float)((int)(megalodon_random(700 + (uint64_t)i, (uint64_t)j) % 129) - 64) / 128;
-            values[j] = norm ? other : feeds ? 3 * values[j] : 1 + other;
+            values[j] = zero ? other : feeds ? 3 * values[j] : 1 + other;
         }
         for (int side = 0; side < 2; side++)
-            must(pair->backend[side]->set(pair->model[side], MEGALODON_PARAM, list[i].name, values, MEGALODON_F32));
+            must(pair->backend[side]->set(pair->model[side], MEGALODON_PARAM, name, values, MEGALODON_F32));
         free(values);
     }
 }
