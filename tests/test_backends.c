@@ -283,8 +283,10 @@ static MegalodonConfig wide_config(MegalodonConfig config) {
 }
 
 /* Few shapes, since they are large. */
-static void check_wide(const Candidate *candidate, const char *what, MegalodonConfig config, bool swiglu) {
+static void check_wide(const Candidate *candidate, const char *what, MegalodonConfig config, bool swiglu,
+                       int model_dim) {
     config = wide_config(config), config.swiglu = swiglu;
+    if (model_dim > 0) config.model_dim = model_dim, config.vocab_size = 512;
     if (swiglu) config.vocab_size = 4104; /* a row of logits is more than a few warps hold */
     Pair pair = pair_create(candidate, what, &config, true, false);
     Worst worst;
@@ -295,6 +297,24 @@ static void check_wide(const Candidate *candidate, const char *what, MegalodonCo
            worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
            worst.gradients.worst, worst.state_gradients.worst_error);
     pair_destroy(&pair);
+}
+
+/* Norms whose rows are so long that threads own several steps of a tile, in vectors of 16 bytes and of 8. */
+static void check_long_rows(const Candidate *candidate, MegalodonConfig config) {
+    static const int sizes[][2] = {{512, 8}, {384, 32}};
+    config.num_layers = 1;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        config.model_dim = sizes[i][0], config.norm_num_groups = sizes[i][1];
+        Pair pair = pair_create(candidate, "long rows", &config, true, false);
+        Worst worst;
+        memset(&worst, 0, sizeof worst);
+        check_pass(&pair, 2, 62, 0, false, &worst);
+        check_pass(&pair, 1, 37, 5, false, &worst);
+        printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)\n", candidate->name, pair.what,
+               worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
+               worst.gradients.worst);
+        pair_destroy(&pair);
+    }
 }
 
 /* Whole chunks of tiles, whose backward may go other ways than that of parts of them. */
@@ -683,22 +703,22 @@ static MegalodonBatch repeated_batch(const MegalodonConfig *config, int B, int T
 
 /* Weights for a generation in which nothing goes unseen, the same on both sides in every precision: those that begin as
  * zeros, but for CEMA's, become others, and the feed-forward parts, which begin small beside what they are added to, as
- * large as it. */
-static void set_weights(const Pair *pair) {
+ * large as it. gamma: the mean of what queries and keys are multiplied by, less 1; with a large one each token sees
+ * little but itself. */
+static void set_weights(const Pair *pair, float gamma) {
     MegalodonTensor list[MODEL_MAX_TENSORS];
     int count = megalodon_tensors(&pair->config, MEGALODON_PARAM, 1, 1, 0, list, MODEL_MAX_TENSORS);
     for (int i = 0; i < count; i++) {
         const char *name = list[i].name;
-        bool zero = strstr(name, "norm.") || strstr(name, "mega.gamma") || strstr(name, "mega.beta") ||
-                    strstr(name, ".bias");
-        bool feeds = strstr(name, "nffn.fc");
+        bool gammas = strstr(name, "mega.gamma"), feeds = strstr(name, "nffn.fc");
+        bool zero = gammas || strstr(name, "norm.") || strstr(name, "mega.beta") || strstr(name, ".bias");
         bool scale = strcmp(name + strlen(name) - 5, "alpha") == 0 && strstr(name, "nffn");
         if (!zero && !feeds && !scale) continue;
         float *values = must_allocate((size_t)list[i].size * sizeof *values);
         megalodon_initial_values(&pair->config, &list[i], 700, values);
         for (int64_t j = 0; j < list[i].size; j++) {
             float other = (float)((int)(megalodon_random(700 + (uint64_t)i, (uint64_t)j) % 129) - 64) / 128;
-            values[j] = zero ? other : feeds ? 3 * values[j] : 1 + other;
+            values[j] = zero ? other + (gammas ? gamma : 0) : feeds ? 3 * values[j] : 1 + other;
         }
         for (int side = 0; side < 2; side++)
             must(pair->backend[side]->set(pair->model[side], MEGALODON_PARAM, name, values, MEGALODON_F32));
@@ -710,10 +730,10 @@ static void set_weights(const Pair *pair) {
  * each one's logits, asked for again, must be the same bits. Then the state, and (in the short form only after a prompt
  * of one token) the same again from an empty state, which must give the same bits. Of a long prompt each piece repeats
  * one of two tokens: if keys are left out, the mean of the values is another one. */
-static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
-                             int prompt, int steps) {
+static void check_sharp_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
+                                   int prompt, int steps, float gamma) {
     Pair pair = pair_create(candidate, what, config, false, true);
-    set_weights(&pair);
+    set_weights(&pair, gamma);
     int runs = brief && prompt > 1 ? 1 : 2, V = config->vocab_size, most = MAX_T / B;
     int pieces = (prompt + most - 1) / most;
     float *logits[2];
@@ -750,12 +770,19 @@ static void check_generation(const Candidate *candidate, const char *what, const
     pair_destroy(&pair);
 }
 
-/* Sizes at which a GPU changes its ways of making a token: each number of rows, from the first token on; heads as wide
- * as a cluster of blocks takes them, and wider, with a group and states that take several turns; groups whose size is
- * no power of two; layers too wide for the states to be made beside a product; so many keys that a block takes them in
- * two turns, one for each piece of 64, or in three; the end of such a chunk. */
+static void check_generation(const Candidate *candidate, const char *what, const MegalodonConfig *config, int B,
+                             int prompt, int steps) {
+    check_sharp_generation(candidate, what, config, B, prompt, steps, 0);
+}
+
+/* Sizes at which a GPU changes its ways of making a token: each number of rows, from the first token on; heads as
+ * wide as a cluster of blocks takes them, and wider, with a group and states that take several turns; groups whose
+ * size is no power of two; layers too wide for the states to be made beside a product; so few values that blocks
+ * which share out m Wh1^T with them have 16 numbers each, and as many channels as such a block has room for; so many
+ * keys that a block takes them in two turns, one for each piece of 64, or in three; the end of such a chunk; a new key
+ * that counts among so many. */
 static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled) {
-    MegalodonConfig head = *tiled, groups = *tiled, wide = *tiled, longer = *tiled;
+    MegalodonConfig head = *tiled, groups = *tiled, wide = *tiled, longer = *tiled, full = *tiled;
     int around = tiled->chunk_size + 3;
     for (int B = 1; B <= MAX_GENERATED; B++) check_generation(candidate, "tiles, from nothing", tiled, B, 1, 4);
     head.num_heads = 1, head.z_dim = 256, head.value_dim = 288, head.norm_num_groups = 1, head.cema_ndim = 20;
@@ -766,9 +793,14 @@ static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled)
     check_generation(candidate, "groups of 24", &groups, 1, 1, 4);
     wide.model_dim = 1440, wide.norm_num_groups = 15;
     check_generation(candidate, "wide layers", &wide, 1, 1, 3);
-    longer.num_layers = 1, longer.chunk_size = 2200;
+    full.num_heads = 1, full.model_dim = 160, full.norm_num_groups = 5, full.value_dim = 256;
+    check_generation(candidate, "a full share of h1", &full, 1, 1, 4);
+    full.num_heads = 2, full.model_dim = 1024, full.norm_num_groups = 32, full.z_dim = 512, full.value_dim = 1024;
+    check_generation(candidate, "as many channels as lanes", &full, 1, 1, 4);
+    longer.num_layers = 2, longer.chunk_size = 2200;
     check_generation(candidate, "long chunk, two turns", &longer, 1, 2038, 4);
     check_generation(candidate, "long chunk, to its end", &longer, 1, 2197, 5);
+    check_sharp_generation(candidate, "long chunk, the last key", &longer, 1, 2038, 4, 3); /* seen among so many */
 }
 
 /* ---- reading: calls of one length, which a backend may record and repeat ---- */
@@ -899,11 +931,13 @@ static void check_steps(const Candidate *candidate, const char *only) {
         check_shapes(candidate, "tiles, dropout", &tiled, true, false);
     }
     if (test_among(only, "wide")) {
-        if (!brief) check_wide(candidate, "wide", plain, false);
-        check_wide(candidate, "wide, swiglu", plain, true);
+        if (!brief) check_wide(candidate, "wide", plain, false, 0);
+        check_wide(candidate, "wide, swiglu", plain, true, 0);
+        check_wide(candidate, "wide, also the model", plain, false, 256);
         check_chunks(candidate, "chunks", plain, false);
         check_chunks(candidate, "chunks, dropout", dropout, true);
         if (!brief && candidate != &candidates[STAND_IN]) check_many_tiles(candidate, plain);
+        check_long_rows(candidate, plain);
     }
     if (test_among(only, "dropout")) check_masks(candidate, &dropout);
     if (test_among(only, "update")) {
@@ -947,6 +981,10 @@ static void check_inference(const Candidate *candidate, const char *only) {
         large.value_dim = 4096;
         large.ffn_hidden_dim = 12288;
         for (int B = 1; B <= MAX_B; B += 2) check_generation(candidate, "large", &large, B, 3, 19);
+        MegalodonConfig deep = large; /* fewer outputs, each the sum of many numbers */
+        deep.model_dim = 1600;
+        deep.ffn_hidden_dim = 256;
+        check_generation(candidate, "large, long sums", &deep, 1, 3, 3);
     }
     MegalodonConfig many = many_outputs_config(false), many_odd = many_outputs_config(true);
     check_ways(candidate, &tiled);

@@ -148,6 +148,17 @@ static void check_many_states(const Candidate *candidate, const Port *reference)
     check_component(candidate, reference, MEGALODON_CEMA, "20 states", &shape, true, true);
 }
 
+/* Rows of a norm that one, two, four or eight warps hold, and more of them than all blocks take in four turns. */
+static void check_row_lengths(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
+    static const int lengths[] = {384, 512, 1024, 2048, 4096};
+    MegalodonConfig rows = wide_config();
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        rows.model_dim = lengths[i];
+        check_component(candidate, reference, id, "rows",
+                        &(MegalodonShape){rows, 1, lengths[i] == 2048 ? 1700 : 37, 0, 3, MEGALODON_FP32}, true, true);
+    }
+}
+
 /* The short form. A GPU's kernels come in variants by the width of what may be loaded at once, and treat long rows,
  * many rows and long times in their own ways. */
 static void check_briefly(const Candidate *candidate, const Port *reference, MegalodonComponentId id) {
@@ -192,6 +203,7 @@ static void check_briefly(const Candidate *candidate, const Port *reference, Meg
                         true);
         wide.model_dim = wide.value_dim = wide.ffn_hidden_dim = wide.z_dim = wide.vocab_size = 2304;
     }
+    if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) check_row_lengths(candidate, reference, id);
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // more rows than all blocks take in one turn
         check_component(candidate, reference, id, "many rows", &(MegalodonShape){wide, 1, 800, 0, 3, MEGALODON_FP32},
                         true, true);
@@ -229,6 +241,7 @@ static void check_shapes(const Candidate *candidate, const Port *reference, Mega
     check_component(candidate, reference, id, "dropout", &(MegalodonShape){dropout, 2, 31, 2, 3, MEGALODON_FP32}, true,
                     true);
     check_component(candidate, reference, id, "wide", &(MegalodonShape){wide, 2, 9, 3, 3, MEGALODON_FP32}, true, true);
+    if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) check_row_lengths(candidate, reference, id);
     if (id == MEGALODON_RMSNORM || id == MEGALODON_LAYERNORM) // and more rows than all blocks take in one turn
         check_component(candidate, reference, id, "wide, many", &(MegalodonShape){wide, 2, 800, 3, 3, MEGALODON_FP32},
                         true, true);
