@@ -235,6 +235,18 @@ typedef struct Generation {
     float *logits;                   /* rows,V                   */
 } Generation;
 
+/* Are all of them numbers? In integers, which a compiler turns into vectors: this is part of every token's time. */
+static bool all_finite(const float *values, int n) {
+    const int32_t exponent = 0x7F800000;             /* of infinities and NaN */
+    int32_t wild = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, &values[i], sizeof bits);
+        wild |= (bits & exponent) == exponent;
+    }
+    return !wild;
+}
+
 /* Feeds the next token of each row and chooses the most likely one after it. */
 static void generation_step(void *context) {
     Generation *g = context;
@@ -243,8 +255,9 @@ static void generation_step(void *context) {
     die_if(g->bench->backend->forward(g->model, &batch, NULL));
     die_if(g->bench->backend->last_logits(g->model, g->logits));
     for (int row = 0; row < g->rows; row++) {
-        g->next[row] = sampler_best(g->logits + (int64_t)row * V, V);
-        if (g->next[row] < 0) die("bench generate: a logit is NaN or infinite");
+        const float *logits = g->logits + (int64_t)row * V;
+        if (!all_finite(logits, V)) die("bench generate: the logits are not all finite");
+        g->next[row] = sampler_best(logits, V);
     }
 }
 
