@@ -440,7 +440,7 @@ template <typename T> static bool has_openings(const Model<T> *m) {
     opening.products.M = 1, opening.K = c->model_dim;
     opening.opens = true, opening.opening.G = c->norm_num_groups;
     int64_t blocks = ceil_div(c->model_dim, TILE_OUTPUTS) + ceil_div(c->model_dim, TILE_MANY_CHANNELS);
-    return std::is_same<T, bf16>::value && !m->options.training &&
+    return std::is_same<T, bf16>::value && !m->options.training && c->model_dim <= TOKEN_MAX_DIM &&
            c->model_dim % TILE_CHUNK == 0 && c->ffn_hidden_dim % TILE_CHUNK == 0 &&
            blocks <= m->context.num_sms && tile_shared(opening, nullptr, nullptr) <= TILE_MAX_SHARED;
 }
@@ -998,9 +998,9 @@ template <typename T> static DecodeProducts<T> decode_group(const MegalodonModel
     return p;
 }
 
-/* Does layer l (num_layers: the final norm) begin with an opening? The first one brings in the token. */
+/* Does layer l (num_layers: the final norm) begin with an opening? There is no layer -1. */
 static bool opens(const MegalodonModel *m, int l) {
-    return l > 0 && m->batch.B == 1 && !m->prepared.empty();
+    return l >= 0 && m->batch.B == 1 && !m->prepared.empty();
 }
 
 /* What the opening of layer l, or the final norm, reads and writes. */
@@ -1035,6 +1035,13 @@ template <typename T> static DecodeStates decode_states_of(const Model<T> *m, in
         states.own_coef = m->coef[l], states.own_h = m->state.layers[l].cema, states.u = m->opened_u;
     states.D = c->model_dim, states.G = c->norm_num_groups, states.N = c->cema_ndim;
     return states;
+}
+
+/* The first kernel of a step whose layers open. */
+template <typename T> static void decode_step_token(Model<T> *m, const DecodeNorm<T> &norm) {
+    if constexpr (std::is_same<T, bf16>::value)
+        decode_token(&m->context, DecodeToken{decode_states_of(m, -1), norm.embedded, norm.embed,
+                                              norm.tokens, norm.scale, 0});
 }
 
 /* Products with an opening, or with the states' part beside them. */
@@ -1147,6 +1154,7 @@ template <typename T> static void decode_pass(Model<T> *m) {
     norm.D = c->model_dim, norm.G = c->norm_num_groups, norm.N = c->cema_ndim;
     T *x = m->top_acts.embed;
     timeline_begin();
+    if (opens(m, 0)) decode_step_token(m, norm);
     for (int l = 0; l < c->num_layers; l++) {
         T *y = mega_step(m, l, x, norm);
         ffn_step(m, l, m->acts[l].out, x, y);

@@ -12,8 +12,9 @@
  *
  * decode_norm stands here. decode_products.cuh and decode_attention.cuh have the others for every type and
  * size; decode_tiles.cuh has products in bf16 on the tensor cores, which for one row take decode_norm in as
- * well: those after it make u and c, and beside the last ones of the block before its states are made ready.
- * decode_clusters.cuh has attention in bf16 by clusters of blocks.
+ * well: those after it make u and c, and its states are made ready beside the last ones of the block before,
+ * for the first block in a small kernel that brings in the token. decode_clusters.cuh has attention in bf16
+ * by clusters of blocks.
  *
  * Each kernel lets the next one start as soon as all of its own blocks have begun (programmatic dependent
  * launch, from compute capability 9.0 on). Several are then in their first part, where they ask for their

@@ -16,7 +16,8 @@
  * With one row, a layer's first kernel also is its TimestepNorm and CEMA (an "opening"): c = Re(sum_k c_k
  * (q_k h_k + p_k u)) + omega u = response.x + response.y u, where response depends only on the states that
  * the step before left. Blocks beside those of the layer before's fc2 compute it, before their wait, and
- * move that layer's own states on after it. Each block of the opening then makes all of u and c itself, where
+ * move that layer's own states on after it; for the first layer the step's first kernel computes it, while
+ * the token is on its way from the host. Each block of the opening then makes all of u and c itself, where
  * sizes allow with four channels a thread that stay in its registers from x to u and c.
  */
 #ifndef CUDA_DECODE_TILES_CUH
@@ -33,7 +34,9 @@ enum {
     TILE_SMALL_HELD = 4, /* chunks that each of 16 warps holds at most where these are all of K .. */
     TILE_SMALL_THREADS = 1024, /* .. and, for registers: a block finds room beside one of attention */
     TILE_STATE_LANES = 16, /* lanes that share a channel's states */
-    TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES /* of a block of 16 warps */
+    TILE_MANY_CHANNELS = 16 * WARP_SIZE / TILE_STATE_LANES, /* of a block of 16 warps */
+    TOKEN_THREADS = 16 * WARP_SIZE,
+    TOKEN_MAX_DIM = TOKEN_THREADS * 4
 };
 
 /* What an opening needs of the step before. response NULL: only the norm. */
@@ -73,6 +76,16 @@ struct DecodeTiles {
     int tiles, tile_blocks, K;
     float inverse_K;
     bool opens, plain; /* plain: so are all inputs */
+    int launch; /* the kernel's number in the step, for its timeline */
+};
+
+/* The first kernel of a step whose layers open. token: where the host has it. */
+struct DecodeToken {
+    DecodeStates states; /* of D channels, and without own_h */
+    bf16 *x;             /* (D) */
+    const bf16 *embed;   /* (V,D) */
+    const int32_t *token;
+    float scale;
     int launch; /* the kernel's number in the step, for its timeline */
 };
 
@@ -505,29 +518,41 @@ struct StateMove {
         : p(coef.p[i]), q_re(coef.q_re[i]), q_im(coef.q_im[i]), re(h[2 * i]), im(h[2 * i + 1]) {}
 };
 
+/* The response of the block's channels. */
+template <int THREADS> __device__ inline void decode_response(const DecodeStates &p, int block) {
+    int lane = (int)threadIdx.x % TILE_STATE_LANES;
+    int d = (block * THREADS + (int)threadIdx.x) / TILE_STATE_LANES, channel = min(d, p.D - 1);
+    float constant = 0, factor = 0, omega = p.omega[channel];
+#pragma unroll 1
+    for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
+        int64_t i = (int64_t)channel * p.N + k;
+        StateMove s(p.coef, p.h, i);
+        float c_re = p.coef.c_re[i], c_im = p.coef.c_im[i];
+        constant += c_re * (s.q_re * s.re - s.q_im * s.im) - c_im * (s.q_im * s.re + s.q_re * s.im);
+        factor += c_re * s.p;
+    }
+    constant = lanes_sum(constant, TILE_STATE_LANES), factor = lanes_sum(factor, TILE_STATE_LANES);
+    if (lane == 0 && d < p.D) p.prepared.response[d] = make_float2(constant, omega + factor);
+}
+
+/* The moments, by one block. */
+template <int THREADS> __device__ inline void decode_moments(const DecodeStates &p) {
+#pragma unroll 1
+    for (int g = (int)threadIdx.x; g < p.G; g += THREADS) {
+        double mean = p.mean[g], var = p.var[g]; // both asked for before one is stored
+        p.prepared.moments[g] = mean, p.prepared.moments[p.G + g] = var;
+    }
+    if (threadIdx.x == THREADS - 1) // of another warp, which waits for the count meanwhile
+        p.prepared.moments[2 * p.G] = 1 / ((double)p.count[0] + 1);
+}
+
 /* The blocks beside the tiles: see DecodeStates. */
 template <int THREADS> __device__ inline void decode_states(const DecodeStates &p, int block) {
     int thread = (int)threadIdx.x, lane = thread % TILE_STATE_LANES;
-    int d = (block * THREADS + thread) / TILE_STATE_LANES, channel = min(d, p.D - 1);
-    int64_t first = (int64_t)channel * p.N;
-    if (p.prepared.response) {
-        float constant = 0, factor = 0;
-#pragma unroll 1
-        for (int k = lane; k < p.N; k += TILE_STATE_LANES) {
-            StateMove s(p.coef, p.h, first + k);
-            float c_re = p.coef.c_re[first + k], c_im = p.coef.c_im[first + k];
-            constant += c_re * (s.q_re * s.re - s.q_im * s.im) - c_im * (s.q_im * s.re + s.q_re * s.im);
-            factor += c_re * s.p;
-        }
-        constant = lanes_sum(constant, TILE_STATE_LANES), factor = lanes_sum(factor, TILE_STATE_LANES);
-        if (lane == 0 && d < p.D) p.prepared.response[d] = make_float2(constant, p.omega[d] + factor);
-    }
-    if (block == 0) {
-#pragma unroll 1
-        for (int g = thread; g < p.G; g += THREADS)
-            p.prepared.moments[g] = p.mean[g], p.prepared.moments[p.G + g] = p.var[g];
-        if (thread == 0) p.prepared.moments[2 * p.G] = 1 / ((double)p.count[0] + 1);
-    }
+    int d = (block * THREADS + thread) / TILE_STATE_LANES;
+    int64_t first = (int64_t)d * p.N;
+    if (p.prepared.response) decode_response<THREADS>(p, block);
+    if (block == 0) decode_moments<THREADS>(p);
     if (!p.own_h || d >= p.D || lane >= p.N) {
         follow_previous_kernel();
         return;
@@ -543,6 +568,33 @@ template <int THREADS> __device__ inline void decode_states(const DecodeStates &
         if (k >= p.N) break;
         s = StateMove(p.own_coef, p.own_h, first + k);
     }
+}
+
+/* computes: x = scale embed[token], and the response and the moments for layer 0 (see DecodeStates)
+ * launch:   grid 2 + states.blocks, block 512: the first block makes x, the second the moments
+ * traffic:  the token from the host, about 2 microseconds, and then 4 D bytes; beside it 28 D N
+ * needs:    D a multiple of 4 and at most TOKEN_MAX_DIM, pointers of 8 bytes
+ * numerics: x exact but for its rounding, the moments in double, the response in float: deterministic */
+__global__ static void __launch_bounds__(TOKEN_THREADS, 1)
+    decode_token_kernel(const __grid_constant__ DecodeToken p) {
+    mark(p.launch, STAGE_ENTERED);
+    start_next_kernel();
+    int k = (int)threadIdx.x * 4;
+    /* The longest way stands first: instructions come from memory as well. And each of its warps asks for the
+     * token, so that no barrier stands between that and the row. */
+    if (blockIdx.x == 0 && k < p.states.D) {
+        int32_t token = *p.token;
+        uint2 words = load_here((const uint2 *)(p.embed + (int64_t)token * p.states.D + k));
+        mark(p.launch, STAGE_WAITED);
+        float value[4];
+        unpack_four(value, words);
+#pragma unroll
+        for (int i = 0; i < 4; i++) value[i] *= p.scale;
+        store<4>(p.x + k, value);
+    }
+    if (blockIdx.x == 1) decode_moments<TOKEN_THREADS>(p.states);
+    if (blockIdx.x > 1) decode_response<TOKEN_THREADS>(p.states, (int)blockIdx.x - 2);
+    mark(p.launch, STAGE_ENDED);
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -851,6 +903,12 @@ static void launch_tiles(Context *context, const char *name, DecodeTiles &p) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE_MAX_SHARED));
     launch_step<DecodeTiles>(context, name, kernel, dim3((unsigned)(p.tile_blocks + p.states.blocks)),
                              (unsigned)(WARPS * WARP_SIZE), p, false, bytes);
+}
+
+static inline void decode_token(Context *context, DecodeToken p) {
+    p.states.blocks = (int)ceil_div(p.states.D, TILE_MANY_CHANNELS);
+    launch_step(context, "token, states", decode_token_kernel, dim3((unsigned)(2 + p.states.blocks)),
+                TOKEN_THREADS, p, true);
 }
 
 /* Completes p: are these products, with this opening, what the kernel takes? */
