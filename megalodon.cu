@@ -256,7 +256,8 @@ struct MegalodonModel {
 
     MegalodonBatch batch; /* the last forward's */
     bool carried, have_dstate_out, can_backward;
-    bool logits_sent; /* the last forward's logits are on their way to host_logits */
+    bool logits_sent; /* the last forward's logits are on their way to host_logits .. */
+    bool step_runs;   /* .. and may not have come: that step may still read tokens where the host has them */
     /* One block of memory for all that a step uploads, on the host (pinned) and on the device. */
     char *host_upload, *device_upload;
     size_t upload_bytes;
@@ -1570,10 +1571,17 @@ static void upload(MegalodonModel *m, size_t from, size_t bytes) {
     CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
 }
 
+/* Waits for the end of the last forward, if that was a step and nobody has waited for it. */
+static void end_step(MegalodonModel *m) {
+    if (m->step_runs) CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+    m->step_runs = false;
+}
+
 /* Sends tokens, and while they are on their way targets; a step may read them where they are. */
 static void upload_batch(MegalodonModel *m) {
     size_t rows = (size_t)m->batch.B * (size_t)m->batch.T;
-    CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
+    if (m->logits_sent) end_step(m); // the last forward was a step, which uploads nothing
+    else CHECK_CUDA(cudaEventSynchronize(m->uploaded)); // the last upload has left the host's memory
     memcpy(on_host(m, m->tokens), m->batch.tokens, rows * sizeof(int32_t));
     if (is_decode_step(m)) return;
     upload(m, 0, rows * sizeof(int32_t));
@@ -1664,8 +1672,7 @@ static const char *forward_model(Model<T> *m, const MegalodonBatch *batch, Megal
     } else {
         forward_pass(m);
     }
-    m->logits_sent = is_decode_step(m);
-    if (m->logits_sent) CHECK_CUDA(cudaEventRecord(m->uploaded, m->context.stream));
+    m->logits_sent = m->step_runs = is_decode_step(m);
     m->can_backward = m->options.training && batch->targets;
     if (m->can_backward) upload_plan(m);
     if (!loss) return nullptr;
@@ -1688,7 +1695,7 @@ template <typename T> static const char *last_logits_of(Model<T> *m, float *out)
     int64_t B = m->batch.B, D = m->config.model_dim, V = m->config.vocab_size;
     if (B == 0) return errorf("there are no logits before the first forward");
     if (m->logits_sent) { // a step has them on their way already
-        CHECK_CUDA(cudaStreamSynchronize(m->context.stream));
+        end_step(m);
         memcpy(out, m->host_logits, (size_t)(B * V) * sizeof(float));
         return nullptr;
     }
