@@ -233,9 +233,11 @@ typedef struct Generation {
     int rows;
     int32_t *next;                   /* rows: the tokens to feed */
     float *logits;                   /* rows,V                   */
+    int unseen;                      /* rows of logits that no one has looked through */
 } Generation;
 
-/* Are all of them numbers? In integers, which a compiler turns into vectors: this is part of every token's time. */
+/* Are all of them numbers? In integers, which a compiler turns into vectors: on a CPU this is part of every token's
+ * time. */
 static bool all_finite(const float *values, int n) {
     const int32_t exponent = 0x7F800000;             /* of infinities and NaN */
     int32_t wild = 0;
@@ -247,17 +249,25 @@ static bool all_finite(const float *values, int n) {
     return !wild;
 }
 
-/* Feeds the next token of each row and chooses the most likely one after it. */
+static void generation_look(Generation *g) {
+    if (!all_finite(g->logits, g->unseen * g->bench->config.vocab_size))
+        die("bench generate: the logits are not all finite");
+    g->unseen = 0;
+}
+
+/* Feeds the next token of each row and chooses the most likely one after it. While a GPU is at work, the logits of the
+ * step before are looked through. */
 static void generation_step(void *context) {
     Generation *g = context;
     int V = g->bench->config.vocab_size;
     MegalodonBatch batch = {.tokens = g->next, .B = g->rows, .T = 1, .carry = true};
     die_if(g->bench->backend->forward(g->model, &batch, NULL));
+    generation_look(g);
     die_if(g->bench->backend->last_logits(g->model, g->logits));
+    g->unseen = g->rows;
     for (int row = 0; row < g->rows; row++) {
-        const float *logits = g->logits + (int64_t)row * V;
-        if (!all_finite(logits, V)) die("bench generate: the logits are not all finite");
-        g->next[row] = sampler_best(logits, V);
+        g->next[row] = sampler_best(g->logits + (int64_t)row * V, V);
+        if (g->next[row] < 0) generation_look(g); /* which ends here */
     }
 }
 
@@ -349,6 +359,7 @@ static void bench_generate(Bench *bench) {
         MegalodonBatch batch = {.tokens = text, .B = g.rows, .T = T};
         die_if(bench->backend->forward(g.model, &batch, NULL));
         double seconds = seconds_of(bench, (Work){generation_step, &g, false, 1});
+        generation_look(&g);
         double rate = bytes / seconds, used = model_bytes(bench, g.model, before);
         printf("%7d %10.3f %10.0f %10.1f %7s %8.2f\n", g.rows, 1e3 * seconds, g.rows / seconds, 1e-9 * rate,
                percent(rate / ceiling, share), used / GIB);
