@@ -220,7 +220,7 @@ struct ClusterMail {
 
 /* computes: k into the state, and gated = r softmax(q k^T) v over the keys of the chunk so far
  * launch:   grid (16 ceil(e / 256), H, B) in clusters of 16, block 256: a warp takes every 8th eight keys of
- *           the block's part, a lane 8 columns. SHARED: of values, see above
+ *           the block's part, a lane 8 columns. SHARED: values lie in shared memory
  * traffic:  B (n + 1) (E + Z) 2 bytes, the keys again for each cluster from the L2 cache
  * needs:    Hopper; z at most 256, z, e and pointers in multiples of 16 bytes;
  *           ClusterKeys' BYTES of shared memory
