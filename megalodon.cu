@@ -11,6 +11,7 @@
  *   cuda/decode.cuh        one token a row: a step of generation, its TimestepNorm and CEMA
  *   cuda/decode_products.cuh  cuda/decode_attention.cuh: its products and attention, of any type and size
  *   cuda/decode_tiles.cuh  its products on the tensor cores; a layer's first kernel for one row
+ *   cuda/decode_streams.cuh  its products of many weights, which come through shared memory
  *   cuda/decode_clusters.cuh  its attention in clusters of blocks
  *   cuda/timeline.cuh      where the time of a step goes, a tool
  *
@@ -31,6 +32,7 @@
 #include "cuda/cema.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/decode_clusters.cuh"
+#include "cuda/decode_streams.cuh"
 #include "cuda/decode_tiles.cuh"
 #include "cuda/fused.cuh"
 #include "cuda/loss.cuh"
@@ -250,7 +252,7 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned: a step writes them there */
     int *arrivals;      /* decode_attention's counters, zero between steps */
-    bool clusters;      /* see attention_clusters_run */
+    int cluster_room;    /* see attention_cluster_room */
     std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
     float *opened_u;    /* (D): u of the layer that opened last, until its own states have moved on */
 
@@ -1106,7 +1108,7 @@ template <typename T> static T *mega_step(Model<T> *m, int l, const T *x, Decode
     DecodeAttention<T> attention = {ar, state->k, partial, parts, m->arrivals, a->zz, a->rr, state->v,
                                     w->gamma, w->beta, m->rope, m->state.count, (int)H, (int)(Z / H),
                                     (int)e, c->chunk_size, (float)c->norm_eps, 0};
-    decode_step_attention(context, attention, B, m->clusters);
+    decode_step_attention(context, attention, B, m->cluster_room);
 
     p = decode_group<T>(m);
     p.product[p.number++] = decode_product<T>(w->wh2_weight, nullptr, ar, D, E);
@@ -1462,9 +1464,12 @@ static const char *create_model(MegalodonModel **model, const MegalodonConfig *c
     m->config = *config;
     m->options = *options;
     start_context(&m->context, true);
-    if (std::is_same<T, bf16>::value && !options->training)
-        m->clusters = attention_clusters_run(&m->context, config->z_dim / config->num_heads,
-                                             config->value_dim / config->num_heads);
+    if (std::is_same<T, bf16>::value && !options->training) {
+        m->cluster_room = attention_cluster_room(&m->context, config->z_dim / config->num_heads,
+                                                 config->value_dim / config->num_heads);
+        int64_t outputs = (int64_t)config->z_dim + 2 * (int64_t)config->value_dim + config->model_dim;
+        m->context.streams = step_streams(&m->context, outputs * config->model_dim);
+    }
     int64_t widest = max(config->value_dim, max(config->ffn_hidden_dim, config->model_dim));
     if (options->training && side_pays(&m->context, widest * config->model_dim)) start_side(&m->context);
     CHECK_CUDA(cudaEventCreateWithFlags(&m->uploaded, cudaEventDisableTiming));

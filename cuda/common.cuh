@@ -155,7 +155,8 @@ struct Context {
 #endif
     void *cublas_workspace;
     int num_sms;
-    bool hopper; /* see hopper.cuh */
+    bool hopper;  /* see hopper.cuh */
+    bool streams; /* in a step of generation, see decode_streams.cuh */
     char *scratch;
     size_t scratch_bytes, scratch_used, scratch_peak;
     size_t pending_bytes; /* of the partial sums, which grow down from the end of scratch */

@@ -13,8 +13,8 @@
  * decode_norm stands here. decode_products.cuh and decode_attention.cuh have the others for every type and
  * size; decode_tiles.cuh has products in bf16 on the tensor cores, which for one row take decode_norm in as
  * well: those after it make u and c, and its states are made ready beside the last ones of the block before,
- * for the first block in a small kernel that brings in the token. decode_clusters.cuh has attention in bf16
- * by clusters of blocks.
+ * for the first block in a small kernel that brings in the token. decode_streams.cuh has those products whose
+ * weights are many, and decode_clusters.cuh attention in bf16 by clusters of blocks.
  *
  * Each kernel lets the next one start as soon as all of its own blocks have begun (programmatic dependent
  * launch, from compute capability 9.0 on). Several are then in their first part, where they ask for their
@@ -97,7 +97,11 @@ static inline cudaLaunchAttribute in_clusters(unsigned blocks) {
 /* Launches a kernel of a step, which may start before the one before it has ended, but for the first one: it
  * reads counts that the last kernel of the step before moves on. Code for an older device has no way to wait,
  * so it starts in the usual order. bytes: of shared memory whose size is known only here. cluster: blocks of
- * one. */
+ * one.
+ *
+ * A processor divides its memory into shared memory and cache anew only when no block is on it. Where
+ * products take all of it as shared memory, a kernel with another division would begin when the last block of
+ * the one before has ended: there, all kernels of the step have the same. */
 template <typename P>
 static void launch_step(Context *context, const char *name, void (*kernel)(const P), dim3 grid,
                         unsigned threads, P arguments, bool is_first = false, size_t bytes = 0,
@@ -106,6 +110,9 @@ static void launch_step(Context *context, const char *name, void (*kernel)(const
     arguments.launch = timeline_number(context, name, grid);
     cudaFuncAttributes code;
     CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
+    CHECK_CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    context->streams ? cudaSharedmemCarveoutMaxShared
+                                                     : cudaSharedmemCarveoutDefault));
     cudaLaunchAttribute attributes[2] = {};
     unsigned number = 0;
     if (code.ptxVersion >= 90 && !is_first) {

@@ -10,8 +10,15 @@
  *     query, the same in all rows; the scores of keys 2 part and 2 part + 1
  *
  * As in decode_tiles.cuh it does not matter which of the product's k a number is. The keys and values of the
- * tokens before are in registers before the wait. Where there are no such clusters, and for other sizes and
- * types, decode_attention.cuh is the way.
+ * tokens before are there before the wait: in registers, or the values in shared memory.
+ *
+ * A cluster begins when all of its blocks find room in one group of processors. With everything in registers
+ * a processor has room for two blocks, and an H100 80GB for 14 clusters. One that finds none works when
+ * others have ended, and the next kernel's blocks wait for its beginning. With values in shared memory there
+ * is room for three blocks and for 21 clusters, each of them slower: the way for more clusters than find room
+ * otherwise.
+ *
+ * Where there are no such clusters, and for other sizes and types, decode_attention.cuh is the way.
  */
 #ifndef CUDA_DECODE_CLUSTERS_CUH
 #define CUDA_DECODE_CLUSTERS_CUH
@@ -30,16 +37,50 @@ enum {
     CLUSTER_SHARE = CLUSTER_COLUMNS / CLUSTER_BLOCKS /* columns that a block ends */
 };
 
-/* A warp's keys and values from one on. Where there is none, zeros. */
-struct ClusterKeys {
-    uint4 key[CLUSTER_CHUNKS], value[CLUSTER_KEYS];
+/* A lane's columns of a warp's values: in registers .. */
+template <bool SHARED> struct ClusterValues {
+    enum { WARP_BYTES = CLUSTER_COLUMNS * (int)sizeof(float) }; /* of shared memory: for its totals */
+    uint4 held[CLUSTER_KEYS];
+    __device__ explicit ClusterValues(char *) {}
+    /* Asks for number i, or for zeros. some: any place that may be read. */
+    __device__ void request(int i, const bf16 *from, const bf16 *, bool here) {
+        held[i] = make_uint4(0, 0, 0, 0);
+        if (here) held[i] = *(const uint4 *)from;
+    }
+    __device__ void arrive() const {}
+    __device__ uint4 get(int i) const { return held[i]; }
+};
 
-    /* Asks for those from `first` on, before `end`: of the values the lane's columns, if it has any. */
+/* .. or in the warp's part of shared memory, where at the end its totals take their place. */
+template <> struct ClusterValues<true> {
+    enum { WARP_BYTES = CLUSTER_KEYS * WARP_SIZE * (int)sizeof(uint4) };
+    uint4 *place; /* of the first one; no other lane writes or reads it */
+    __device__ explicit ClusterValues(char *memory) : place((uint4 *)memory + threadIdx.x % WARP_SIZE) {}
+    __device__ void request(int i, const bf16 *from, const bf16 *some, bool here) {
+        copy_early(place + i * WARP_SIZE, here ? from : some, here);
+    }
+    /* After this they are there. */
+    __device__ void arrive() const { wait_for_copies(); }
+    __device__ uint4 get(int i) const { return place[i * WARP_SIZE]; }
+};
+
+/* A warp's keys and values from one on. Where there is none, zeros. */
+template <bool SHARED> struct ClusterKeys {
+    enum { WARP_BYTES = ClusterValues<SHARED>::WARP_BYTES, BYTES = DECODE_WARPS * WARP_BYTES };
+    uint4 key[CLUSTER_CHUNKS];
+    ClusterValues<SHARED> value;
+    __device__ explicit ClusterKeys(char *memory) : value(memory) {}
+
+    /* Asks for those from `first` on, before `end`: of the values the lane's columns, if it has any. The new
+     * token is number n: its key comes from elsewhere, and so does its value if that is in registers; else it
+     * is asked for if it is there, and its place left alone before. */
     __device__ void request(const bf16 *keys, const bf16 *values, int64_t key_step, int64_t value_step, int z,
-                            int first, int end, bool in_row) {
-        int lane = (int)threadIdx.x % WARP_SIZE, group = lane / 4, part = lane % 4;
+                            int first, int end, int n, bool there, bool in_row) {
+        int lane = (int)threadIdx.x % WARP_SIZE, group = lane / 4, part = lane % 4, before = min(end, n);
         const bf16 *key_row = keys + (first + group) * key_step + part * 8;
-        int numbers = first + group < end ? z - part * 8 : 0, rows = in_row ? end - first : 0;
+        int numbers = first + group < before ? z - part * 8 : 0;
+        int rows = in_row ? (SHARED ? end : before) - first : 0;
+        bool later = SHARED && !there && n < end;
 #pragma unroll
         for (int i = 0; i < CLUSTER_CHUNKS; i++) {
             key[i] = make_uint4(0, 0, 0, 0);
@@ -47,25 +88,26 @@ struct ClusterKeys {
         }
         const bf16 *value_row = values + first * value_step;
 #pragma unroll
-        for (int i = 0; i < CLUSTER_KEYS; i++, value_row += value_step) {
-            value[i] = make_uint4(0, 0, 0, 0);
-            if (i < rows) value[i] = *(const uint4 *)value_row;
-        }
+        for (int i = 0; i < CLUSTER_KEYS; i++, value_row += value_step)
+            if (!later || first + i != n) value.request(i, value_row, keys, i < rows);
     }
-    /* The new token's, if it is among these: number `place` from the first on. new_key: in shared memory. */
+    /* The new token's, if it is among these: number `place` from the first on. new_key: in shared memory. A
+     * value in shared memory has come as the others have. */
     __device__ void insert(const uint4 *new_key, const uint4 &newest, int place) {
         int lane = (int)threadIdx.x % WARP_SIZE;
 #pragma unroll
         for (int i = 0; i < CLUSTER_CHUNKS; i++)
             if (place == lane / 4) key[i] = new_key[i * 4 + lane % 4];
+        if constexpr (!SHARED)
 #pragma unroll
-        for (int i = 0; i < CLUSTER_KEYS; i++)
-            if (place == i) value[i] = newest;
+            for (int i = 0; i < CLUSTER_KEYS; i++)
+                if (place == i) value.held[i] = newest;
     }
 };
 
 /* score[i]: of key 2 part + i; -INFINITY from key `count` on. */
-__device__ inline void cluster_scores(float (&score)[2], const uint4 *query, const ClusterKeys &keys,
+template <bool SHARED>
+__device__ inline void cluster_scores(float (&score)[2], const uint4 *query, const ClusterKeys<SHARED> &keys,
                                       int count) {
     int part = (int)threadIdx.x % 4;
     float sum[2][4] = {}; // two sums, so that products need not wait for one another
@@ -86,7 +128,9 @@ __device__ inline void cluster_scores(float (&score)[2], const uint4 *query, con
 struct ClusterSums { float top, sum, total[CLUSTER_WIDTH]; };
 
 /* Adds some keys to what a warp knows. By a whole warp. */
-__device__ inline void cluster_add(ClusterSums &own, const float (&score)[2], const ClusterKeys &keys) {
+template <bool SHARED>
+__device__ inline void cluster_add(ClusterSums &own, const float (&score)[2],
+                                   const ClusterKeys<SHARED> &keys) {
     float largest = fmaxf(own.top, fmaxf(score[0], score[1])), weight[2];
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2)); // all groups have the same scores
@@ -99,7 +143,7 @@ __device__ inline void cluster_add(ClusterSums &own, const float (&score)[2], co
 #pragma unroll
     for (int i = 0; i < CLUSTER_KEYS; i++) {
         float factor = __shfl_sync(FULL_MASK, weight[i % 2], i / 2), value[CLUSTER_WIDTH];
-        unpack<bf16, CLUSTER_WIDTH>(value, keys.value[i]);
+        unpack<bf16, CLUSTER_WIDTH>(value, keys.value.get(i));
 #pragma unroll
         for (int c = 0; c < CLUSTER_WIDTH; c++) own.total[c] = fmaf(factor, value[c], own.total[c]);
     }
@@ -176,14 +220,16 @@ struct ClusterMail {
 
 /* computes: k into the state, and gated = r softmax(q k^T) v over the keys of the chunk so far
  * launch:   grid (16 ceil(e / 256), H, B) in clusters of 16, block 256: a warp takes every 8th eight keys of
- *           the block's part, a lane 8 columns
+ *           the block's part, a lane 8 columns. SHARED: values lie in shared memory
  * traffic:  B (n + 1) (E + Z) 2 bytes, the keys again for each cluster from the L2 cache
- * needs:    Hopper; z at most 256, z, e and pointers in multiples of 16 bytes
+ * needs:    Hopper; z at most 256, z, e and pointers in multiples of 16 bytes;
+ *           ClusterKeys' BYTES of shared memory
  * numerics: exact products, float sums; keys, warps and parts in a fixed order: deterministic */
-__global__ static void __launch_bounds__(DECODE_THREADS, 2)
+template <bool SHARED>
+__global__ static void __launch_bounds__(DECODE_THREADS, SHARED ? 3 : 2)
     decode_attention_clusters_kernel(const __grid_constant__ DecodeAttention<bf16> p) {
+    extern __shared__ uint4 cluster_memory[]; // WARP_BYTES for each warp
     __shared__ uint4 query[DECODE_WARPS][WARP_SIZE], new_key[WARP_SIZE]; // each warp makes a query for itself
-    __shared__ float warp_totals[DECODE_WARPS][CLUSTER_COLUMNS];
     __shared__ float warp_tops[DECODE_WARPS], warp_sums[DECODE_WARPS];
     __shared__ ClusterMail mail;
     mark(p.launch, STAGE_ENTERED);
@@ -206,8 +252,10 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
     bf16 *keys = p.k + (int64_t)b * p.C * key_step + h * p.z;
     const bf16 *values = p.v + (int64_t)b * p.C * value_step + h * p.e + column;
 
-    ClusterKeys held;
-    held.request(keys, values, key_step, value_step, p.z, base, min(end, n), in_row);
+    constexpr int BYTES = ClusterKeys<SHARED>::WARP_BYTES;
+    char *memory = (char *)cluster_memory + warp * BYTES;
+    ClusterKeys<SHARED> held(memory);
+    held.request(keys, values, key_step, value_step, p.z, base, end, n, false, in_row);
     QueryNumbers::prefetch(p, h, n);
 #pragma unroll 1
     for (int j = begin + CLUSTER_ROUND + warp; j < min(end, n); j += DECODE_WARPS) {
@@ -228,7 +276,10 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
     float gate = ends ? to_float(p.r[out]) : 0.0f;
     bool makes_key = has_new && (n - begin) / CLUSTER_KEYS % DECODE_WARPS == warp;
     uint4 newest = make_uint4(0, 0, 0, 0);
-    if (makes_key && in_row) newest = *(const uint4 *)(values + n * value_step);
+    if (SHARED && makes_key && n - base < CLUSTER_KEYS)
+        held.value.request(n - base, values + n * value_step, keys, in_row);
+    else if (!SHARED && makes_key && in_row)
+        newest = *(const uint4 *)(values + n * value_step);
     cluster_query(query[warp], makes_key ? new_key : nullptr,
                   blockIdx.x < CLUSTER_BLOCKS ? keys + n * key_step : nullptr, numbers, zz, p.z, p.eps);
     mark(p.launch, STAGE_INPUT);
@@ -237,7 +288,8 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
 #pragma unroll 1
     for (; base < end; base += CLUSTER_ROUND) {
         if (base >= begin + CLUSTER_ROUND)
-            held.request(keys, values, key_step, value_step, p.z, base, min(end, n), in_row);
+            held.request(keys, values, key_step, value_step, p.z, base, end, n, true, in_row);
+        held.value.arrive();
         if (makes_key) held.insert(new_key, newest, n - base);
         float score[2];
         cluster_scores(score, query[warp], held, end - base);
@@ -245,7 +297,9 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
     }
     own.sum = lanes_sum(own.sum, 4);
     if (lane == 0) warp_tops[warp] = own.top, warp_sums[warp] = own.sum;
-    store<CLUSTER_WIDTH>(warp_totals[warp] + lane * CLUSTER_WIDTH, own.total);
+    held.value.arrive(); // in a warp without keys they may still come
+    __syncwarp();        // nobody reads them any more
+    store<CLUSTER_WIDTH>((float *)memory + lane * CLUSTER_WIDTH, own.total);
     __syncthreads(); // what all warps know is there
     float top = warp_tops[0], sum = 0, all = 0;
 #pragma unroll
@@ -254,7 +308,7 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
     for (int i = 0; i < DECODE_WARPS; i++) {
         float factor = __expf(warp_tops[i] - top);
         sum = fmaf(factor, warp_sums[i], sum);
-        all = fmaf(factor, warp_totals[i][thread], all);
+        all = fmaf(factor, ((const float *)cluster_memory)[i * (BYTES / 4) + thread], all);
     }
     cluster_wait(); // all blocks have begun
     send_there(&mail.totals[rank][thread % CLUSTER_SHARE], &mail.barrier, thread / CLUSTER_SHARE, all);
@@ -277,30 +331,45 @@ __global__ static void __launch_bounds__(DECODE_THREADS, 2)
     mark(p.launch, STAGE_ENDED);
 }
 
-/* Is this kernel for heads of these sizes, and does the device run it? A cluster stays within a group of
- * processors, and not every device must have room in one for more than 8 blocks. */
-static inline bool attention_clusters_run(Context *context, int64_t z, int64_t e) {
-    if (!context->hopper || z > CLUSTER_HEAD || !vectorises<bf16>(z) || !vectorises<bf16>(e)) return false;
+/* So many clusters find room on the device at the same time; 0: the kernel does not run there. A cluster
+ * stays within a group of processors, and not every device must have room in one for more than 8 blocks. */
+template <bool SHARED> static int cluster_room(Context *context) {
+    auto kernel = decode_attention_clusters_kernel<SHARED>;
     int clusters = 0;
     cudaLaunchAttribute attribute = in_clusters(CLUSTER_BLOCKS);
-    cudaLaunchConfig_t config = {dim3(CLUSTER_BLOCKS), dim3(DECODE_THREADS), 0, context->stream, &attribute,
-                                 1};
-    CHECK_CUDA(cudaFuncSetAttribute(decode_attention_clusters_kernel,
-                                    cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    return CHECK_CUDA_UNLESS(cudaErrorInvalidClusterSize,
-                             cudaOccupancyMaxActiveClusters(&clusters, decode_attention_clusters_kernel,
-                                                            &config)) &&
-           clusters > 0;
+    cudaLaunchConfig_t config = {dim3(CLUSTER_BLOCKS), dim3(DECODE_THREADS), ClusterKeys<SHARED>::BYTES,
+                                 context->stream, &attribute, 1};
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    bool runs = CHECK_CUDA_UNLESS(cudaErrorInvalidClusterSize,
+                                  cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    return runs ? clusters : 0;
 }
 
-/* clusters: attention_clusters_run. */
+/* The room for clusters with values in registers; 0: heads of these sizes take another way. */
+static inline int attention_cluster_room(Context *context, int64_t z, int64_t e) {
+    if (!context->hopper || z > CLUSTER_HEAD || !vectorises<bf16>(z) || !vectorises<bf16>(e)) return 0;
+    int room = cluster_room<false>(context), shared_room = cluster_room<true>(context);
+    if (DECODE_TIMELINE)
+        printf("attention: room for %d clusters with values in registers, %d with them in shared memory\n",
+               room, shared_room);
+    return shared_room > 0 ? room : 0;
+}
+
+template <bool SHARED>
+static void launch_clusters(Context *context, const DecodeAttention<bf16> &p, dim3 grid) {
+    launch_step(context, "attention", decode_attention_clusters_kernel<SHARED>, grid, DECODE_THREADS, p,
+                false, ClusterKeys<SHARED>::BYTES, CLUSTER_BLOCKS);
+}
+
+/* room: attention_cluster_room. */
 template <typename T>
-static void decode_step_attention(Context *context, const DecodeAttention<T> &p, int64_t B, bool clusters) {
+static void decode_step_attention(Context *context, const DecodeAttention<T> &p, int64_t B, int room) {
     if constexpr (std::is_same<T, bf16>::value)
-        if (clusters) {
-            launch_step(context, "attention", decode_attention_clusters_kernel,
-                        dim3(CLUSTER_BLOCKS * blocks_for(p.e, CLUSTER_COLUMNS), (unsigned)p.H, (unsigned)B),
-                        DECODE_THREADS, p, false, 0, CLUSTER_BLOCKS);
+        if (room > 0) {
+            unsigned clusters = blocks_for(p.e, CLUSTER_COLUMNS);
+            dim3 grid(CLUSTER_BLOCKS * clusters, (unsigned)p.H, (unsigned)B);
+            if (clusters * p.H * B > room) launch_clusters<true>(context, p, grid);
+            else launch_clusters<false>(context, p, grid);
             return;
         }
     decode_attention(context, p, B);

@@ -714,11 +714,11 @@ struct TileEnd {
     const DecodeProduct<bf16> *q;
     int output, j, m;
     bool active;
-    __device__ TileEnd(const DecodeTiles &p, int tile) {
+    __device__ TileEnd(const DecodeTiles &p, int tile, int tile_outputs = TILE_OUTPUTS) {
         output = (int)threadIdx.x % TILE_OUTPUTS, m = (int)threadIdx.x / TILE_OUTPUTS;
         TilePlace place = tile_place_of(p, tile);
         q = place.q;
-        int outputs = q->second ? TILE_OUTPUTS / 2 : (int)TILE_OUTPUTS;
+        int outputs = q->second ? tile_outputs / 2 : tile_outputs;
         j = place.unit * outputs + output;
         active = m < p.products.M && output < outputs && j < q->N;
     }
@@ -953,20 +953,6 @@ static inline void decode_tiles(Context *context, const char *name, DecodeTiles 
     else if (own) launch_tiles<8, 4, false, false, true>(context, name, p);
     else if (p.plain) launch_tiles<8, 4, false, true>(context, name, p);
     else launch_tiles<8, 4, false, false>(context, name, p);
-}
-
-/* decode_products, in bf16 by tiles where they fit. */
-template <typename T>
-static void decode_step_products(Context *context, const char *name, const DecodeProducts<T> &products) {
-    if constexpr (std::is_same<T, bf16>::value) {
-        DecodeTiles tiles = {};
-        tiles.products = products;
-        if (tiles_fit(&tiles)) {
-            decode_tiles(context, name, tiles);
-            return;
-        }
-    }
-    decode_products(context, products);
 }
 
 #endif

@@ -780,9 +780,9 @@ static void check_generation(const Candidate *candidate, const char *what, const
  * size is no power of two; layers too wide for the states to be made beside a product; so few values that blocks
  * which share out m Wh1^T with them have 16 numbers each, and as many channels as such a block has room for; so many
  * keys that a block takes them in two turns, one for each piece of 64, or in three; the end of such a chunk; a new key
- * that counts among so many. */
+ * that counts among so many; more heads than there is room for at the same time if their values lie in registers. */
 static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled) {
-    MegalodonConfig head = *tiled, groups = *tiled, wide = *tiled, longer = *tiled, full = *tiled;
+    MegalodonConfig head = *tiled, groups = *tiled, wide = *tiled, longer = *tiled, full = *tiled, heads = *tiled;
     int around = tiled->chunk_size + 3;
     for (int B = 1; B <= MAX_GENERATED; B++) check_generation(candidate, "tiles, from nothing", tiled, B, 1, 4);
     head.num_heads = 1, head.z_dim = 256, head.value_dim = 288, head.norm_num_groups = 1, head.cema_ndim = 20;
@@ -801,6 +801,10 @@ static void check_ways(const Candidate *candidate, const MegalodonConfig *tiled)
     check_generation(candidate, "long chunk, two turns", &longer, 1, 2038, 4);
     check_generation(candidate, "long chunk, to its end", &longer, 1, 2197, 5);
     check_sharp_generation(candidate, "long chunk, the last key", &longer, 1, 2038, 4, 3); /* seen among so many */
+    heads.num_heads = 20, heads.z_dim = 640, heads.value_dim = 480;
+    check_generation(candidate, "many heads", &heads, 1, 1, 4);
+    heads.num_layers = 1, heads.chunk_size = 1100; /* its last token is the first one of a second turn */
+    check_sharp_generation(candidate, "many heads, two turns", &heads, 1, 1096, 5, 3);
 }
 
 /* ---- reading: calls of one length, which a backend may record and repeat ---- */
