@@ -63,8 +63,13 @@ template <typename T> struct AttentionWeights {
 constexpr float KEPT_SCALE = 4096.0f;
 static inline int64_t weights_pitch(int64_t keys) { return ceil_div(keys, 8) * 8; }
 
-__host__ __device__ inline float to_float(__half x) { return __half2float(x); }
 template <> __host__ __device__ inline __half from_float<__half>(float x) { return __float2half(x); }
+template <int VEC>
+__device__ inline void numbers_of(float (&to)[VEC], const VectorWords<__half, VEC> &words) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++)
+        to[i] = __half2float(__ushort_as_half((unsigned short)(words.v[i / 2] >> i % 2 * 16)));
+}
 
 /* Into how many blocks of queries chunks are cut: as many, up to four, as still give three quarters of the
  * multiprocessors a tile of 256 x 128 in the products with v. Four blocks compute 5/8 of all scores; eight
@@ -160,6 +165,14 @@ __device__ inline void keep_weights(float (&keep)[SCORE_VEC], const SoftmaxRows 
     if (DROPS) keep_scales<SCORE_VEC>(keep, s.dropout, (int64_t)weight_index(s, row, key));
 }
 
+/* Weights that were kept, from their words. */
+template <typename K>
+__device__ inline void weights_of(float (&to)[SCORE_VEC], const VectorWords<K, SCORE_VEC> &words) {
+    numbers_of(to, words);
+#pragma unroll
+    for (int i = 0; i < SCORE_VEC; i++) to[i] *= 1 / KEPT_SCALE;
+}
+
 template <int WARPS> __device__ inline float row_sum(float x, float *shared) {
     if constexpr (WARPS == 1) return warp_sum(x);
     return block_sum(x, shared);
@@ -244,23 +257,28 @@ __global__ void softmax_backward_kernel(T *dscores, T *weights, const KeptWeight
     int64_t row = s.row + item * s.stride + query, to = item * s.batch + (int64_t)query * s.pitch;
     const float *from = dweights + ((int64_t)item * s.queries + query) * s.pitch;
     kept += item * s.kept_batch + query * s.kept_pitch;
-    float held[SCORES_HELD][SCORE_VEC], held_grad[SCORES_HELD][SCORE_VEC], sum = 0;
-    auto load_vector = [&](float (&w)[SCORE_VEC], float (&grad)[SCORE_VEC], int j) {
-        load<SCORE_VEC>(w, kept + j);
-        load_scores(grad, from + j, seen - j, 0.0f);
+    /* All of a row is asked for before any of it is used; weights stay words until then. */
+    VectorWords<KeptWeight<T>, SCORE_VEC> held[SCORES_HELD];
+    float held_grad[SCORES_HELD][SCORE_VEC], sum = 0;
 #pragma unroll
-        for (int i = 0; i < SCORE_VEC; i++) w[i] *= 1 / KEPT_SCALE;
-    };
-#pragma unroll
-    for (int i = 0; i < SCORES_HELD; i++)
-        if (first + i * STEP < s.columns) load_vector(held[i], held_grad[i], first + i * STEP);
+    for (int i = 0; i < SCORES_HELD; i++) {
+        int j = first + i * STEP;
+        if (j >= s.columns) break;
+        held[i] = words_at<SCORE_VEC>(kept + j);
+        load_scores(held_grad[i], from + j, seen - j, 0.0f);
+    }
     auto each_vector = [&](auto &&visit) {
+        float w[SCORE_VEC], grad[SCORE_VEC];
 #pragma unroll
-        for (int i = 0; i < SCORES_HELD; i++)
-            if (first + i * STEP < s.columns) visit(first + i * STEP, held[i], held_grad[i]);
+        for (int i = 0; i < SCORES_HELD; i++) {
+            int j = first + i * STEP;
+            if (j >= s.columns) break;
+            weights_of(w, held[i]);
+            visit(j, w, held_grad[i]);
+        }
         for (int j = first + SCORES_HELD * STEP; j < s.columns; j += STEP) {
-            float w[SCORE_VEC], grad[SCORE_VEC];
-            load_vector(w, grad, j);
+            weights_of(w, words_at<SCORE_VEC>(kept + j));
+            load_scores(grad, from + j, seen - j, 0.0f);
             visit(j, w, grad);
         }
     };

@@ -331,14 +331,6 @@ struct alignas(16) CemaStage { uint32_t word[2][CEMA_THREADS][4]; };
 template <typename T> struct CemaEarly { using Stage = char; };
 template <> struct CemaEarly<bf16> { using Stage = CemaStage; };
 
-__device__ inline void copy_early(void *to, const void *from, bool here) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(here ? 16 : 0)
-                 : "memory");
-}
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
-
 template <bool WIDE, typename T>
 __device__ inline void cema_request(typename CemaEarly<T>::Stage &stage, const T *x, const CemaMover &mover,
                                     int tile_first, int D) {

@@ -226,6 +226,21 @@ static inline unsigned blocks_for(int64_t work, int64_t per_block) {
     return (unsigned)ceil_div(work, per_block);
 }
 
+/* Divides a multiprocessor's memory so that `blocks` blocks of a kernel, as many as its registers let in,
+ * find their shared memory and the first cache has the rest. The driver by itself keeps more for blocks. */
+template <typename K> static void fit_cache(const Context *context, K *kernel, int blocks) {
+    if (context->dry_run) return;
+    cudaFuncAttributes code = {};
+    int device = 0, all = 0, own = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&own, cudaDevAttrReservedSharedMemoryPerBlock, device));
+    CHECK_CUDA(cudaFuncGetAttributes(&code, (const void *)kernel));
+    int percent = (int)ceil_div(100 * blocks * ((int64_t)code.sharedSizeBytes + own), all);
+    CHECK_CUDA(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    percent < 100 ? percent : 100));
+}
+
 /* ----------------------------------------------------------------------------------------------------------
  * Types and vectors
  */
@@ -264,6 +279,24 @@ template <int VEC, typename T> __device__ inline void store(T *to, const float (
 #pragma unroll
     for (int i = 0; i < VEC; i++) packed.v[i] = from_float<T>(from[i]);
     *reinterpret_cast<Packed<T, VEC> *>(to) = packed;
+}
+
+/* A vector as the words that it is in memory. Of an array of bf16 the compiler makes a register for each
+ * number, and so waits for a load where it is asked for, not where it is needed. */
+template <typename T, int VEC> struct alignas(sizeof(T) * VEC) VectorWords {
+    using Word = std::conditional_t<(VEC * sizeof(T) < 4), uint16_t, uint32_t>;
+    Word v[VEC * sizeof(T) / sizeof(Word)];
+};
+template <int VEC, typename T> __device__ inline VectorWords<T, VEC> words_at(const T *from) {
+    return *reinterpret_cast<const VectorWords<T, VEC> *>(from);
+}
+template <int VEC> __device__ inline void numbers_of(float (&to)[VEC], const VectorWords<float, VEC> &words) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) to[i] = __uint_as_float(words.v[i]);
+}
+template <int VEC> __device__ inline void numbers_of(float (&to)[VEC], const VectorWords<bf16, VEC> &words) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) to[i] = i % 2 ? high_bf16(words.v[i / 2]) : low_bf16(words.v[i / 2]);
 }
 
 /* May rows of `columns` elements be read 16 bytes at a time? Absent (null) pointers do not object. */
@@ -311,6 +344,30 @@ template <typename T, typename... P> static int vector_width(int64_t columns, co
             __VA_ARGS__;                                                                                    \
         }                                                                                                   \
     } while (0)
+
+/* Asks for bytes, into shared memory, that need no registers on their way: zeros if not `here`. */
+template <int BYTES = 16> __device__ inline void copy_early(void *to, const void *from, bool here) {
+    static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4, "what cp.async copies");
+    uint32_t place = (uint32_t)__cvta_generic_to_shared(to);
+    int bytes = here ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :
+                     : "r"(place), "l"(from), "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :
+                     : "r"(place), "l"(from), "n"(BYTES), "r"(bytes)
+                     : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
+/* What the thread asked for since the last call is one group. */
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+/* Waits until at most so many of the thread's groups are under way. */
+template <int GROUPS> __device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
+}
 
 /* 2^x, 0 where that is no normal number: one instruction */
 __device__ inline float power_of_two(float x) {
@@ -526,9 +583,11 @@ static inline void add_sums(Context *context) {
     ScratchScope scope(context);
     ColumnSums sums = {};
     int blocks = 0, slice_sums = 0;
+    bool several = false; // does a sum have several slices?
     for (int i = 0; i < context->num_pending; i++) {
         const PendingSum *pending = &context->pending[i];
         int slices = (int)ceil_div(pending->count, SUM_SLICE);
+        several = several || slices > 1;
         sums.of[i] = *pending;
         sums.first_slice[i] = slice_sums;
         slice_sums += slices * pending->columns;
@@ -537,7 +596,7 @@ static inline void add_sums(Context *context) {
     }
     sums.slice_sums = take<float>(context, slice_sums);
     sums.arrived = take<int>(context, blocks);
-    clear(context, sums.arrived, (size_t)blocks * sizeof(int));
+    if (several) clear(context, sums.arrived, (size_t)blocks * sizeof(int)); // else nobody counts
     LAUNCH(add_sums_kernel, (unsigned)blocks, dim3(SUM_LANES, SUM_GROUPS), context, sums);
     context->num_pending = 0;
     context->pending_bytes = 0;

@@ -145,24 +145,12 @@ __device__ inline uint64_t goes_first() {
 #endif
     return policy;
 }
-/* Asks for 16 bytes, into shared memory, that this thread alone will read. */
+/* copy_early with a policy. */
 __device__ inline void copy_aside(void *to, const void *from, uint64_t policy) {
 #if HOPPER_CODE
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(from), "l"(policy)
                  : "memory");
-#endif
-}
-/* What the thread asked for since the last call is one group. */
-__device__ inline void copies_commit() {
-#if HOPPER_CODE
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-/* Waits until at most so many of the thread's groups are under way. */
-template <int GROUPS> __device__ inline void copies_wait() {
-#if HOPPER_CODE
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }
 

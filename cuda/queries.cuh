@@ -188,9 +188,9 @@ struct QueryWalk {
     }
     /* (cos, sin) of the columns' pairs in token `row`, where no tokens were before */
     template <int VEC>
-    __device__ Packed<float, VEC> angles(const float2 *table, const QueryShape &shape, int row) const {
+    __device__ VectorWords<float, VEC> angles(const float2 *table, const QueryShape &shape, int row) const {
         unsigned position = (unsigned)row % (unsigned)shape.steps % (unsigned)shape.C;
-        return packed<VEC>((const float *)(table + position * (unsigned)(z / 2)) + lane * VEC);
+        return words_at<VEC>((const float *)(table + position * (unsigned)(z / 2)) + lane * VEC);
     }
 };
 
@@ -214,23 +214,22 @@ __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS_PER_SM)
 #pragma unroll
             for (int i = 0; i < VEC; i++) w[which][i] = inverse + inverse * w[which][i];
         }
-    Packed<T, VEC> next = {};
-    Packed<float, VEC> next_angle = {};
+    VectorWords<T, VEC> next = {};
+    VectorWords<float, VEC> next_angle = {};
     int begin = (int)blockIdx.x * walk.groups, stride = (int)gridDim.x * walk.groups;
     auto ask = [&](int row) {
         if (row >= shape.rows || !walk.has) return;
-        next = packed<VEC>(zz + (int64_t)row * walk.Z + walk.column);
+        next = words_at<VEC>(zz + (int64_t)row * walk.Z + walk.column);
         next_angle = walk.template angles<VEC>(table, shape, row);
     };
     ask(begin + walk.group);
     for (; begin < shape.rows; begin += stride) {
         int row = begin + walk.group;
         float value[VEC], angle[VEC], out[VEC], squares = 0;
+        numbers_of(value, next);
+        numbers_of(angle, next_angle);
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            value[i] = to_float(next.v[i]), angle[i] = next_angle.v[i];
-            squares += value[i] * value[i];
-        }
+        for (int i = 0; i < VEC; i++) squares += value[i] * value[i];
         ask(row + stride);
         float rstd = rsqrtf(lanes_sum(squares, lanes) * share + eps);
         if (row >= shape.rows || !walk.has) continue;
@@ -444,31 +443,34 @@ __global__ void __launch_bounds__(QUERY_THREADS, 2)
     __shared__ SweepSums<VEC> shared;
     QueryWalk walk(shape, lanes, VEC);
     float inverse = rsqrtf((float)walk.z), share = 1.0f / (float)walk.z, sum[NUM_QUERY_SUMS][VEC] = {};
-    Packed<T, VEC> w[2] = {}, next_q = {}, next_k = {}, next_zz = {};
-    Packed<float, VEC> next_angle = {};
-    if (walk.has) w[0] = packed<VEC>(gamma + walk.column), w[1] = packed<VEC>(gamma + walk.Z + walk.column);
+    VectorWords<T, VEC> w[2] = {}, next_q = {}, next_k = {}, next_zz = {};
+    VectorWords<float, VEC> next_angle = {};
+    if (walk.has)
+        w[0] = words_at<VEC>(gamma + walk.column), w[1] = words_at<VEC>(gamma + walk.Z + walk.column);
     int begin = (int)blockIdx.x * walk.groups, stride = (int)gridDim.x * walk.groups;
     auto ask = [&](int row) {
         if (row >= shape.rows || !walk.has) return;
         int64_t at = (int64_t)row * walk.Z + walk.column;
-        next_q = packed<VEC>(dq + at), next_k = packed<VEC>(dk + at), next_zz = packed<VEC>(zz + at);
+        next_q = words_at<VEC>(dq + at), next_k = words_at<VEC>(dk + at);
+        next_zz = words_at<VEC>(zz + at);
         next_angle = walk.template angles<VEC>(table, shape, row);
     };
     ask(begin + walk.group);
     for (; begin < shape.rows; begin += stride) {
         int row = begin + walk.group;
-        float q[VEC], k[VEC], z[VEC], dzn[VEC], angle[VEC], squares = 0, products = 0;
-#pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            q[i] = to_float(next_q.v[i]), k[i] = to_float(next_k.v[i]), z[i] = to_float(next_zz.v[i]);
-            angle[i] = next_angle.v[i];
-        }
+        float q[VEC], k[VEC], z[VEC], dzn[VEC], angle[VEC], gain[2][VEC], squares = 0, products = 0;
+        numbers_of(q, next_q);
+        numbers_of(k, next_k);
+        numbers_of(z, next_zz);
+        numbers_of(gain[0], w[0]);
+        numbers_of(gain[1], w[1]);
+        numbers_of(angle, next_angle);
         ask(row + stride);
         turn<VEC>(q, angle, -1);
         turn<VEC>(k, angle, -1);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            dzn[i] = inverse * (q[i] * (1.0f + to_float(w[0].v[i])) + k[i] * (1.0f + to_float(w[1].v[i])));
+            dzn[i] = inverse * (q[i] * (1.0f + gain[0][i]) + k[i] * (1.0f + gain[1][i]));
             squares += z[i] * z[i], products += dzn[i] * z[i];
         }
         for (int step = lanes / 2; step > 0; step /= 2) {

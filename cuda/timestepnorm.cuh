@@ -28,16 +28,18 @@
 
 #include "common.cuh"
 
-#ifndef TIMESTEPNORM_LANE_FEATURES
-#define TIMESTEPNORM_LANE_FEATURES 32
-#endif
 enum {
     TILE_STEPS = WARP_SIZE,
     SPAN_TILES = WARP_SIZE,
     TILE_THREADS = 256,
     TILE_WARPS = TILE_THREADS / WARP_SIZE,
-    LANE_FEATURES = TIMESTEPNORM_LANE_FEATURES, /* a group of at most so many is one thread's, in a step */
+    PIECES = 4,         /* vectors that a thread asks for at a time */
+    LANE_FEATURES = 32, /* a group of at most so many is one thread's, in a step */
 };
+
+/* Blocks of a multiprocessor, in both directions. The second pass over their tiles wants to find them in the
+ * first cache, see fit_cache. */
+template <typename T> constexpr int TILE_BLOCKS = sizeof(T) == 2 ? 4 : 2;
 
 /* Sizes of a call, and how its tiles are laid out: `parts` blocks share the groups of a tile, `lanes` threads
  * (a power of two) a group of one step. */
@@ -102,17 +104,24 @@ __device__ inline void tell_word(double *word, double value) {
     /* A NaN may have any bits; these would be waited for. */
     *(volatile unsigned long long *)word = bits == SLOT_EMPTY ? SLOT_NAN : bits;
 }
-__device__ inline double await_word(const double *word) {
-    unsigned long long bits;
-    do bits = *(const volatile unsigned long long *)word;
-    while (bits == SLOT_EMPTY);
-    return __longlong_as_double((long long)bits);
-}
 __device__ inline void tell(Slot *slot, double x, double y) {
     tell_word(&slot->x, x);
     tell_word(&slot->y, y);
 }
-__device__ inline Slot await(const Slot *slot) { return Slot{await_word(&slot->x), await_word(&slot->y)}; }
+
+/* Both words of a slot as they were when it was asked. To ask several before the first is awaited takes the
+ * time of one. */
+struct Asked { unsigned long long x, y; };
+__device__ inline Asked ask(const Slot *slot) {
+    Asked asked;
+    asked.x = *(const volatile unsigned long long *)&slot->x;
+    asked.y = *(const volatile unsigned long long *)&slot->y;
+    return asked;
+}
+__device__ inline Slot await(Asked asked, const Slot *slot) {
+    while (asked.x == SLOT_EMPTY || asked.y == SLOT_EMPTY) asked = ask(slot);
+    return Slot{__longlong_as_double((long long)asked.x), __longlong_as_double((long long)asked.y)};
+}
 
 /* tiles (B,num_tiles,G), then spans (B,num_spans,G): spans[b, i] is what came before span i */
 struct Slots {
@@ -134,8 +143,29 @@ static Slots take_slots(Context *context, const TimestepShape &shape) {
 
 /* Room for what the threads of a block learned from other tiles: a row a warp. */
 template <int GROUPS> struct Learned { Slot of[TILE_WARPS][GROUPS]; };
-/* Adds what the threads learned, group by group, where thread i asked for group i % GROUPS. */
-template <int GROUPS> __device__ inline void add_learned(Learned<GROUPS> &learned, Slot sum) {
+/* Adds up what the `count` tiles from `first` on told, group by group: term(what tile i told, reference(i)).
+ * A thread asks some tiles for group threadIdx.x % GROUPS; the whole block calls it. */
+template <int GROUPS, typename R, typename F>
+__device__ inline void learn(Learned<GROUPS> &learned, const Slots &slots, const TimestepShape &shape,
+                             const Tile<GROUPS> &tile, int first, int count, R reference, F term) {
+    constexpr int STRIDE = TILE_THREADS / GROUPS, ASKED = SPAN_TILES / STRIDE;
+    int group = (int)threadIdx.x % GROUPS, begin = (int)threadIdx.x / GROUPS;
+    auto slot = [&](int i) { return slots.tile(shape, tile.b, first + i, tile.first_group + group); };
+    Asked asked[ASKED];
+    Slot sum = {0, 0};
+#pragma unroll
+    for (int k = 0; k < ASKED; k++) {
+        int i = begin + k * STRIDE;
+        if (i < count && group < tile.groups) asked[k] = ask(slot(i));
+    }
+#pragma unroll
+    for (int k = 0; k < ASKED; k++) {
+        int i = begin + k * STRIDE;
+        if (i >= count || group >= tile.groups) break;
+        double seen_from = reference(first + i); // loaded while the tile is awaited
+        Slot part = term(await(asked[k], slot(i)), seen_from);
+        sum.x += part.x, sum.y += part.y;
+    }
 #pragma unroll
     for (int step = WARP_SIZE / 2; step >= GROUPS; step /= 2) {
         sum.x += __shfl_xor_sync(FULL_MASK, sum.x, step);
@@ -150,6 +180,34 @@ template <int GROUPS> __device__ inline Slot all_learned(const Learned<GROUPS> &
     for (int warp = 0; warp < TILE_WARPS; warp++)
         sum.x += learned.of[warp][group].x, sum.y += learned.of[warp][group].y;
     return sum;
+}
+
+/* A pair for each step and group of a tile; one more a row keeps a column's pairs in several banks. */
+template <typename A, int GROUPS> using TilePairs = Pair<A>[TILE_STEPS][GROUPS + 1];
+
+/* Calls visit(numbers, i) for a lane's vectors of a group, numbers[n] being from[n][i...]. PIECES of them are
+ * asked for before the first is used: a loop whose step only the launch knows asks for one after the other,
+ * however it is unrolled. */
+template <int VEC, int TENSORS, typename T, typename F>
+__device__ inline void each_vector(const T *const (&from)[TENSORS], int size, int lane, int lanes, F visit) {
+    for (int begin = lane * VEC; begin < size; begin += PIECES * lanes * VEC) {
+        VectorWords<T, VEC> words[PIECES][TENSORS];
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            int i = begin + p * lanes * VEC;
+#pragma unroll
+            for (int n = 0; n < TENSORS && i < size; n++) words[p][n] = words_at<VEC>(from[n] + i);
+        }
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            int i = begin + p * lanes * VEC;
+            if (i >= size) break;
+            float numbers[TENSORS][VEC];
+#pragma unroll
+            for (int n = 0; n < TENSORS; n++) numbers_of(numbers[n], words[p][n]);
+            visit(numbers, i);
+        }
+    }
 }
 
 /* ----------------------------------------------------------------------------------------------------------
@@ -190,6 +248,31 @@ template <typename A> __device__ inline Pair<A> scan_steps(Pair<A> own, int lane
     return moments_of(first, sum, squares, inverse);
 }
 
+/* The moments of each step alone. */
+template <int VEC, typename T, int GROUPS>
+__device__ inline void own_moments(TilePairs<Accum<T>, GROUPS> &moments, const T *corner,
+                                   const Tile<GROUPS> &tile, const TimestepShape &shape) {
+    using A = Accum<T>;
+    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
+    A inverse_size = (A)1 / (A)size;
+    /* All threads make as many rounds, so that shuffles find every lane. */
+    for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
+        int step = unit / GROUPS, group = unit % GROUPS;
+        bool active = step < tile.steps && group < tile.groups;
+        const T *values[1] = {active ? corner + (int64_t)step * shape.D + group * size : corner};
+        A first = to_float(values[0][0]), sum = 0, squares = 0;
+        each_vector<VEC>(values, size, lane, lanes, [&](const float (&value)[1][VEC], int) {
+#pragma unroll
+            for (int k = 0; k < VEC; k++) {
+                A difference = value[0][k] - first;
+                sum += difference, squares += difference * difference;
+            }
+        });
+        if (lanes > 1) sum = lanes_sum(sum, lanes), squares = lanes_sum(squares, lanes);
+        if (active && lane == 0) moments[step][group] = moments_of(first, sum, squares, inverse_size);
+    }
+}
+
 /* computes: mean_t, var_t and y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + w) + b, and the moments after the
  *           last step
  * launch:   grid (tiles ceil(G / GROUPS) B), block 256: a block owns 32 steps of GROUPS groups
@@ -198,18 +281,19 @@ template <typename A> __device__ inline Pair<A> scan_steps(Pair<A> own, int lane
  *           in and out may be the same memory; mean_in NULL is an empty state
  * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
 template <typename T, int VEC, int GROUPS>
-__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
+__global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS<T>)
     timestepnorm_forward_kernel(T *y, float *mean, float *var, double *mean_out, double *var_out,
                                 Slots slots, const T *__restrict__ x, const int64_t *count,
                                 const double *mean_in, const double *var_in, const T *weight, const T *bias,
                                 TimestepShape shape) {
     using A = Accum<T>;
-    __shared__ Pair<A> moments[TILE_STEPS][GROUPS + 1], before[GROUPS];
+    __shared__ TilePairs<A, GROUPS> moments;
+    __shared__ Pair<A> before[GROUPS];
     __shared__ float rstds[TILE_STEPS][GROUPS + 1];
     __shared__ Learned<GROUPS> learned;
     __shared__ Slot state[GROUPS];
     Tile<GROUPS> tile(shape, false);
-    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
+    int size = shape.size;
     int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
     const T *corner = x + first_row * shape.D + (int64_t)tile.first_group * size;
 
@@ -220,25 +304,7 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         state[threadIdx.x] = Slot{mean_in[bg], var_in[bg]};
     }
 
-    /* The moments of each step alone. All threads make as many rounds, so that shuffles find every lane. */
-    A inverse_size = (A)1 / (A)size;
-    for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
-        int step = unit / GROUPS, group = unit % GROUPS;
-        bool active = step < tile.steps && group < tile.groups;
-        const T *values = active ? corner + (int64_t)step * shape.D + group * size : corner;
-        A first = to_float(values[0]), sum = 0, squares = 0;
-#pragma unroll 4
-        for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            Packed<T, VEC> value = packed<VEC>(values + i);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) {
-                A difference = to_float(value.v[k]) - first;
-                sum += difference, squares += difference * difference;
-            }
-        }
-        if (lanes > 1) sum = lanes_sum(sum, lanes), squares = lanes_sum(squares, lanes);
-        if (active && lane == 0) moments[step][group] = moments_of(first, sum, squares, inverse_size);
-    }
+    own_moments<VEC>(moments, corner, tile, shape);
     __syncthreads(); // the steps' own moments are all there for the scans, and so is the state
 
     {
@@ -256,24 +322,25 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
 
     int span = tile.order / SPAN_TILES, earlier = tile.order % SPAN_TILES;
     double seen = mean_in ? (double)count[tile.b] : 0;
+    const Slot *span_slot = slots.span(shape, tile.b, span, tile.first_group + (int)threadIdx.x);
+    Asked asked = {SLOT_EMPTY, SLOT_EMPTY};
+    if (span && (int)threadIdx.x < tile.groups) asked = ask(span_slot);
     if (earlier) {
         int group = (int)threadIdx.x % GROUPS;
         double reference = group < tile.groups ? (double)moments[0][group].x : 0;
-        Slot sum = {0, 0};
-        for (int i = (int)threadIdx.x / GROUPS; i < earlier; i += TILE_THREADS / GROUPS) {
-            if (group >= tile.groups) break;
-            Slot part = await(slots.tile(shape, tile.b, span * SPAN_TILES + i, tile.first_group + group));
-            double difference = part.x - reference;
-            sum.x += difference, sum.y += part.y + difference * difference;
-        }
-        add_learned(learned, sum);
+        learn(
+            learned, slots, shape, tile, span * SPAN_TILES, earlier, [&](int) { return reference; },
+            [](Slot part, double seen_from) {
+                double difference = part.x - seen_from;
+                return Slot{difference, part.y + difference * difference};
+            });
     }
     if ((int)threadIdx.x < tile.groups) {
         int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
         Moments<double> all = {seen, 0, 0};
         if (mean_in && !span) all.mean = state[group].x, all.var = state[group].y;
         if (span) {
-            Slot prefix = await(slots.span(shape, tile.b, span, g));
+            Slot prefix = await(asked, span_slot);
             all = Moments<double>{seen + (double)span * (SPAN_TILES * TILE_STEPS), prefix.x, prefix.y};
         }
         if (earlier) {
@@ -340,11 +407,12 @@ static void timestepnorm_forward(Context *context, T *y, float *mean, float *var
     int groups = forward_groups(D / G);
     TimestepShape shape = timestep_shape(B, steps, D, G, eps, groups);
     Slots slots = take_slots(context, shape);
-    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias),
-               WITH_GROUPS(32, groups,
-                           LAUNCH((timestepnorm_forward_kernel<T, VEC, GROUPS>), tile_blocks(shape),
-                                  TILE_THREADS, context, y, mean, var, mean_out, var_out, slots, x, count,
-                                  mean_in, var_in, weight, bias, shape)));
+    WITH_WIDTH(T, vector_width<T>(D / G, y, x, weight, bias), WITH_GROUPS(32, groups, {
+                   fit_cache(context, timestepnorm_forward_kernel<T, VEC, GROUPS>, TILE_BLOCKS<T>);
+                   LAUNCH((timestepnorm_forward_kernel<T, VEC, GROUPS>), tile_blocks(shape), TILE_THREADS,
+                          context, y, mean, var, mean_out, var_out, slots, x, count, mean_in, var_in, weight,
+                          bias, shape);
+               }));
 }
 
 /* computes: y = (x - mean) / sqrt(var + eps) (1 + w) + b from the saved moments
@@ -385,68 +453,180 @@ static void timestepnorm_again(Context *context, T *y, const float *mean, const 
  * Backward
  */
 
-/* y = (x - mean) rstd (1 + w) + b:  dm_t = -rstd sum g,  dv_t = -rstd^2/2 sum g xhat
- * computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ add1 + add2), partial sums of dw = dy xhat and
- *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the
- *           steps before
- * launch:   grid (tiles ceil(G / GROUPS) B), block 256: as the forward, the last tile first
- * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
- * needs:    VEC wants D/G, add2_gap and pointers in multiples of VEC elements; VEC 1 takes anything; empty
- *           slots; dx may be dy, add1 or, without a gap, add2
- * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
-template <typename T, int VEC, int GROUPS>
-__global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
-    timestepnorm_backward_kernel(T *dx, double *dmean_in, double *dvar_in, float *partial_w,
-                                 float *partial_b, Slots slots, const T *dy, const double *dmean_out,
-                                 const double *dvar_out, const T *add1, const T *add2, const float *mean,
-                                 const float *var, const T *__restrict__ x, const int64_t *count,
-                                 const double *mean_in, const T *weight, TimestepShape shape, int add2_gap) {
-    using A = Accum<T>;
-    /* shares: dm / k and dv / k, then their scan, then P / size and 2 U / size; moments: mean and rstd */
-    __shared__ Pair<A> shares[TILE_STEPS][GROUPS + 1];
-    __shared__ Pair<float> moments[TILE_STEPS][GROUPS + 1];
-    __shared__ Learned<GROUPS> learned;
-    __shared__ Slot after[GROUPS];
-    __shared__ SweepSums<VEC> column_sums;
-    Tile<GROUPS> tile(shape, true);
-    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
-    int first_column = tile.first_group * size;
-    int64_t first_row = (int64_t)tile.b * shape.steps + tile.first_step;
-    A seen = (A)tile.first_step + (mean_in ? (A)count[tile.b] : (A)0);
+template <typename T> struct TimestepBackward {
+    T *dx;
+    double *dmean_in, *dvar_in;
+    float *partial_w, *partial_b; /* rows of take_sum, or NULL */
+    Slots slots;
+    const T *dy;
+    const double *dmean_out, *dvar_out;
+    const T *add[2]; /* to dx; NULL: nothing */
+    int add_gap[2];  /* between their rows */
+    const float *mean, *var;
+    const int64_t *count;
+    const double *mean_in;
+    const T *weight;
+};
 
+/* Rows of what is added to dx, on their way into shared memory: 32 bytes a thread of each tensor, which the
+ * thread itself will read. The first are asked for before the block waits for others, since nothing that it
+ * learns from them changes them; in the second pass over the tile each row would wait for memory before the
+ * next is asked for. Single elements are read when they are needed. In the end this is the place of the
+ * column sums. */
+template <typename T, int VEC> struct AddsAhead {
+    static constexpr int ROWS = VEC > 1 ? 32 / (VEC * (int)sizeof(T)) : 0;
+    union {
+        Packed<T, VEC> rows[2][ROWS > 0 ? ROWS : 1][TILE_THREADS];
+        SweepSums<VEC> sums;
+    };
+
+    /* Asks for what is added to dx[row, c...], a group of copies; not `here`: for nothing. */
+    __device__ void ask(const TimestepBackward<T> &p, int slot, int row, int c, int D, bool here) {
+        if constexpr (ROWS > 0) {
+            for (int n = 0; n < 2; n++)
+                if (here && p.add[n])
+                    copy_early<VEC * sizeof(T)>(&rows[n][slot][threadIdx.x],
+                                                p.add[n] + (int64_t)row * (D + p.add_gap[n]) + c, true);
+            copies_commit();
+        }
+    }
+    /* Asks for the first rows of the sweep, from column c on. */
+    __device__ void begin(const TimestepBackward<T> &p, const Sweep &sweep, int first_row, int steps, int c,
+                          int D) {
+#pragma unroll 2 // all four of short vectors would cost registers
+        for (int i = 0, t = sweep.group; i < ROWS; i++, t += sweep.groups)
+            ask(p, i, first_row + t, c, D, t < steps);
+    }
+    /* Adds it to grad. */
+    __device__ void add(float (&grad)[VEC], const TimestepBackward<T> &p, int slot, int row, int c, int D) {
+        if constexpr (ROWS > 0) copies_wait<ROWS - 1>();
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            if (!p.add[n]) continue;
+            float value[VEC];
+            if constexpr (ROWS > 0)
+                load<VEC>(value, rows[n][slot][threadIdx.x].v);
+            else
+                load<VEC>(value, p.add[n] + (int64_t)row * (D + p.add_gap[n]) + c);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) grad[i] += value[i];
+        }
+    }
+};
+
+/* Each step's own dm / k and dv / k, with k the steps seen, and its mean and 1 / sqrt(var + eps). */
+template <int VEC, typename T, int GROUPS>
+__device__ inline void own_shares(TilePairs<Accum<T>, GROUPS> &shares, TilePairs<float, GROUPS> &moments,
+                                  const TimestepBackward<T> &p, const T *x, const Tile<GROUPS> &tile,
+                                  const TimestepShape &shape) {
+    using A = Accum<T>;
+    int size = shape.size, lanes = shape.lanes, lane = (int)threadIdx.x % lanes;
+    A seen = (A)tile.first_step + (p.mean_in ? (A)p.count[tile.b] : (A)0);
     for (int unit = (int)threadIdx.x / lanes; unit < TILE_STEPS * GROUPS; unit += TILE_THREADS / lanes) {
         int step = unit / GROUPS, group = unit % GROUPS;
         bool active = step < tile.steps && group < tile.groups;
         if (!active) step = group = 0; // the shuffles want every lane
-        int64_t row = first_row + step, statistic = row * shape.G + tile.first_group + group;
-        int64_t at = row * shape.D + first_column + group * size;
-        const T *w = weight + first_column + group * size;
-        float mean_here = mean[statistic], var_here = var[statistic];
+        int64_t row = (int64_t)tile.b * shape.steps + tile.first_step + step;
+        int64_t statistic = row * shape.G + tile.first_group + group, at = row * shape.D;
+        int column = (tile.first_group + group) * size;
+        const T *inputs[2] = {x + at + column, p.dy + at + column};
+        float mean_here = p.mean[statistic], var_here = p.var[statistic];
         A sum = 0, product = 0;
-#pragma unroll 2
-        for (int i = lane * VEC; i < size; i += lanes * VEC) {
-            Packed<T, VEC> value = packed<VEC>(x + at + i), grad = packed<VEC>(dy + at + i),
-                           gain = packed<VEC>(w + i);
+        each_vector<VEC>(inputs, size, lane, lanes, [&](const float (&numbers)[2][VEC], int i) {
+            float w[VEC];
+            load<VEC>(w, p.weight + column + i);
 #pragma unroll
             for (int k = 0; k < VEC; k++) {
-                A g = to_float(grad.v[k]) * (1.0f + to_float(gain.v[k]));
+                A g = numbers[1][k] * (1.0f + w[k]);
                 sum += g;
-                product += g * (to_float(value.v[k]) - mean_here);
+                product += g * (numbers[0][k] - mean_here);
             }
-        }
+        });
         if (lanes > 1) sum = lanes_sum(sum, lanes), product = lanes_sum(product, lanes);
         if (!active || lane != 0) continue;
         A rstd = (A)1 / sqrt((A)var_here + (A)shape.eps);
         A dm = -rstd * sum, dv = (A)-0.5 * rstd * rstd * rstd * product;
         if (tile.first_step + step == shape.steps - 1) { // the last moments are the state that goes out
             int bg = tile.b * shape.G + tile.first_group + group;
-            if (dmean_out) dm += (A)dmean_out[bg];
-            if (dvar_out) dv += (A)dvar_out[bg];
+            if (p.dmean_out) dm += (A)p.dmean_out[bg];
+            if (p.dvar_out) dv += (A)p.dvar_out[bg];
         }
         A share = (A)1 / (seen + (A)(step + 1));
         shares[step][group] = Pair<A>{dm * share, dv * share};
         moments[step][group] = Pair<float>{mean_here, (float)rstd};
     }
+}
+
+/* dx and the tile's partial sums, from P / size and 2 U / size, mean and rstd of every step and group. */
+template <int VEC, typename T, int GROUPS>
+__device__ inline void tile_gradients(const TilePairs<Accum<T>, GROUPS> &shares,
+                                      const TilePairs<float, GROUPS> &moments, AddsAhead<T, VEC> &adds,
+                                      const TimestepBackward<T> &p, const T *x, const Tile<GROUPS> &tile,
+                                      const TimestepShape &shape) {
+    constexpr int ROWS = AddsAhead<T, VEC>::ROWS;
+    int size = shape.size, width = tile.groups * size, first_column = tile.first_group * size;
+    int first_row = tile.b * shape.steps + tile.first_step;
+    int64_t out = ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.D + first_column;
+    Sweep sweep(width, VEC);
+    bool working = sweep.group < sweep.groups;
+    float dw[VEC] = {}, db[VEC] = {};
+    for (int c = sweep.lane * VEC; working && c < width; c += sweep.lanes * VEC) {
+        int group = c / size, column = first_column + c;
+        float w[VEC], value[VEC], grad[VEC];
+        load<VEC>(w, p.weight + column);
+        if (c >= sweep.lanes * VEC) adds.begin(p, sweep, first_row, tile.steps, column, shape.D);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) dw[i] = db[i] = 0;
+        for (int t = sweep.group, slot = 0; t < tile.steps; t += sweep.groups) {
+            int64_t at = (int64_t)(first_row + t) * shape.D + column;
+            float mean_here = moments[t][group].x, rstd = moments[t][group].y;
+            float shift = (float)shares[t][group].x, slope = (float)shares[t][group].y;
+            load<VEC>(value, x + at);
+            load<VEC>(grad, p.dy + at);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                float centred = value[i] - mean_here;
+                dw[i] += grad[i] * centred * rstd;
+                db[i] += grad[i];
+                grad[i] = grad[i] * (1.0f + w[i]) * rstd + shift + centred * slope;
+            }
+            adds.add(grad, p, slot, first_row + t, column, shape.D);
+            store<VEC>(p.dx + at, grad);
+            int next = t + ROWS * sweep.groups; // into the place that has just been read
+            adds.ask(p, slot, first_row + next, column, shape.D, next < tile.steps);
+            slot = slot == ROWS - 1 ? 0 : slot + 1;
+        }
+        if (sweep.groups == 1) {
+            if (p.partial_w) store<VEC>(p.partial_w + out + c, dw);
+            if (p.partial_b) store<VEC>(p.partial_b + out + c, db);
+        }
+    }
+    if (sweep.groups == 1) return;
+    if (p.partial_w) sweep_row<VEC>(p.partial_w + out, sweep, width, dw, adds.sums);
+    if (p.partial_b) sweep_row<VEC>(p.partial_b + out, sweep, width, db, adds.sums);
+}
+
+/* y = (x - mean) rstd (1 + w) + b:  dm_t = -rstd sum g,  dv_t = -rstd^2/2 sum g xhat
+ * computes: dx = rstd g + (P + 2 (x - mean) U) / size (+ what is added), partial sums of dw = dy xhat and
+ *           db = dy, one row a tile; dmean_in = n (P_0 - 2 U_0 (mean_0 - mean_in)), dvar_in = n U_0, n the
+ *           steps before
+ * launch:   grid (tiles ceil(G / GROUPS) B), block 256: as the forward, the last tile first
+ * traffic:  (3 + adds) B T D sizeof(T) + 8 B T G bytes, x and dy a second time from the caches
+ * needs:    VEC wants D/G, gaps and pointers in multiples of VEC elements; VEC 1 takes anything; empty slots;
+ *           dx may be dy or, without a gap, what is added
+ * numerics: Accum is double for float; between tiles double; fixed order: deterministic */
+template <typename T, int VEC, int GROUPS>
+__global__ void __launch_bounds__(TILE_THREADS, TILE_BLOCKS<T>)
+    timestepnorm_backward_kernel(TimestepBackward<T> p, const T *__restrict__ x, TimestepShape shape) {
+    using A = Accum<T>;
+    /* shares: dm / k and dv / k, then their scan, then P / size and 2 U / size; moments: mean and rstd */
+    __shared__ TilePairs<A, GROUPS> shares;
+    __shared__ TilePairs<float, GROUPS> moments;
+    __shared__ Learned<GROUPS> learned;
+    __shared__ Slot after[GROUPS];
+    __shared__ AddsAhead<T, VEC> adds;
+    Tile<GROUPS> tile(shape, true);
+    own_shares<VEC>(shares, moments, p, x, tile, shape);
     __syncthreads(); // every step's own share is there for the scans
 
     for (int group = (int)threadIdx.x / WARP_SIZE; group < tile.groups; group += TILE_WARPS) {
@@ -456,50 +636,52 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         if (active) own.x -= 2 * own.y * (A)(moments[step][group].x - moments[0][group].x);
 #pragma unroll
         for (int distance = 1; distance < WARP_SIZE; distance *= 2) {
-            A p = __shfl_down_sync(FULL_MASK, own.x, distance),
-              u = __shfl_down_sync(FULL_MASK, own.y, distance);
-            if (step + distance < WARP_SIZE) own.x += p, own.y += u;
+            A p_later = __shfl_down_sync(FULL_MASK, own.x, distance),
+              u_later = __shfl_down_sync(FULL_MASK, own.y, distance);
+            if (step + distance < WARP_SIZE) own.x += p_later, own.y += u_later;
         }
         if (active)
             shares[step][group] = own; // P seen from the tile's first mean, and U, of this tile alone
         if (step == 0 && tile.index > 0)
-            tell(slots.tile(shape, tile.b, tile.index, tile.first_group + group), own.x, own.y);
+            tell(p.slots.tile(shape, tile.b, tile.index, tile.first_group + group), own.x, own.y);
     }
     __syncthreads(); // the scans are done
 
+    Sweep sweep(tile.groups * shape.size, VEC);
+    if (sweep.group < sweep.groups)
+        adds.begin(p, sweep, tile.b * shape.steps + tile.first_step, tile.steps,
+                   tile.first_group * shape.size + sweep.lane * VEC, shape.D);
+
     int span = tile.order / SPAN_TILES, later = tile.order % SPAN_TILES;
-    const float *means = mean + (int64_t)tile.b * shape.steps * shape.G + tile.first_group;
-    if (later) {
-        int group = (int)threadIdx.x % GROUPS;
-        Slot sum = {0, 0};
-        for (int i = (int)threadIdx.x / GROUPS; i < later; i += TILE_THREADS / GROUPS) {
-            if (group >= tile.groups) break;
-            int other = tile.index + 1 + i;
-            double seen_from =
-                (double)means[(int64_t)other * TILE_STEPS * shape.G + group] - (double)moments[0][group].x;
-            Slot part = await(slots.tile(shape, tile.b, other, tile.first_group + group));
-            sum.x += part.x - 2 * part.y * seen_from, sum.y += part.y;
-        }
-        add_learned(learned, sum);
-    }
+    const Slot *span_slot = p.slots.span(shape, tile.b, span, tile.first_group + (int)threadIdx.x);
+    Asked asked = {SLOT_EMPTY, SLOT_EMPTY};
+    if (span && (int)threadIdx.x < tile.groups) asked = ask(span_slot);
+    const float *means = p.mean + (int64_t)tile.b * shape.steps * shape.G + tile.first_group;
+    /* How far another tile's first mean is from this one's. */
+    auto mean_distance = [&](int index, int group) {
+        return (double)means[(int64_t)index * TILE_STEPS * shape.G + group] - (double)moments[0][group].x;
+    };
+    if (later)
+        learn(
+            learned, p.slots, shape, tile, tile.index + 1, later,
+            [&](int other) { return mean_distance(other, (int)threadIdx.x % GROUPS); },
+            [](Slot part, double seen_from) { return Slot{part.x - 2 * part.y * seen_from, part.y}; });
     if ((int)threadIdx.x < tile.groups) {
         int group = (int)threadIdx.x, g = tile.first_group + group, bg = tile.b * shape.G + g;
-        double first_mean = (double)moments[0][group].x;
         Slot all = later ? all_learned(learned, group) : Slot{0, 0};
         if (span) {
-            int next = tile.index + later + 1; // the first tile after this span
-            double seen_from = (double)means[(int64_t)next * TILE_STEPS * shape.G + group] - first_mean;
-            Slot rest = await(slots.span(shape, tile.b, span, g));
+            double seen_from = mean_distance(tile.index + later + 1, group); // the first tile after this span
+            Slot rest = await(asked, span_slot);
             all.x += rest.x - 2 * rest.y * seen_from, all.y += rest.y;
         }
         after[group] = all;
         all.x += shares[0][group].x, all.y += shares[0][group].y;
         if (tile.index > 0 && later == SPAN_TILES - 1)
-            tell(slots.span(shape, tile.b, span + 1, g), all.x, all.y);
-        if (tile.index == 0 && dmean_in) {
-            double n = mean_in ? (double)count[tile.b] : 0;
-            dmean_in[bg] = n * (all.x - 2 * all.y * (first_mean - (mean_in ? mean_in[bg] : 0)));
-            dvar_in[bg] = n * all.y;
+            tell(p.slots.span(shape, tile.b, span + 1, g), all.x, all.y);
+        if (tile.index == 0 && p.dmean_in) {
+            double n = p.mean_in ? (double)p.count[tile.b] : 0, mean_in = p.mean_in ? p.mean_in[bg] : 0;
+            p.dmean_in[bg] = n * (all.x - 2 * all.y * ((double)moments[0][group].x - mean_in));
+            p.dvar_in[bg] = n * all.y;
         }
     }
     __syncthreads(); // every group knows what comes after, and the first step's share has been read
@@ -508,56 +690,12 @@ __global__ void __launch_bounds__(TILE_THREADS, sizeof(T) == 2 ? 4 : 2)
         int step = unit / GROUPS, group = unit % GROUPS;
         if (step >= tile.steps || group >= tile.groups) continue;
         Pair<A> own = shares[step][group];
-        double u = after[group].y + (double)own.y, p = after[group].x + (double)own.x;
-        p += 2 * u * (double)(moments[step][group].x - moments[0][group].x);
-        shares[step][group] = Pair<A>{(A)p / (A)size, 2 * (A)u / (A)size};
+        double u_all = after[group].y + (double)own.y, p_all = after[group].x + (double)own.x;
+        p_all += 2 * u_all * (double)(moments[step][group].x - moments[0][group].x);
+        shares[step][group] = Pair<A>{(A)p_all / (A)shape.size, 2 * (A)u_all / (A)shape.size};
     }
     __syncthreads(); // P and U of every step and group are there
-
-    int width = tile.groups * size;
-    Sweep sweep(width, VEC);
-    int64_t out = ((int64_t)tile.b * shape.num_tiles + tile.index) * shape.D + first_column;
-    bool working = sweep.group < sweep.groups;
-    float dw[VEC] = {}, db[VEC] = {};
-    for (int c = sweep.lane * VEC; working && c < width; c += sweep.lanes * VEC) {
-        int group = c / size;
-        float w[VEC], value[VEC], grad[VEC], add[VEC];
-        load<VEC>(w, weight + first_column + c);
-#pragma unroll
-        for (int i = 0; i < VEC; i++) dw[i] = db[i] = 0;
-        for (int t = sweep.group; t < tile.steps; t += sweep.groups) {
-            int64_t at = (first_row + t) * shape.D + first_column + c;
-            float mean_here = moments[t][group].x, rstd = moments[t][group].y;
-            float p = (float)shares[t][group].x, u = (float)shares[t][group].y;
-            load<VEC>(value, x + at);
-            load<VEC>(grad, dy + at);
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                float centred = value[i] - mean_here;
-                dw[i] += grad[i] * centred * rstd;
-                db[i] += grad[i];
-                grad[i] = grad[i] * (1.0f + w[i]) * rstd + p + centred * u;
-            }
-            if (add1) {
-                load<VEC>(add, add1 + at);
-#pragma unroll
-                for (int i = 0; i < VEC; i++) grad[i] += add[i];
-            }
-            if (add2) {
-                load<VEC>(add, add2 + at + (int64_t)((int)first_row + t) * add2_gap);
-#pragma unroll
-                for (int i = 0; i < VEC; i++) grad[i] += add[i];
-            }
-            store<VEC>(dx + at, grad);
-        }
-        if (sweep.groups == 1) {
-            if (partial_w) store<VEC>(partial_w + out + c, dw);
-            if (partial_b) store<VEC>(partial_b + out + c, db);
-        }
-    }
-    if (sweep.groups == 1) return;
-    if (partial_w) sweep_row<VEC>(partial_w + out, sweep, width, dw, column_sums);
-    if (partial_b) sweep_row<VEC>(partial_b + out, sweep, width, db, column_sums);
+    tile_gradients<VEC>(shares, moments, adds, p, x, tile, shape);
 }
 
 /* dx = gradient of x + add1 + add2 (B,T,D; NULL: nothing to add); dx may be dy, add1 or, without a gap, add2.
@@ -577,12 +715,14 @@ static void timestepnorm_backward(Context *context, T *dx, double *dmean_in, dou
     int64_t partials = B * shape.num_tiles;
     float *partial_w = take_sum(context, dweight, partials, D),
           *partial_b = take_sum(context, dbias, partials, D);
-    WITH_WIDTH(
-        T, vector_width<T>(D / G | add2_gap, dx, dy, add1, add2, x, weight),
-        WITH_GROUPS(16, groups,
-                    LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape), TILE_THREADS,
-                           context, dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy, dmean_out,
-                           dvar_out, add1, add2, mean, var, x, count, mean_in, weight, shape, add2_gap)));
+    TimestepBackward<T> p = {dx, dmean_in, dvar_in, partial_w, partial_b, slots, dy, dmean_out, dvar_out,
+                             {add1, add2}, {0, add2_gap}, mean, var, count, mean_in, weight};
+    WITH_WIDTH(T, vector_width<T>(D / G | add2_gap, dx, dy, add1, add2, x, weight),
+               WITH_GROUPS(16, groups, {
+                   fit_cache(context, timestepnorm_backward_kernel<T, VEC, GROUPS>, TILE_BLOCKS<T>);
+                   LAUNCH((timestepnorm_backward_kernel<T, VEC, GROUPS>), tile_blocks(shape), TILE_THREADS,
+                          context, p, x, shape);
+               }));
 }
 
 #endif

@@ -531,13 +531,13 @@ static void climb_backward(Ladder *ladder, const std::vector<Arguments> &sets, c
                    WARPS * WARP_SIZE, context, slots, set.dy, set.mean, set.var, set.x, p.weight, s);
             LAUNCH(span_shares_kernel, blocks_for((int64_t)s.B * s.num_spans * s.G, 256), 256, context,
                    slots, set.mean, s);
-            WITH_WIDTH(
-                bf16, vector_width<bf16>(s.size),
-                WITH_GROUPS(16, groups,
-                            LAUNCH((timestepnorm_backward_kernel<bf16, VEC, GROUPS>), tile_blocks(tiled),
-                                   TILE_THREADS, context, set.dx, nullptr, nullptr, partial_w, partial_b,
-                                   slots, set.dy, nullptr, nullptr, nullptr, nullptr, set.mean, set.var,
-                                   set.x, nullptr, nullptr, p.weight, tiled, 0)));
+            TimestepBackward<bf16> last = {};
+            last.dx = set.dx, last.partial_w = partial_w, last.partial_b = partial_b, last.slots = slots;
+            last.dy = set.dy, last.mean = set.mean, last.var = set.var, last.weight = p.weight;
+            WITH_WIDTH(bf16, vector_width<bf16>(s.size),
+                       WITH_GROUPS(16, groups,
+                                   LAUNCH((timestepnorm_backward_kernel<bf16, VEC, GROUPS>),
+                                          tile_blocks(tiled), TILE_THREADS, context, last, set.x, tiled)));
             add_sums(context);
         },
         dx, dw, db);

@@ -299,12 +299,15 @@ static void check_wide(const Candidate *candidate, const char *what, MegalodonCo
     pair_destroy(&pair);
 }
 
-/* Norms whose rows are so long that threads own several steps of a tile, in vectors of 16 bytes and of 8. */
+/* Norms whose rows are so long that threads own several steps of a tile, in vectors of 16 bytes and of 8; and with
+ * dropout, rows that need more of a thread's registers, or more than it has, and several vectors a thread of a tile. */
 static void check_long_rows(const Candidate *candidate, MegalodonConfig config) {
-    static const int sizes[][2] = {{512, 8}, {384, 32}};
+    static const struct { int model_dim, groups; double dropout; } sizes[] = {
+        {512, 8, 0}, {384, 32, 0}, {1536, 48, 0.25}, {2304, 8, 0.25}};
     config.num_layers = 1;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        config.model_dim = sizes[i][0], config.norm_num_groups = sizes[i][1];
+        config.model_dim = sizes[i].model_dim, config.norm_num_groups = sizes[i].groups;
+        config.hidden_dropout = sizes[i].dropout;
         Pair pair = pair_create(candidate, "long rows", &config, true, false);
         Worst worst;
         memset(&worst, 0, sizeof worst);
