@@ -17,10 +17,11 @@
  * weights are many, and decode_clusters.cuh attention in bf16 by clusters of blocks.
  *
  * Each kernel lets the next one start as soon as all of its own blocks have begun (programmatic dependent
- * launch, from compute capability 9.0 on). Several are then in their first part, where they ask for their
- * weights, which nothing in a step changes; only after it do they wait for the results of the kernels before.
- * All positions are read from the state's counts on the device: the same launches serve every token, and can
- * be recorded once.
+ * launch, from compute capability 9.0 on); attention in clusters, whose blocks begin late, only when they
+ * have asked for their keys and values, since what a multiprocessor is asked for comes in that order. Several
+ * are then in their first part, where they ask for their weights, which nothing in a step changes; only after
+ * it do they wait for the results of the kernels before. All positions are read from the state's counts on the
+ * device: the same launches serve every token, and can be recorded once.
  */
 #ifndef CUDA_DECODE_CUH
 #define CUDA_DECODE_CUH
@@ -40,7 +41,7 @@ enum {
     DECODE_LINE = 128 /* bytes that one prefetch brings to the L2 cache */
 };
 
-/* The first thing in a kernel of a step: the next one may start when all blocks of this one have begun. */
+/* Early in a kernel of a step: the next one may start when all blocks of this one have come here. */
 __device__ inline void start_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -233,7 +233,6 @@ __global__ static void __launch_bounds__(DECODE_THREADS, SHARED ? 3 : 2)
     __shared__ float warp_tops[DECODE_WARPS], warp_sums[DECODE_WARPS];
     __shared__ ClusterMail mail;
     mark(p.launch, STAGE_ENTERED);
-    start_next_kernel();
     int thread = (int)threadIdx.x, warp = thread / WARP_SIZE, lane = thread % WARP_SIZE;
     int b = (int)blockIdx.z, h = (int)blockIdx.y, rank = (int)blockIdx.x % CLUSTER_BLOCKS;
     int n = (int)((uint64_t)p.count[b] % (uint32_t)p.C), share = n / CLUSTER_BLOCKS + 1, begin = rank * share;
@@ -265,6 +264,7 @@ __global__ static void __launch_bounds__(DECODE_THREADS, SHARED ? 3 : 2)
             prefetch_bytes(values + j * value_step, 1, 0, 1);
     }
     follow_previous_kernel();
+    start_next_kernel(); // only now: h2's weights would stand in the way of these keys and values
     mark(p.launch, STAGE_WAITED);
 
     uint4 zz = make_uint4(0, 0, 0, 0);
