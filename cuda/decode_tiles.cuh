@@ -8,7 +8,8 @@
  *     lane = 4 group + part: weights of outputs group and group + 8, numbers 8 part .. 8 part + 7 of a chunk
  *
  * A lane so reads 16 bytes of each output at a time. Which of the product's k a number is does not matter as
- * long as weights and inputs agree. A plain input goes from memory straight into registers; a normalised one
+ * long as weights and inputs agree. A plain input goes from memory straight into registers, of one row through
+ * shared memory: there a copy brings it past the weights that the next kernel asks for. A normalised one
  * passes through shared memory as two bf16 whose sum it is to 16 bits: of several rows, in two products; of
  * one row, whose product would leave seven columns empty, in two columns of one. With one row, a norm's
  * moments also come in only at the end (see OwnColumn): a warp waits for no numbers but those it multiplies.
@@ -24,12 +25,14 @@
 #define CUDA_DECODE_TILES_CUH
 
 #include "decode_products.cuh"
+#include "hopper.cuh"
 
 enum {
     TILE_OUTPUTS = 16,
     TILE_CHUNK = 32, /* numbers of K that a warp multiplies at a time */
     TILE_PAD = 32,   /* between rows of the input in shared memory, so that they lie in other banks */
     TILE_MAX_SHARED = 100 * 1024,
+    TILE_BROUGHT = 16 * 1024, /* bytes of a plain row that a copy brings, at most */
     TILE_MANY_THREADS = 704, /* for registers: the next kernel's blocks find some beside 16 warps */
     TILE_SMALL_HELD = 4, /* chunks that each of 16 warps holds at most where these are all of K .. */
     TILE_SMALL_THREADS = 1024, /* .. and, for registers: a block finds room beside one of attention */
@@ -76,6 +79,7 @@ struct DecodeTiles {
     int tiles, tile_blocks, K;
     float inverse_K;
     bool opens, plain; /* plain: so are all inputs */
+    bool brought; /* plain, and one row that a copy brings to shared memory */
     int launch; /* the kernel's number in the step, for its timeline */
 };
 
@@ -105,7 +109,7 @@ struct TileShared {
 /* Bytes; with base, also the places. */
 __host__ __device__ inline size_t tile_shared(const DecodeTiles &p, char *base, TileShared *to) {
     size_t K = (size_t)p.K, G = (size_t)p.opening.G, rows = (size_t)p.products.M;
-    if (p.plain) return 0;
+    if (p.plain) return p.brought ? K * sizeof(bf16) : 0;
     size_t input = 3 * K * sizeof(bf16), inputs = p.opens ? 2 : 1;
     size_t x = input + inputs * 2 * rows * (K + TILE_PAD) * sizeof(bf16), response = x + K * sizeof(bf16);
     size_t moments = response + K * sizeof(float2), statistics = moments + (2 * G + 2) * sizeof(double);
@@ -651,16 +655,16 @@ __device__ inline void tile_multiply(float (&sum)[2][4], const uint4 (&w)[2], co
     tensor_product(sum[1], a[1], b[1]);
 }
 
-/* The sums of the held chunks, and then, HELD at a time, of the others. q: the tile's product. input: in
- * shared memory, unless it is PLAIN; the warp's OWN columns lie as its lanes want them. */
+/* The sums of the held chunks, and then, HELD at a time, of the others. input: in shared memory, unless it is
+ * PLAIN and not brought there; the warp's OWN columns lie as its lanes want them. */
 template <int WARPS, int HELD, bool OPENS, bool PLAIN, bool OWN>
-__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const DecodeProduct<bf16> &q,
-                                 const DecodeTiles &p, int tile, const void *input) {
+__device__ inline void tile_sums(float (&sum)[2][4], uint4 (&held)[HELD][2], const DecodeTiles &p, int tile,
+                                 const void *input) {
     int warp = (int)threadIdx.x / WARP_SIZE, column = (int)threadIdx.x % WARP_SIZE / 4;
     int part = (int)threadIdx.x % 4, K = p.K, M = p.products.M;
     const int columns = OWN ? (int)OWN_COLUMNS : OPENS ? 2 : M; // the others are zeros
     const uint4 nothing = make_uint4(0, 0, 0, 0);
-    const bf16 *x = PLAIN ? q.x + (int64_t)column * K : (const bf16 *)input + column * (K + TILE_PAD);
+    const bf16 *x = (const bf16 *)input + column * (PLAIN ? K : K + TILE_PAD);
     const uint4 *own = (const uint4 *)input + column * 4 + part;
     for (int first = warp; first * TILE_CHUNK < K; first += WARPS * HELD) {
         if (first != warp) tile_weights<WARPS>(held, tile_place_of(p, tile), K, first);
@@ -791,6 +795,7 @@ __global__ void __launch_bounds__(WARPS < 16                ? WARPS * WARP_SIZE
     __shared__ __align__(16) float sums[WARPS][TILE_OUTPUTS][ROWS + 1];
     __shared__ float scratch[2][WARPS];
     __shared__ TileEnds ends;
+    __shared__ uint64_t arrived; // counts what is brought
     mark(p.launch, STAGE_ENTERED);
     start_next_kernel();
     if ((int)blockIdx.x >= p.tile_blocks) {
@@ -812,9 +817,23 @@ __global__ void __launch_bounds__(WARPS < 16                ? WARPS * WARP_SIZE
     TileEnd end(p, tile);
     tile_ends(ends, end);
     OwnPieces<WARPS> own(K);
+    if (PLAIN && p.brought) {
+        if (threadIdx.x == 0) {
+            barrier_init(&arrived, 1);
+            barriers_ready();
+        }
+        __syncthreads(); // the barrier is there
+    }
     follow_previous_kernel();
     mark(p.launch, STAGE_WAITED);
 
+    if (PLAIN && p.brought) {
+        if (threadIdx.x == 0) {
+            barrier_expect(&arrived, K * (int)sizeof(bf16));
+            load_bytes(tile_memory, q->x, K * (int)sizeof(bf16), &arrived);
+        }
+        barrier_wait(&arrived, 0);
+    }
     if (OPENS) { // one input for all turns
         if (lanes) opening.open(p, *q, shared, scratch[0]);
         else tile_open<WARPS>(p, *q, shared, scratch[0]);
@@ -843,9 +862,10 @@ __global__ void __launch_bounds__(WARPS < 16                ? WARPS * WARP_SIZE
         if (!OPENS && end.active && end.q->add) tile_send_for_word(ends.add[threadIdx.x], end.q->add, added);
         bool averaged = OPENS && q->input == DECODE_AVERAGED;
         float sum[2][4] = {};
-        const bf16 *input = shared.input + (averaged ? 2 * (K + TILE_PAD) : 0);
-        tile_sums<WARPS, HELD, OPENS, PLAIN, OWN>(sum, held, *q, p, tile,
-                                                  OWN ? (const void *)shared.own : (const void *)input);
+        const void *input = shared.input + (averaged ? 2 * (K + TILE_PAD) : 0);
+        if (OWN) input = shared.own;
+        if (PLAIN) input = p.brought ? (const void *)tile_memory : q->x;
+        tile_sums<WARPS, HELD, OPENS, PLAIN, OWN>(sum, held, p, tile, input);
         tile_keep<OPENS || OWN, ROWS>(sums[warp], sum);
         if (news && OWN) {
             own_sum = warp_sum(own_sum), own_squares = warp_sum(own_squares);
@@ -943,6 +963,8 @@ static inline bool tiles_fit(DecodeTiles *p) {
 
 /* Few tiles are worked on by more warps each, since a tile stays with its processor. */
 static inline void decode_tiles(Context *context, const char *name, DecodeTiles p) {
+    p.brought = p.plain && context->hopper && p.products.M == 1 && p.products.number == 1 &&
+                p.K * (int)sizeof(bf16) <= TILE_BROUGHT;
     bool few = p.tiles <= context->num_sms, own = p.products.M == 1 && !p.plain;
     bool small = few && p.plain && p.K <= 16 * TILE_SMALL_HELD * TILE_CHUNK;
     if (p.opens) launch_tiles<8, 4, true, false>(context, name, p);
