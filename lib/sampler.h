@@ -23,9 +23,10 @@ typedef struct Sampler {
     int top_k;                   /* 0: all                             */
     double top_p;                /* 1: all                             */
     uint64_t seed, draws;        /* draws: tokens drawn so far         */
-    float *weights;              /* vocab_size: probabilities, not yet divided by their sum           */
-    int32_t *tokens;             /* 2 vocab_size + 8: a list of tokens, a part of it, room to write   */
-    uint8_t places[256][8];      /* the places of the ones in a mask of eight, see sampler_list       */
+    float *weights;              /* 2 vocab_size: probabilities, not yet divided by their sum: of all tokens, or of a
+                                  * list of tokens; then of a part of the list */
+    int32_t *tokens;             /* 2 vocab_size + 8: the list, its part, and room for sampler_write */
+    int32_t places[256][8];      /* the places of the ones in a mask of eight, see sampler_list       */
 } Sampler;
 
 static inline void sampler_destroy(Sampler *sampler) {
@@ -49,14 +50,15 @@ static inline const char *sampler_create(Sampler *sampler, int vocab_size, doubl
         return errorf("sampler: expected a temperature of 0 or more, found %g", temperature);
     if (top_k < 0) return errorf("sampler: expected top-k of 0 (all) or more, found %d", top_k);
     if (!(top_p > 0 && top_p <= 1)) return errorf("sampler: expected top-p above 0 and at most 1, found %g", top_p);
-    sampler->weights = malloc((size_t)vocab_size * sizeof *sampler->weights);
+    sampler->weights = malloc(2 * (size_t)vocab_size * sizeof *sampler->weights);
     sampler->tokens = malloc((2 * (size_t)vocab_size + 8) * sizeof *sampler->tokens);
     for (int subset = 0; subset < 256; subset++) {
-        uint8_t in[8], ones = 0;
+        uint8_t in[8];
+        int ones = 0;
         uint64_t bytes;
         for (int k = 0; k < 8; k++) in[k] = subset >> k & 1;
         memcpy(&bytes, in, sizeof bytes);
-        for (uint8_t k = 0; k < 8; k++)
+        for (int k = 0; k < 8; k++)
             if (in[k]) sampler->places[sampler_mask(bytes)][ones++] = k;
     }
     if (sampler->weights && sampler->tokens) return NULL;
@@ -118,6 +120,12 @@ static inline float sampler_power(float x) {
     return p;
 }
 
+static inline float sampler_total(float *sums) {
+    for (int half = SAMPLER_LANES / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
 /* Sum of those of n weights that are smaller than `bound`. */
 static inline double sampler_sum(const float *weights, int n, float bound) {
     double total = 0;
@@ -128,23 +136,30 @@ static inline double sampler_sum(const float *weights, int n, float bound) {
         for (int i = 0; i < size; i += SAMPLER_LANES)
             for (int k = 0; k < sampler_least(SAMPLER_LANES, size - i); k++)
                 sums[k] += block[i + k] < bound ? block[i + k] : 0;
-        for (int half = SAMPLER_LANES / 2; half > 0; half /= 2)
-            for (int k = 0; k < half; k++) sums[k] += sums[k + half];
-        total += sums[0];
+        total += sampler_total(sums);
     }
     return total;
 }
 
-/* weights = exp((logits - top) / temperature). Returns their sum. */
+/* weight = 2^(scale (logit - largest logit)) */
+static inline float sampler_scale(const Sampler *s) {
+    return (float)fmin(1.44269504088896340736 / s->temperature, FLT_MAX);
+}
+
+/* The weights of all tokens; returns their sum. top: the largest logit. */
 static inline double sampler_weigh(Sampler *s, const float *logits, float top) {
-    float scale = (float)fmin(1.44269504088896340736 / s->temperature, FLT_MAX);
+    float scale = sampler_scale(s);
     double total = 0;
     for (int first = 0; first < s->vocab_size; first += SAMPLER_BLOCK) {
         const float *block = logits + first;
-        float *weights = s->weights + first;
+        float *weights = s->weights + first, sums[SAMPLER_LANES] = {0};
         int size = sampler_least(SAMPLER_BLOCK, s->vocab_size - first);
-        for (int i = 0; i < size; i++) weights[i] = sampler_power((block[i] - top) * scale);
-        total += sampler_sum(weights, size, HUGE_VALF);
+        for (int i = 0; i < size; i += SAMPLER_LANES)
+            for (int k = 0; k < sampler_least(SAMPLER_LANES, size - i); k++) {
+                weights[i + k] = sampler_power((block[i + k] - top) * scale);
+                sums[k] += weights[i + k];
+            }
+        total += sampler_total(sums);
     }
     return total;
 }
@@ -165,6 +180,10 @@ static inline int32_t sampler_draw_any(const Sampler *s, double target) {
     return likely;
 }
 
+static inline void sampler_write(int32_t *restrict tokens, const int32_t *restrict places, int32_t first) {
+    for (int k = 0; k < 8; k++) tokens[k] = first + places[k];
+}
+
 /* Lists the tokens whose values are at least `bound`, in the order of their numbers; returns how many. It takes eight
  * neighbours at a time, and writes eight: those that do not belong to the list are written over. */
 static inline int sampler_list(Sampler *s, const float *values, float bound) {
@@ -178,16 +197,15 @@ static inline int sampler_list(Sampler *s, const float *values, float bound) {
         for (int i = 0; i < size; i += 8) {
             uint64_t bytes;
             memcpy(&bytes, in + i, sizeof bytes);
-            const uint8_t *places = s->places[sampler_mask(bytes)];
-            for (int k = 0; k < 8; k++) s->tokens[n + k] = first + i + places[k];
+            sampler_write(s->tokens + n, s->places[sampler_mask(bytes)], first + i);
             n += sampler_ones(bytes);
         }
     }
     return n;
 }
 
-/* Lists tokens among which the nucleus is: the others together weigh less than (1 - top_p) of `sum`, that of all. So
- * that there are few, their least weight is guessed from a part of the vocabulary. Returns how many. */
+/* Lists tokens among which the nucleus is, with their weights: the others together weigh less than (1 - top_p) of `sum`,
+ * that of all. So that there are few, their least weight is guessed from a part of the vocabulary. Returns how many. */
 static inline int sampler_list_nucleus(Sampler *s, double sum, double *others) {
     enum { RUN = 16, RUNS = 128 };
     int n = s->vocab_size;
@@ -199,12 +217,14 @@ static inline int sampler_list_nucleus(Sampler *s, double sum, double *others) {
             memcpy(part + i * RUN, s->weights + (int64_t)n * i / RUNS, RUN * sizeof *part);
         double share = 0.8 * allowed * RUN * RUNS / n;
         for (; factor > 1.1f; factor = sqrtf(factor)) {
-            if (bound * factor > 1) continue;
+            if (bound * factor > allowed) continue;
             if (sampler_sum(part, RUN * RUNS, bound * factor) < share) bound *= factor;
         }
     }
     while ((*others = sampler_sum(s->weights, n, bound)) >= allowed) bound /= 4;
-    return sampler_list(s, s->weights, bound);
+    n = sampler_list(s, s->weights, bound);
+    for (int i = 0; i < n; i++) s->weights[i] = s->weights[s->tokens[i]];
+    return n;
 }
 
 /* The order that all cuts go by: the more likely first; equal ones in the order of their numbers, so that the order is
@@ -213,39 +233,55 @@ static inline bool sampler_before(const float *values, int32_t a, int32_t b) {
     return values[a] != values[b] ? values[a] > values[b] : a < b;
 }
 
-/* Restores the heap of the first `size` tokens below place i; its root is the one that comes last in that order. */
-static inline void sampler_sift(int32_t *heap, int size, const float *logits, int i) {
+/* Restores the heap of the first `size` of a list below place i; its root is the one that comes last in that order. */
+static inline void sampler_sift(const float *values, int32_t *heap, int size, int i) {
     for (int child; (child = 2 * i + 1) < size; i = child) {
-        if (child + 1 < size && sampler_before(logits, heap[child], heap[child + 1])) child++;
-        if (sampler_before(logits, heap[child], heap[i])) return;
-        int32_t token = heap[i];
-        heap[i] = heap[child], heap[child] = token;
+        if (child + 1 < size && sampler_before(values, heap[child], heap[child + 1])) child++;
+        if (sampler_before(values, heap[child], heap[i])) return;
+        int32_t number = heap[i];
+        heap[i] = heap[child], heap[child] = number;
     }
 }
 
-/* Lists the k most likely tokens, without those of probability zero; returns how many. A heap of the best k so far,
- * O(n log k), tells which is the last of them. */
-static inline int sampler_list_top(Sampler *s, const float *logits, int k) {
-    int32_t *list = s->tokens;
-    for (int i = 0; i < k; i++) list[i] = i;
-    for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(list, k, logits, i);
-    for (int i = k; i < s->vocab_size; i++) {
-        if (logits[i] <= logits[list[0]]) continue;
-        list[0] = i;
-        sampler_sift(list, k, logits, 0);
+/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Changes the list. */
+static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int k) {
+    for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(values, list, k, i);
+    for (int i = k; i < n; i++) {
+        if (sampler_before(values, list[0], list[i])) continue;
+        list[0] = list[i];
+        sampler_sift(values, list, k, 0);
     }
-    int32_t last = list[0];
-    int n = sampler_list(s, logits, logits[last]), kept = 0;
+    return list[0];
+}
+
+/* Lists the k most likely tokens without those of probability zero, with their weights; returns how many. The tokens are
+ * first taken in groups: the k-th of the groups' largest logits is not above the k-th of all logits, and few are above
+ * it. */
+static inline int sampler_list_top(Sampler *s, const float *logits, float top, int k) {
+    enum { GROUP = 16 };
+    int32_t *list = s->tokens, *part = list + s->vocab_size;
+    float bound = -HUGE_VALF, *tops = s->weights;
+    int groups = s->vocab_size / GROUP, kept = 0;
+    if (k <= groups) {
+        for (int g = 0; g < groups; g++) tops[g] = logits[g], list[g] = g;
+        for (int i = 1; i < GROUP; i++)
+            for (int g = 0; g < groups; g++) tops[g] = logits[i * groups + g] > tops[g] ? logits[i * groups + g] : tops[g];
+        bound = tops[sampler_kth(tops, list, groups, k)];
+    }
+    int n = sampler_list(s, logits, bound);
+    memcpy(part, list, (size_t)n * sizeof *part);
+    int32_t last = sampler_kth(logits, part, n, k);
     for (int i = 0; i < n; i++) {
         int32_t token = list[i];
         list[kept] = token;
-        kept += !sampler_before(logits, last, token) && s->weights[token] > 0;
+        s->weights[kept] = sampler_power((logits[token] - top) * sampler_scale(s));
+        kept += !sampler_before(logits, last, token) && s->weights[kept] > 0;
     }
     return kept;
 }
 
-/* How the weights of listed tokens spread: their sums in buckets, the largest weights in the first. The logarithm of a
- * weight is about linear in its bits, and these are in the order of the weights. */
+/* How n weights spread: their sums in buckets, the largest weights in the first. The logarithm of a weight is about
+ * linear in its bits, and these are in the order of the weights. */
 enum { SAMPLER_BUCKETS = 256 };
 typedef struct SamplerSpread {
     uint32_t highest, last;      /* the bits of the largest weight; the last bucket, 0 if all weights are equal */
@@ -259,10 +295,10 @@ static inline uint32_t sampler_bits(float weight) {
     return bits;
 }
 
-static inline void sampler_spread(SamplerSpread *spread, const float *weights, const int32_t *list, int n) {
+static inline void sampler_spread(SamplerSpread *spread, const float *weights, int n) {
     uint32_t lowest = UINT32_MAX, highest = 0;
     for (int i = 0; i < n; i++) {
-        uint32_t bits = sampler_bits(weights[list[i]]);
+        uint32_t bits = sampler_bits(weights[i]);
         lowest = bits < lowest ? bits : lowest;
         highest = bits > highest ? bits : highest;
     }
@@ -270,16 +306,17 @@ static inline void sampler_spread(SamplerSpread *spread, const float *weights, c
     int shift = 0;
     while ((highest - lowest) >> shift >= buckets) shift++;
     *spread = (SamplerSpread){.highest = highest, .last = (highest - lowest) >> shift, .shift = shift};
-    for (int i = 0; i < n; i++)
-        spread->sums[(highest - sampler_bits(weights[list[i]])) >> shift] += weights[list[i]];
+    for (int i = 0; i < n; i++) spread->sums[(highest - sampler_bits(weights[i])) >> shift] += weights[i];
     for (uint32_t bucket = 0; bucket <= spread->last; bucket++) spread->sum += spread->sums[bucket];
 }
 
-/* In the order of sampler_before: the first of n listed tokens with which the weights reach `target` > 0. Returns what
- * they reach with it. spread: of the list. */
-static inline double sampler_reach(const Sampler *s, const SamplerSpread *spread, int n, double target, int32_t *token) {
-    const int32_t *list = s->tokens;
-    int32_t *part = s->tokens + s->vocab_size;       /* in one bucket, in the order of their numbers as in the list */
+/* The first of n listed tokens, the more likely ones before, with which their weights reach `target` > 0; of equal ones
+ * those with lower numbers come first. Returns what the weights reach with it. spread: of the list. */
+static inline double sampler_reach(Sampler *s, const SamplerSpread *spread, int n, double target, int32_t *token) {
+    const float *weights = s->weights;
+    const int32_t *tokens = s->tokens;
+    float *part_weights = s->weights + s->vocab_size;
+    int32_t *part = s->tokens + s->vocab_size;       /* what is in one bucket, in the order of the list */
     SamplerSpread inner;
     double reached = 0;
     while (spread->last > 0) {
@@ -287,17 +324,17 @@ static inline double sampler_reach(const Sampler *s, const SamplerSpread *spread
         while (bucket < spread->last && reached + spread->sums[bucket] < target) reached += spread->sums[bucket++];
         int kept = 0;
         for (int i = 0; i < n; i++) {
-            int32_t candidate = list[i];
-            part[kept] = candidate;
-            kept += (spread->highest - sampler_bits(s->weights[candidate])) >> spread->shift == bucket;
+            float weight = weights[i];
+            part_weights[kept] = weight, part[kept] = tokens[i];
+            kept += (spread->highest - sampler_bits(weight)) >> spread->shift == bucket;
         }
-        list = part, n = kept;
-        sampler_spread(&inner, s->weights, list, n);
+        weights = part_weights, tokens = part, n = kept;
+        sampler_spread(&inner, weights, n);
         spread = &inner;
     }
-    double weight = s->weights[list[0]], count = fmin(fmax(ceil((target - reached) / weight), 1), n);
-    *token = list[(int)count - 1];
-    return reached + count * weight;
+    double count = fmin(fmax(ceil((target - reached) / weights[0]), 1), n);
+    *token = tokens[(int)count - 1];
+    return reached + count * weights[0];
 }
 
 /* Draws a token from logits (vocab_size floats); -INFINITY forbids a token. Error: a logit that is NaN or +infinite,
@@ -315,15 +352,20 @@ static inline const char *sampler_next(Sampler *sampler, const float *logits, in
     if (sampler->temperature == 0) return NULL;
     /* 53 random bits: uniform in (0, 1] */
     double uniform = (double)((megalodon_random(sampler->seed, draw) >> 11) + 1) * 0x1p-53;
-    double sum = sampler_weigh(sampler, logits, logits[best]), others = 0;
-    bool cut = sampler->top_k > 0 && sampler->top_k < n;
-    if (!cut && sampler->top_p == 1) {
-        *token = sampler_draw_any(sampler, uniform * sum);
-        return NULL;
+    float top = logits[best];
+    double others = 0;
+    if (sampler->top_k > 0 && sampler->top_k < n) {
+        n = sampler_list_top(sampler, logits, top, sampler->top_k);
+    } else {
+        double sum = sampler_weigh(sampler, logits, top);
+        if (sampler->top_p == 1) {
+            *token = sampler_draw_any(sampler, uniform * sum);
+            return NULL;
+        }
+        n = sampler_list_nucleus(sampler, sum, &others);
     }
-    n = cut ? sampler_list_top(sampler, logits, sampler->top_k) : sampler_list_nucleus(sampler, sum, &others);
     SamplerSpread spread;
-    sampler_spread(&spread, sampler->weights, sampler->tokens, n);
+    sampler_spread(&spread, sampler->weights, n);
     double target = sampler->top_p * (spread.sum + others);
     double nucleus = sampler_reach(sampler, &spread, n, target, token);
     /* a draw from `target` on is the last token of the nucleus, which is there already */
