@@ -23,8 +23,10 @@ typedef struct Sampler {
     int top_k;                   /* 0: all                             */
     double top_p;                /* 1: all                             */
     uint64_t seed, draws;        /* draws: tokens drawn so far         */
-    double *weights;             /* vocab_size: of the tokens that can still be drawn, not yet divided by their sum */
-    int32_t *tokens;             /* vocab_size: which these are        */
+    float *weights;              /* 2 vocab_size: probabilities, not yet divided by their sum: of all tokens, or of a
+                                  * list of tokens; then of a part of the list */
+    int32_t *tokens;             /* 2 vocab_size + 8: the list, its part, and room for sampler_write */
+    int32_t places[256][8];      /* the places of the ones in a mask of eight, see sampler_list       */
 } Sampler;
 
 static inline void sampler_destroy(Sampler *sampler) {
@@ -33,6 +35,10 @@ static inline void sampler_destroy(Sampler *sampler) {
     sampler->weights = NULL;
     sampler->tokens = NULL;
 }
+
+/* Of eight bytes that are 0 or 1: a number below 256 that tells them apart, and their sum. */
+static inline uint32_t sampler_mask(uint64_t bytes) { return (uint32_t)(bytes * 0x0102040810204080 >> 56); }
+static inline int sampler_ones(uint64_t bytes) { return (int)(bytes * 0x0101010101010101 >> 56); }
 
 /* Error: a setting out of range, or no memory. */
 static inline const char *sampler_create(Sampler *sampler, int vocab_size, double temperature, int top_k, double top_p,
@@ -44,159 +50,296 @@ static inline const char *sampler_create(Sampler *sampler, int vocab_size, doubl
         return errorf("sampler: expected a temperature of 0 or more, found %g", temperature);
     if (top_k < 0) return errorf("sampler: expected top-k of 0 (all) or more, found %d", top_k);
     if (!(top_p > 0 && top_p <= 1)) return errorf("sampler: expected top-p above 0 and at most 1, found %g", top_p);
-    sampler->weights = malloc((size_t)vocab_size * sizeof *sampler->weights);
-    sampler->tokens = malloc((size_t)vocab_size * sizeof *sampler->tokens);
+    sampler->weights = malloc(2 * (size_t)vocab_size * sizeof *sampler->weights);
+    sampler->tokens = malloc((2 * (size_t)vocab_size + 8) * sizeof *sampler->tokens);
+    for (int subset = 0; subset < 256; subset++) {
+        uint8_t in[8];
+        int ones = 0;
+        uint64_t bytes;
+        for (int k = 0; k < 8; k++) in[k] = subset >> k & 1;
+        memcpy(&bytes, in, sizeof bytes);
+        for (int k = 0; k < 8; k++)
+            if (in[k]) sampler->places[sampler_mask(bytes)][ones++] = k;
+    }
     if (sampler->weights && sampler->tokens) return NULL;
     sampler_destroy(sampler);
     return errorf("sampler: no memory for %d tokens", vocab_size);
 }
 
-/* The most likely token, of equal ones the first; -1 if a logit is NaN or +infinite. A large vocabulary is gone through
- * for every token of a text, so these are loops that compilers turn into vectors: they may reorder integers, not
- * floats, and the places below are in the order of the floats. */
-static inline int32_t sampler_place(float logit) {
-    int32_t bits;
-    memcpy(&bits, &logit, sizeof bits);
-    return bits < 0 ? INT32_MIN - bits : bits;       /* -0 and 0 have the same place */
-}
+/* A large vocabulary is gone through for every token of a text, so what does that are loops that compilers turn into
+ * vectors: without a branch, and with sums and maxima side by side, in a fixed order. They take a block at a time, which
+ * stays in the nearest cache. */
+enum { SAMPLER_BLOCK = 1024, SAMPLER_LANES = 32 };
+
+static inline int sampler_least(int a, int b) { return a < b ? a : b; }
+
+/* The most likely token, of equal ones the first; -1 if a logit is NaN or +infinite. */
 static inline int sampler_best(const float *logits, int n) {
-    const int32_t infinity = 0x7F800000;             /* its place; those of NaN are beyond it or below its negative */
-    int32_t largest = INT32_MIN, smallest = INT32_MAX, first = n;
-    for (int i = 0; i < n; i++) {
-        int32_t place = sampler_place(logits[i]);
-        largest = place > largest ? place : largest;
-        smallest = place < smallest ? place : smallest;
+    float largest = -HUGE_VALF;
+    int best = 0;                                    /* for now the first of its block */
+    for (int first = 0; first < n; first += SAMPLER_BLOCK) {
+        const float *block = logits + first;
+        int size = sampler_least(SAMPLER_BLOCK, n - first);
+        float tops[SAMPLER_LANES], top = -HUGE_VALF;
+        int32_t numbers[SAMPLER_LANES], all_numbers = 1;
+        for (int k = 0; k < SAMPLER_LANES; k++) tops[k] = -HUGE_VALF, numbers[k] = 1;
+        for (int i = 0; i < size; i += SAMPLER_LANES)
+            for (int k = 0; k < sampler_least(SAMPLER_LANES, size - i); k++) {
+                tops[k] = block[i + k] > tops[k] ? block[i + k] : tops[k];
+                numbers[k] &= block[i + k] < HUGE_VALF;
+            }
+        for (int k = 0; k < SAMPLER_LANES; k++) {
+            top = tops[k] > top ? tops[k] : top;
+            all_numbers &= numbers[k];
+        }
+        if (!all_numbers) return -1;
+        if (top > largest) largest = top, best = first;
     }
-    if (largest >= infinity || smallest < -infinity) return -1;
-    for (int i = 0; i < n; i++) {
-        int32_t found = sampler_place(logits[i]) == largest ? i : n;
-        first = found < first ? found : first;
-    }
-    return first;
+    while (logits[best] != largest) best++;
+    return best;
 }
 
-/* exp(x) for x <= 0, to about 1e-15 of it; 0 where that would be smaller than 1e-307. Unlike the library's it can be
- * computed for several x at once: 2^k exp(r) with r between -ln(2)/2 and ln(2)/2. */
-static inline double sampler_exp(double x) {
-    const double to_integer = 0x1.8p52;              /* a sum with it has the nearest integer in its last bits */
-    double sum = x * 1.44269504088896340736 + to_integer, k = sum - to_integer;
-    double r = (x - k * 0x1.62e42fee00000p-1) - k * 0x1.a39ef35793c76p-33;      /* ln(2) in two parts */
-    double p = 1.0 / 6227020800;                     /* the series up to r^13 / 13! */
-    p = p * r + 1.0 / 479001600;
-    p = p * r + 1.0 / 39916800;
-    p = p * r + 1.0 / 3628800;
-    p = p * r + 1.0 / 362880;
-    p = p * r + 1.0 / 40320;
-    p = p * r + 1.0 / 5040;
-    p = p * r + 1.0 / 720;
-    p = p * r + 1.0 / 120;
-    p = p * r + 1.0 / 24;
-    p = p * r + 1.0 / 6;
-    p = p * r + 0.5;
-    p = p * r + 1;
-    p = p * r + 1;
-    uint64_t power, bits;
+/* 2^x for x <= 0, to about 1e-7 of it; 0 where that would be smaller than 2^-126. Unlike the library's it can be
+ * computed for several x at once: 2^k 2^f with f between -1/2 and 1/2. Of all polynomials of this degree that are 1
+ * at 0, this one has the least relative error: 2e-8. */
+static inline float sampler_power(float x) {
+    const float to_integer = 0x1.8p23f;              /* a sum with it has the nearest integer in its last bits */
+    float sum = x + to_integer, f = x - (sum - to_integer);
+    float p = 1.55946778e-4f;
+    p = p * f + 1.34066434e-3f;
+    p = p * f + 9.61769279e-3f;
+    p = p * f + 5.55031039e-2f;
+    p = p * f + 2.40226522e-1f;
+    p = p * f + 6.93147242e-1f;
+    p = p * f + 1;
+    uint32_t power, bits;
     memcpy(&power, &sum, sizeof power);
     memcpy(&bits, &p, sizeof bits);
-    bits = (bits + (power << 52)) & -(uint64_t)(x > -706);      /* without a branch, which would make it one by one */
+    bits = (bits + (power << 23)) & -(uint32_t)(x > -126);      /* without a branch, which would make it one by one */
     memcpy(&p, &bits, sizeof p);
     return p;
 }
 
-/* In the order that all cuts go by: is entry i before entry k? The more likely first; equal ones in the order of their
- * numbers, so that the order is the same on every machine. */
-static inline bool sampler_before(const Sampler *s, int i, int k) {
-    return s->weights[i] != s->weights[k] ? s->weights[i] > s->weights[k] : s->tokens[i] < s->tokens[k];
-}
-
-static inline void sampler_swap(Sampler *s, int i, int k) {
-    double weight = s->weights[i];
-    int32_t token = s->tokens[i];
-    s->weights[i] = s->weights[k], s->tokens[i] = s->tokens[k];
-    s->weights[k] = weight, s->tokens[k] = token;
-}
-
-/* Restores the heap of the first `size` entries below `i`; its root is the entry that comes last in the order above. */
-static inline void sampler_sift(Sampler *s, int size, int i) {
-    for (int child; (child = 2 * i + 1) < size; i = child) {
-        if (child + 1 < size && sampler_before(s, child, child + 1)) child++;
-        if (sampler_before(s, child, i)) return;
-        sampler_swap(s, i, child);
-    }
-}
-
-/* Moves the k first of n entries in the order above to the front, in no order: a heap of the best k so far,
- * O(n log k). */
-static inline void sampler_keep_top(Sampler *s, int n, int k) {
-    for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(s, k, i);
-    for (int i = k; i < n; i++) {
-        if (sampler_before(s, 0, i)) continue;
-        sampler_swap(s, 0, i);
-        sampler_sift(s, k, 0);
-    }
-}
-
-/* The fewest entries, first ones in the order above, whose weights reach `target` > 0: how many of n. Moves them to the
- * front, the last of them to their end, without ordering the others: where a sort would go on in both parts, this does
- * in the one where the target is reached. */
-static inline int sampler_reach(Sampler *s, int n, double target) {
-    int first = 0, last = n;                         /* entries before `first` are in, those from `last` on are not */
-    double reached = 0;                              /* the weights of those before `first` */
-    while (first < last) {
-        int middle = first + (last - first) / 2, end = last - 1, place = first;
-        if (sampler_before(s, first, middle)) sampler_swap(s, first, middle);
-        if (sampler_before(s, end, middle)) sampler_swap(s, end, middle);
-        if (sampler_before(s, first, end)) sampler_swap(s, first, end);
-        /* middle, end, first are in order: the pivot is the second of the three */
-        double sum = 0;
-        for (int i = first; i < end; i++) {
-            if (!sampler_before(s, i, end)) continue;
-            sum += s->weights[i];
-            sampler_swap(s, i, place++);
-        }
-        sampler_swap(s, place, end);
-        if (reached + sum >= target) {
-            last = place;
-            continue;
-        }
-        reached += sum + s->weights[place];
-        first = place + 1;
-        if (reached >= target) break;
-    }
-    return first > 0 ? first : 1;
-}
-
-/* Keeps the fewest of n entries, most likely first, whose weights reach top_p of `sum`. Returns how many. */
-static inline int sampler_keep_nucleus(Sampler *s, int n, double sum) {
-    /* An entry below this cannot belong to the nucleus: all such entries together weigh less than (1 - top_p) of the
-     * sum. Leaving them out first makes few out of a large vocabulary. */
-    double least = (1 - s->top_p) * sum / n;
-    int kept = 0;
-    for (int i = 0; i < n; i++) {
-        double weight = s->weights[i];
-        s->weights[kept] = weight, s->tokens[kept] = s->tokens[i];
-        kept += weight >= least;
-    }
-    return sampler_reach(s, kept, s->top_p * sum);
-}
-
-/* Sum of the first n weights: eight sums side by side, in a fixed order. */
-static inline double sampler_sum(const Sampler *s, int n) {
-    enum { LANES = 8 };
-    double sums[LANES] = {0};
-    int whole = n / LANES * LANES;
-    for (int i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; k++) sums[k] += s->weights[i + k];
-    for (int i = whole; i < n; i++) sums[0] += s->weights[i];
-    for (int k = 1; k < LANES; k++) sums[0] += sums[k];
+static inline float sampler_total(float *sums) {
+    for (int half = SAMPLER_LANES / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
     return sums[0];
+}
+
+/* Sum of those of n weights that are smaller than `bound`. */
+static inline double sampler_sum(const float *weights, int n, float bound) {
+    double total = 0;
+    for (int first = 0; first < n; first += SAMPLER_BLOCK) {
+        const float *block = weights + first;
+        int size = sampler_least(SAMPLER_BLOCK, n - first);
+        float sums[SAMPLER_LANES] = {0};
+        for (int i = 0; i < size; i += SAMPLER_LANES)
+            for (int k = 0; k < sampler_least(SAMPLER_LANES, size - i); k++)
+                sums[k] += block[i + k] < bound ? block[i + k] : 0;
+        total += sampler_total(sums);
+    }
+    return total;
+}
+
+/* weight = 2^(scale (logit - largest logit)) */
+static inline float sampler_scale(const Sampler *s) {
+    return (float)fmin(1.44269504088896340736 / s->temperature, FLT_MAX);
+}
+
+/* The weights of all tokens; returns their sum. top: the largest logit. */
+static inline double sampler_weigh(Sampler *s, const float *logits, float top) {
+    float scale = sampler_scale(s);
+    double total = 0;
+    for (int first = 0; first < s->vocab_size; first += SAMPLER_BLOCK) {
+        const float *block = logits + first;
+        float *weights = s->weights + first, sums[SAMPLER_LANES] = {0};
+        int size = sampler_least(SAMPLER_BLOCK, s->vocab_size - first);
+        for (int i = 0; i < size; i += SAMPLER_LANES)
+            for (int k = 0; k < sampler_least(SAMPLER_LANES, size - i); k++) {
+                weights[i + k] = sampler_power((block[i + k] - top) * scale);
+                sums[k] += weights[i + k];
+            }
+        total += sampler_total(sums);
+    }
+    return total;
+}
+
+/* Draws from all tokens, in the order of their numbers: the block, then the token. */
+static inline int32_t sampler_draw_any(const Sampler *s, double target) {
+    int first = 0, likely = 0;
+    double reached = 0;
+    for (; first + SAMPLER_BLOCK < s->vocab_size; first += SAMPLER_BLOCK) {
+        double sum = sampler_sum(s->weights + first, SAMPLER_BLOCK, HUGE_VALF);
+        if (reached + sum >= target) break;
+        reached += sum;
+    }
+    for (int i = first; i < s->vocab_size && reached < target; i++) {
+        reached += s->weights[i];
+        if (s->weights[i] > 0) likely = i;           /* rounding can leave the target at the very end */
+    }
+    return likely;
+}
+
+static inline void sampler_write(int32_t *restrict tokens, const int32_t *restrict places, int32_t first) {
+    for (int k = 0; k < 8; k++) tokens[k] = first + places[k];
+}
+
+/* Lists the tokens whose values are at least `bound`, in the order of their numbers; returns how many. It takes eight
+ * neighbours at a time, and writes eight: those that do not belong to the list are written over. */
+static inline int sampler_list(Sampler *s, const float *values, float bound) {
+    int n = 0;
+    for (int first = 0; first < s->vocab_size; first += SAMPLER_BLOCK) {
+        const float *block = values + first;
+        int size = sampler_least(SAMPLER_BLOCK, s->vocab_size - first);
+        uint8_t in[SAMPLER_BLOCK + 8];
+        for (int i = 0; i < size; i++) in[i] = block[i] >= bound;
+        memset(in + size, 0, 8);
+        for (int i = 0; i < size; i += 8) {
+            uint64_t bytes;
+            memcpy(&bytes, in + i, sizeof bytes);
+            sampler_write(s->tokens + n, s->places[sampler_mask(bytes)], first + i);
+            n += sampler_ones(bytes);
+        }
+    }
+    return n;
+}
+
+/* Lists tokens among which the nucleus is, with their weights: the others together weigh less than (1 - top_p) of `sum`,
+ * that of all. So that there are few, their least weight is guessed from a part of the vocabulary. Returns how many. */
+static inline int sampler_list_nucleus(Sampler *s, double sum, double *others) {
+    enum { RUN = 16, RUNS = 128 };
+    int n = s->vocab_size;
+    double allowed = 0.99 * (1 - s->top_p) * sum;    /* less than that for what sums are rounded by */
+    float bound = (float)(allowed / n);              /* is never too high */
+    if (n >= 4 * RUN * RUNS) {
+        float part[RUN * RUNS], factor = 65536;
+        for (int i = 0; i < RUNS; i++)
+            memcpy(part + i * RUN, s->weights + (int64_t)n * i / RUNS, RUN * sizeof *part);
+        double share = 0.8 * allowed * RUN * RUNS / n;
+        for (; factor > 1.1f; factor = sqrtf(factor)) {
+            if (bound * factor > allowed) continue;
+            if (sampler_sum(part, RUN * RUNS, bound * factor) < share) bound *= factor;
+        }
+    }
+    while ((*others = sampler_sum(s->weights, n, bound)) >= allowed) bound /= 4;
+    n = sampler_list(s, s->weights, bound);
+    for (int i = 0; i < n; i++) s->weights[i] = s->weights[s->tokens[i]];
+    return n;
+}
+
+/* The order that all cuts go by: the more likely first; equal ones in the order of their numbers, so that the order is
+ * the same on every machine. */
+static inline bool sampler_before(const float *values, int32_t a, int32_t b) {
+    return values[a] != values[b] ? values[a] > values[b] : a < b;
+}
+
+/* Restores the heap of the first `size` of a list below place i; its root is the one that comes last in that order. */
+static inline void sampler_sift(const float *values, int32_t *heap, int size, int i) {
+    for (int child; (child = 2 * i + 1) < size; i = child) {
+        if (child + 1 < size && sampler_before(values, heap[child], heap[child + 1])) child++;
+        if (sampler_before(values, heap[child], heap[i])) return;
+        int32_t number = heap[i];
+        heap[i] = heap[child], heap[child] = number;
+    }
+}
+
+/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Changes the list. */
+static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int k) {
+    for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(values, list, k, i);
+    for (int i = k; i < n; i++) {
+        if (sampler_before(values, list[0], list[i])) continue;
+        list[0] = list[i];
+        sampler_sift(values, list, k, 0);
+    }
+    return list[0];
+}
+
+/* Lists the k most likely tokens without those of probability zero, with their weights; returns how many. The tokens are
+ * first taken in groups: the k-th of the groups' largest logits is not above the k-th of all logits, and few are above
+ * it. */
+static inline int sampler_list_top(Sampler *s, const float *logits, float top, int k) {
+    enum { GROUP = 16 };
+    int32_t *list = s->tokens, *part = list + s->vocab_size;
+    float bound = -HUGE_VALF, *tops = s->weights;
+    int groups = s->vocab_size / GROUP, kept = 0;
+    if (k <= groups) {
+        for (int g = 0; g < groups; g++) tops[g] = logits[g], list[g] = g;
+        for (int i = 1; i < GROUP; i++)
+            for (int g = 0; g < groups; g++) tops[g] = logits[i * groups + g] > tops[g] ? logits[i * groups + g] : tops[g];
+        bound = tops[sampler_kth(tops, list, groups, k)];
+    }
+    int n = sampler_list(s, logits, bound);
+    memcpy(part, list, (size_t)n * sizeof *part);
+    int32_t last = sampler_kth(logits, part, n, k);
+    for (int i = 0; i < n; i++) {
+        int32_t token = list[i];
+        list[kept] = token;
+        s->weights[kept] = sampler_power((logits[token] - top) * sampler_scale(s));
+        kept += !sampler_before(logits, last, token) && s->weights[kept] > 0;
+    }
+    return kept;
+}
+
+/* How n weights spread: their sums in buckets, the largest weights in the first. The logarithm of a weight is about
+ * linear in its bits, and these are in the order of the weights. */
+enum { SAMPLER_BUCKETS = 256 };
+typedef struct SamplerSpread {
+    uint32_t highest, last;      /* the bits of the largest weight; the last bucket, 0 if all weights are equal */
+    int shift;                   /* the bucket of a weight: (highest - its bits) >> shift                       */
+    double sum, sums[SAMPLER_BUCKETS];
+} SamplerSpread;
+
+static inline uint32_t sampler_bits(float weight) {
+    uint32_t bits;
+    memcpy(&bits, &weight, sizeof bits);
+    return bits;
+}
+
+static inline void sampler_spread(SamplerSpread *spread, const float *weights, int n) {
+    uint32_t lowest = UINT32_MAX, highest = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = sampler_bits(weights[i]);
+        lowest = bits < lowest ? bits : lowest;
+        highest = bits > highest ? bits : highest;
+    }
+    uint32_t buckets = (uint32_t)sampler_least(SAMPLER_BUCKETS, n);
+    int shift = 0;
+    while ((highest - lowest) >> shift >= buckets) shift++;
+    *spread = (SamplerSpread){.highest = highest, .last = (highest - lowest) >> shift, .shift = shift};
+    for (int i = 0; i < n; i++) spread->sums[(highest - sampler_bits(weights[i])) >> shift] += weights[i];
+    for (uint32_t bucket = 0; bucket <= spread->last; bucket++) spread->sum += spread->sums[bucket];
+}
+
+/* The first of n listed tokens, the more likely ones before, with which their weights reach `target` > 0; of equal ones
+ * those with lower numbers come first. Returns what the weights reach with it. spread: of the list. */
+static inline double sampler_reach(Sampler *s, const SamplerSpread *spread, int n, double target, int32_t *token) {
+    const float *weights = s->weights;
+    const int32_t *tokens = s->tokens;
+    float *part_weights = s->weights + s->vocab_size;
+    int32_t *part = s->tokens + s->vocab_size;       /* what is in one bucket, in the order of the list */
+    SamplerSpread inner;
+    double reached = 0;
+    while (spread->last > 0) {
+        uint32_t bucket = 0;
+        while (bucket < spread->last && reached + spread->sums[bucket] < target) reached += spread->sums[bucket++];
+        int kept = 0;
+        for (int i = 0; i < n; i++) {
+            float weight = weights[i];
+            part_weights[kept] = weight, part[kept] = tokens[i];
+            kept += (spread->highest - sampler_bits(weight)) >> spread->shift == bucket;
+        }
+        weights = part_weights, tokens = part, n = kept;
+        sampler_spread(&inner, weights, n);
+        spread = &inner;
+    }
+    double count = fmin(fmax(ceil((target - reached) / weights[0]), 1), n);
+    *token = tokens[(int)count - 1];
+    return reached + count * weights[0];
 }
 
 /* Draws a token from logits (vocab_size floats); -INFINITY forbids a token. Error: a logit that is NaN or +infinite,
  * or nothing to choose from. */
 static inline const char *sampler_next(Sampler *sampler, const float *logits, int32_t *token) {
-    double *weights = sampler->weights;
-    int32_t *tokens = sampler->tokens;
     int n = sampler->vocab_size, best = sampler_best(logits, n);
     if (best < 0) {
         for (best = 0; logits[best] < HUGE_VALF;) best++;
@@ -207,27 +350,26 @@ static inline const char *sampler_next(Sampler *sampler, const float *logits, in
     uint64_t draw = sampler->draws++;
     *token = best;
     if (sampler->temperature == 0) return NULL;
-    double top = logits[best], scale = fmin(1 / sampler->temperature, DBL_MAX);
-    for (int i = 0; i < n; i++) weights[i] = logits[i];
-    for (int i = 0; i < n; i++) tokens[i] = i;
-    if (sampler->top_k > 0 && sampler->top_k < n) {
-        sampler_keep_top(sampler, n, sampler->top_k);
-        n = sampler->top_k;
-    }
-    for (int i = 0; i < n; i++) weights[i] = sampler_exp((weights[i] - top) * scale);
-    double sum = sampler_sum(sampler, n), reached = 0;
     /* 53 random bits: uniform in (0, 1] */
     double uniform = (double)((megalodon_random(sampler->seed, draw) >> 11) + 1) * 0x1p-53;
-    if (sampler->top_p < 1) {
-        n = sampler_keep_nucleus(sampler, n, sum);
-        sum = sampler_sum(sampler, n);
-        *token = tokens[sampler_reach(sampler, n, uniform * sum) - 1];
-        return NULL;
+    float top = logits[best];
+    double others = 0;
+    if (sampler->top_k > 0 && sampler->top_k < n) {
+        n = sampler_list_top(sampler, logits, top, sampler->top_k);
+    } else {
+        double sum = sampler_weigh(sampler, logits, top);
+        if (sampler->top_p == 1) {
+            *token = sampler_draw_any(sampler, uniform * sum);
+            return NULL;
+        }
+        n = sampler_list_nucleus(sampler, sum, &others);
     }
-    for (int i = 0; i < n && reached < uniform * sum; i++) {
-        reached += weights[i];
-        if (weights[i] > 0) *token = tokens[i];      /* rounding can leave the target at the very end */
-    }
+    SamplerSpread spread;
+    sampler_spread(&spread, sampler->weights, n);
+    double target = sampler->top_p * (spread.sum + others);
+    double nucleus = sampler_reach(sampler, &spread, n, target, token);
+    /* a draw from `target` on is the last token of the nucleus, which is there already */
+    if (uniform * nucleus < target) sampler_reach(sampler, &spread, n, uniform * nucleus, token);
     return NULL;
 }
 

@@ -12,7 +12,7 @@
 #include "../lib/text.h"
 #include "test.h"
 
-enum { V = 300, MANY = 3280, DRAWS = 40000 };
+enum { V = 300, MANY = 29524, DRAWS = 40000 };
 
 static void make_logits(float *logits) {
     for (int i = 0; i < V; i++) logits[i] = (float)(4 * sin(0.7 * i) + 2 * cos(0.13 * i * i));
@@ -80,39 +80,139 @@ static void test_distribution(double temperature, int top_k, double top_p) {
     sampler_destroy(&sampler);
 }
 
-/* With top-p a draw goes through the allowed tokens, most likely first: the same token as after a sort, for flat and
- * steep distributions and for logits of which many are equal. */
-static void test_nucleus(int n, double spread, bool equal) {
-    static float logits[MANY];
+static const float *entry_logits;                    /* what compare_logits looks at */
+static int compare_logits(const void *a, const void *b) {
+    float x = entry_logits[((const Entry *)a)->token], y = entry_logits[((const Entry *)b)->token];
+    return x != y ? (x > y ? -1 : 1) : ((const Entry *)a)->token < ((const Entry *)b)->token ? -1 : 1;
+}
+
+/* Does a cut draw go through the allowed tokens, most likely first, as it would after a sort? From the sampler's own
+ * weights, so that nothing but the rounding of sums lies between: 1e-7 of what all weigh. */
+static void check_draw(const char *name, const float *logits, int n, int top_k, double top_p, uint64_t seed) {
     static Entry all[MANY];
+    Sampler sampler;
+    int32_t token = -1;
+    if (!check(!sampler_create(&sampler, n, 0.8, top_k, top_p, seed), "create")) return;
+    int best = sampler_best(logits, n), few = top_k > 0 && top_k < n ? top_k : n;
+    double largest = 0, off = 0, sum = 0;
+    for (int i = 0; i < n; i++) largest = i && logits[i] <= largest ? largest : logits[i];
+    check(best >= 0 && logits[best] == largest, "%s, %d tokens: the best is %d", name, n, best);
+    sampler_weigh(&sampler, logits, logits[best]);
+    for (int i = 0; i < n; i++) {
+        double x = (logits[i] - largest) / 0.8, weight = sampler.weights[i];
+        all[i] = (Entry){weight, i};
+        if (x > -87) off = fmax(off, fabs(weight / exp(x) - 1) / (1 - x));
+        else off = fmax(off, weight);
+    }
+    check(off < 3e-7, "%s, %d tokens: a weight is off by %g", name, n, off);
+    entry_logits = logits;
+    if (few < n) qsort(all, (size_t)n, sizeof *all, compare_logits);
+    qsort(all, (size_t)few, sizeof *all, compare_entries);
+    for (int i = 0; i < few; i++) sum += all[i].weight;
+    /* the nucleus for a share that is smaller by the rounding, and for one that is larger */
+    double reached = 0, least = 0, most = 0, rounding = 1e-7 * sum, before = 0;
+    int cut = 0;
+    for (; cut < few && (cut == 0 || reached < top_p * sum + rounding); cut++) {
+        if (cut == 0 || reached < top_p * sum - rounding) least = reached + all[cut].weight;
+        reached += all[cut].weight;
+    }
+    most = reached;
+    double uniform = (double)((megalodon_random(seed, 0) >> 11) + 1) * 0x1p-53;
+    const char *error = sampler_next(&sampler, logits, &token);
+    int place = 0;
+    for (; place < cut && all[place].token != token; place++) before += all[place].weight;
+    bool right = !error && place < cut && before <= uniform * most + rounding &&
+                 before + all[place].weight >= uniform * least - rounding;
+    check(right, "%s, %d tokens, top-k %d, top-p %g, seed %d: drew %d, %g to %g of %g, expected %g", name, n, top_k,
+          top_p, (int)seed, (int)token, before, before + all[place < n ? place : 0].weight, sum, uniform * most);
+    sampler_destroy(&sampler);
+}
+
+static double uniform_number(uint64_t seed, int i) {
+    return (double)(megalodon_random(seed, (uint64_t)i) >> 11) * 0x1p-53;
+}
+
+/* Flat and steep distributions, logits of which many are equal, forbidden tokens, and a few tokens that weigh more than
+ * all others together, anywhere in a large vocabulary. */
+static void test_cuts(int n) {
+    static float logits[MANY];
     static const double shares[] = {0.01, 0.3, 0.5, 0.95, 0.999999};
-    for (uint64_t seed = 0; seed < 40; seed++) {
+    for (uint64_t seed = 0; seed < (n > 1093 ? 10 : 40); seed++) {
         double top_p = shares[seed % 5];
+        int top_k = n / 2 < 1 ? 1 : (int)(1 + megalodon_random(seed, 1) % (uint64_t)(seed % 2 ? n / 2 : n / 20 + 1));
+#define DRAW(name, logit)                                          \
+        for (int i = 0; i < n; i++) logits[i] = (float)(logit);    \
+        check_draw(name, logits, n, 0, top_p, seed);               \
+        check_draw(name, logits, n, top_k, top_p, seed);           \
+        check_draw(name, logits, n, top_k, 1, seed)
+        DRAW("steep", 10 * uniform_number(seed, i));
+        DRAW("very steep", 400 * uniform_number(seed, i) - 1000);
+        DRAW("flat", 0.5 * uniform_number(seed, i));
+        DRAW("four values", 2 * floor(4 * uniform_number(seed, i)));
+        DRAW("equal", 0);
+        DRAW("half forbidden", i % 2 && i != n - 1 ? -HUGE_VAL : 10 * uniform_number(seed, i));
+        DRAW("one allowed", i != (int)(seed * 977 % (uint64_t)n) ? -HUGE_VAL : -3);
+        DRAW("few", 5 * uniform_number(seed, i) + (megalodon_random(seed + 1, (uint64_t)i) % (n / 5 + 1u) ? 0 : 15));
+        DRAW("powers", -log(1 + (i + seed * 1237) % (uint64_t)n));
+#undef DRAW
+    }
+}
+
+/* Without cuts a draw goes through the tokens in the order of their numbers. */
+static void test_order(int n) {
+    static float logits[MANY];
+    for (uint64_t seed = 0; seed < 40; seed++) {
         int32_t token = -1;
         Sampler sampler;
-        for (int i = 0; i < n; i++) {
-            double uniform = (double)(megalodon_random(seed, (uint64_t)i) >> 11) * 0x1p-53;
-            logits[i] = (float)(spread * (equal ? floor(4 * uniform) : uniform));
-        }
-        if (!check(!sampler_create(&sampler, n, 0.8, 0, top_p, seed), "create")) break;
-        int cut = expected_entries(logits, n, 0.8, 0, top_p, all), place = 0;
-        double sum = 0, reached = 0;
-        for (int i = 0; i < cut; i++) sum += all[i].weight;
-        double target = (double)((megalodon_random(seed, 0) >> 11) + 1) * 0x1p-53 * sum;
-        for (reached = all[0].weight; place < cut - 1 && reached < target;) reached += all[++place].weight;
-        check(!sampler_next(&sampler, logits, &token) && token == all[place].token,
-              "%d tokens, spread %g, top-p %g, seed %d: drew %d, expected %d", n, spread, top_p, (int)seed, (int)token,
-              (int)all[place].token);
+        for (int i = 0; i < n; i++) logits[i] = (float)(seed % 2 ? 8 * uniform_number(seed, i) : 0);
+        if (!check(!sampler_create(&sampler, n, 0.8, 0, 1, seed), "create")) return;
+        const char *error = sampler_next(&sampler, logits, &token);
+        double sum = 0, before = 0, uniform = (double)((megalodon_random(seed, 0) >> 11) + 1) * 0x1p-53;
+        for (int i = 0; i < n; i++) sum += sampler.weights[i];
+        for (int i = 0; i < token; i++) before += sampler.weights[i];
+        check(!error && token >= 0 && token < n && before <= (uniform + 1e-7) * sum &&
+              before + sampler.weights[token] >= (uniform - 1e-7) * sum,
+              "%d tokens, seed %d: drew %d after %g of %g, expected %g", n, (int)seed, (int)token, before, sum,
+              uniform * sum);
         sampler_destroy(&sampler);
     }
 }
 
-static void test_exp(void) {
+/* The largest logit and what is none, wherever they are; lists and sums of every length. */
+static void test_places(void) {
+    static float logits[2100];
+    Sampler sampler;
+    for (int n = 1; n <= 2100; n += n < 70 ? 1 : 61) {
+        if (!check(!sampler_create(&sampler, n, 1, 0, 1, 1), "create")) return;
+        for (int at = 0; at < n; at += n < 70 ? 1 : 23) {
+            for (int i = 0; i < n; i++) logits[i] = -5;
+            logits[at] = -1, logits[n - 1] = -1;
+            check(sampler_best(logits, n) == at, "%d tokens: the best is %d, expected %d", n, sampler_best(logits, n), at);
+            int listed = sampler_list(&sampler, logits, -1), expected = at == n - 1 ? 1 : 2;
+            check(listed == expected && sampler.tokens[0] == at && sampler.tokens[listed - 1] == n - 1,
+                  "%d tokens: listed %d, first %d, expected %d and %d", n, listed, (int)sampler.tokens[0], expected, at);
+            logits[at] = NAN;
+            check(sampler_best(logits, n) == -1, "%d tokens: number %d is NaN", n, at);
+            logits[at] = HUGE_VALF;
+            check(sampler_best(logits, n) == -1, "%d tokens: number %d is infinite", n, at);
+        }
+        for (int i = 0; i < n; i++) logits[i] = (float)(i % 3);
+        int listed = sampler_list(&sampler, logits, 1), right = 0;
+        for (int i = 0, k = 0; i < n; i++)
+            if (i % 3) right += k < listed && sampler.tokens[k++] == i;
+        double sum = sampler_sum(logits, n, 2);
+        check(sum == (n + 1) / 3, "%d tokens: those below 2 weigh %g", n, sum);
+        check(listed == n - (n + 2) / 3 && right == listed, "%d tokens: %d listed, %d right", n, listed, right);
+        sampler_destroy(&sampler);
+    }
+}
+
+static void test_power(void) {
     double worst = 0;
-    for (double x = 0; x > -706; x -= 0.00917) worst = fmax(worst, fabs(sampler_exp(x) / exp(x) - 1));
-    check(worst < 1e-15, "exp is off by %g of itself", worst);
-    check(sampler_exp(0) == 1 && sampler_exp(-800) == 0 && sampler_exp(-1e300) == 0 && sampler_exp(-HUGE_VAL) == 0,
-          "exp at its ends");
+    for (double x = 0; x > -126; x -= 0.000917) worst = fmax(worst, fabs(sampler_power((float)x) / exp2((float)x) - 1));
+    check(worst < 2e-7, "2^x is off by %g of itself", worst);
+    check(sampler_power(0) == 1 && sampler_power(-127) == 0 && sampler_power(-1e30f) == 0 &&
+          sampler_power(-HUGE_VALF) == 0, "2^x at its ends");
 }
 
 static void test_limits(void) {
@@ -210,12 +310,11 @@ int main(void) {
     test_distribution(1.3, 50, 0.8);
     test_distribution(1, V, 1);
     for (int n = 1; n <= MANY; n = n * 3 + 1) {
-        test_nucleus(n, 10, false);
-        test_nucleus(n, 0.5, false);
-        test_nucleus(n, 2, true);
-        test_nucleus(n, 0, true);
+        test_cuts(n);
+        test_order(n);
     }
-    test_exp();
+    test_places();
+    test_power();
     test_limits();
     test_errors();
 #define TEXT(name, bytes, stop, expected) test_text(name, bytes, sizeof bytes - 1, stop, expected)
