@@ -299,17 +299,20 @@ static void check_wide(const Candidate *candidate, const char *what, MegalodonCo
     pair_destroy(&pair);
 }
 
-/* Norms whose rows are so long that threads own several steps of a tile, in vectors of 16 bytes and of 8. */
+/* Norms whose rows are so long that threads own several steps of a tile, in vectors of 16 bytes and of 8; and with
+ * dropout, rows that need more of a thread's registers, or more than it has, and several vectors a thread of a tile. */
 static void check_long_rows(const Candidate *candidate, MegalodonConfig config) {
-    static const int sizes[][2] = {{512, 8}, {384, 32}};
+    static const struct { int model_dim, groups; bool dropout; } sizes[] = {
+        {512, 8, false}, {384, 32, false}, {1536, 48, true}, {2304, 8, true}};
     config.num_layers = 1;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        config.model_dim = sizes[i][0], config.norm_num_groups = sizes[i][1];
+        config.model_dim = sizes[i].model_dim, config.norm_num_groups = sizes[i].groups;
+        config.hidden_dropout = sizes[i].dropout ? 0.25 : 0;
         Pair pair = pair_create(candidate, "long rows", &config, true, false);
         Worst worst;
         memset(&worst, 0, sizeof worst);
-        check_pass(&pair, 2, 62, 0, false, &worst);
-        check_pass(&pair, 1, 37, 5, false, &worst);
+        check_pass(&pair, 2, 62, 0, sizes[i].dropout, &worst);
+        check_pass(&pair, 1, 37, 5, sizes[i].dropout, &worst);
         printf("%-10s %-26s loss %.1e  state %.1e  gradients %.1e (%s)\n", candidate->name, pair.what,
                worst.activations.worst_error, worst.state.worst_error, worst.gradients.worst_error,
                worst.gradients.worst);
