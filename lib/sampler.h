@@ -244,7 +244,7 @@ static inline void sampler_sift(const float *values, int32_t *heap, int size, in
     }
 }
 
-/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Changes the list. */
+/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Mixes the list. */
 static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int k) {
     for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(values, list, k, i);
     for (int i = k; i < n; i++) {
