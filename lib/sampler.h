@@ -256,7 +256,7 @@ static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int
 }
 
 /* Lists the k most likely tokens without those of probability zero, with their weights; returns how many. They are
- * taken in groups first: the k-th of the largest logits of groups is not above the k-th of all, and few are above it. */
+ * taken in groups first: the k-th of the largest logits of groups is at most the k-th of all, and few are above it. */
 static inline int sampler_list_top(Sampler *s, const float *logits, float top, int k) {
     enum { GROUP = 16 };
     int32_t *list = s->tokens, *part = list + s->vocab_size;
