@@ -67,8 +67,8 @@ static inline const char *sampler_create(Sampler *sampler, int vocab_size, doubl
 }
 
 /* A large vocabulary is gone through for every token of a text, so what does that are loops that compilers turn into
- * vectors: without a branch, and with sums and maxima side by side, in a fixed order. They take a block at a time, which
- * stays in the nearest cache. */
+ * vectors: without a branch, and with sums and maxima side by side, in a fixed order. They take a block at a time, and
+ * after each the sums in float are added up in double. */
 enum { SAMPLER_BLOCK = 1024, SAMPLER_LANES = 32 };
 
 static inline int sampler_least(int a, int b) { return a < b ? a : b; }
@@ -99,6 +99,10 @@ static inline int sampler_best(const float *logits, int n) {
     return best;
 }
 
+typedef union SamplerFloat { float number; uint32_t bits; } SamplerFloat;
+
+static inline uint32_t sampler_bits(float number) { return (SamplerFloat){.number = number}.bits; }
+
 /* 2^x for x <= 0, to about 1e-7 of it; 0 where that would be smaller than 2^-126. Unlike the library's it can be
  * computed for several x at once: 2^k 2^f with f between -1/2 and 1/2. Of all polynomials of this degree that are 1
  * at 0, this one has the least relative error: 2e-8. */
@@ -112,12 +116,8 @@ static inline float sampler_power(float x) {
     p = p * f + 2.40226522e-1f;
     p = p * f + 6.93147242e-1f;
     p = p * f + 1;
-    uint32_t power, bits;
-    memcpy(&power, &sum, sizeof power);
-    memcpy(&bits, &p, sizeof bits);
-    bits = (bits + (power << 23)) & -(uint32_t)(x > -126);      /* without a branch, which would make it one by one */
-    memcpy(&p, &bits, sizeof p);
-    return p;
+    uint32_t bits = sampler_bits(p) + (sampler_bits(sum) << 23);
+    return (SamplerFloat){.bits = bits & -(uint32_t)(x > -126)}.number;     /* without a branch: several at once */
 }
 
 static inline float sampler_total(float *sums) {
@@ -204,21 +204,22 @@ static inline int sampler_list(Sampler *s, const float *values, float bound) {
     return n;
 }
 
-/* Lists tokens among which the nucleus is, with their weights: the others together weigh less than (1 - top_p) of `sum`,
- * that of all. So that there are few, their least weight is guessed from a part of the vocabulary. Returns how many. */
+/* Lists tokens among which the nucleus is, with their weights: all others together weigh less than (1 - top_p) of the
+ * sum. So that there are few, their least weight is guessed from a part of the vocabulary. Returns how many. */
 static inline int sampler_list_nucleus(Sampler *s, double sum, double *others) {
     enum { RUN = 16, RUNS = 128 };
     int n = s->vocab_size;
     double allowed = 0.99 * (1 - s->top_p) * sum;    /* less than that for what sums are rounded by */
     float bound = (float)(allowed / n);              /* is never too high */
     if (n >= 4 * RUN * RUNS) {
-        float part[RUN * RUNS], factor = 65536;
+        static const float factors[] = {65536, 256, 16, 4, 2, 1.5f, 1.2f};
+        float part[RUN * RUNS];
+        double share = 0.8 * allowed * RUN * RUNS / n;
         for (int i = 0; i < RUNS; i++)
             memcpy(part + i * RUN, s->weights + (int64_t)n * i / RUNS, RUN * sizeof *part);
-        double share = 0.8 * allowed * RUN * RUNS / n;
-        for (; factor > 1.1f; factor = sqrtf(factor)) {
-            if (bound * factor > allowed) continue;
-            if (sampler_sum(part, RUN * RUNS, bound * factor) < share) bound *= factor;
+        for (size_t i = 0; i < sizeof factors / sizeof *factors; i++) {
+            float more = bound * factors[i];
+            if (more <= allowed && sampler_sum(part, RUN * RUNS, more) < share) bound = more;
         }
     }
     while ((*others = sampler_sum(s->weights, n, bound)) >= allowed) bound /= 4;
@@ -243,7 +244,7 @@ static inline void sampler_sift(const float *values, int32_t *heap, int size, in
     }
 }
 
-/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Changes the list. */
+/* The k-th in that order of n listed numbers: the root of a heap of the best k so far, O(n log k). Mixes the list. */
 static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int k) {
     for (int i = k / 2 - 1; i >= 0; i--) sampler_sift(values, list, k, i);
     for (int i = k; i < n; i++) {
@@ -254,9 +255,8 @@ static inline int32_t sampler_kth(const float *values, int32_t *list, int n, int
     return list[0];
 }
 
-/* Lists the k most likely tokens without those of probability zero, with their weights; returns how many. The tokens are
- * first taken in groups: the k-th of the groups' largest logits is not above the k-th of all logits, and few are above
- * it. */
+/* Lists the k most likely tokens without those of probability zero, with their weights; returns how many. They are
+ * taken in groups first: the k-th of the largest logits of groups is at most the k-th of all, and few are above it. */
 static inline int sampler_list_top(Sampler *s, const float *logits, float top, int k) {
     enum { GROUP = 16 };
     int32_t *list = s->tokens, *part = list + s->vocab_size;
@@ -265,7 +265,10 @@ static inline int sampler_list_top(Sampler *s, const float *logits, float top, i
     if (k <= groups) {
         for (int g = 0; g < groups; g++) tops[g] = logits[g], list[g] = g;
         for (int i = 1; i < GROUP; i++)
-            for (int g = 0; g < groups; g++) tops[g] = logits[i * groups + g] > tops[g] ? logits[i * groups + g] : tops[g];
+            for (int g = 0; g < groups; g++) {
+                float logit = logits[i * groups + g];
+                tops[g] = logit > tops[g] ? logit : tops[g];
+            }
         bound = tops[sampler_kth(tops, list, groups, k)];
     }
     int n = sampler_list(s, logits, bound);
@@ -288,12 +291,6 @@ typedef struct SamplerSpread {
     int shift;                   /* the bucket of a weight: (highest - its bits) >> shift                       */
     double sum, sums[SAMPLER_BUCKETS];
 } SamplerSpread;
-
-static inline uint32_t sampler_bits(float weight) {
-    uint32_t bits;
-    memcpy(&bits, &weight, sizeof bits);
-    return bits;
-}
 
 static inline void sampler_spread(SamplerSpread *spread, const float *weights, int n) {
     uint32_t lowest = UINT32_MAX, highest = 0;

@@ -187,10 +187,12 @@ static void test_places(void) {
         for (int at = 0; at < n; at += n < 70 ? 1 : 23) {
             for (int i = 0; i < n; i++) logits[i] = -5;
             logits[at] = -1, logits[n - 1] = -1;
-            check(sampler_best(logits, n) == at, "%d tokens: the best is %d, expected %d", n, sampler_best(logits, n), at);
+            int best = sampler_best(logits, n);
+            check(best == at, "%d tokens: the best is %d, expected %d", n, best, at);
             int listed = sampler_list(&sampler, logits, -1), expected = at == n - 1 ? 1 : 2;
             check(listed == expected && sampler.tokens[0] == at && sampler.tokens[listed - 1] == n - 1,
-                  "%d tokens: listed %d, first %d, expected %d and %d", n, listed, (int)sampler.tokens[0], expected, at);
+                  "%d tokens: listed %d, first %d, expected %d and %d", n, listed, (int)sampler.tokens[0], expected,
+                  at);
             logits[at] = NAN;
             check(sampler_best(logits, n) == -1, "%d tokens: number %d is NaN", n, at);
             logits[at] = HUGE_VALF;
