@@ -365,6 +365,7 @@ __global__ void __launch_bounds__(SWEEP_THREADS, (NormMemory<T, VEC, HELD>::BLOC
         }
         slot = slot == AHEAD ? 0 : slot + 1;
     }
+    copies_wait<0>(); // zeros still come where rows past the last were asked for: the sums lie there
     /* The block's sums over rows are those of its teams. */
     auto write = [&](float *partial, const float (&sum)[HELD][VEC]) {
         if (!partial) return;
