@@ -4,7 +4,7 @@
 #   sh tests/sanitize.sh FOLDER [TOOL...]
 #
 # FOLDER holds test_golden, test_backends and test_components, built by `make sanitize`; their outputs go there too.
-# Each part of a program under each tool is a process with LIMIT seconds (240), and JOBS of them (one a processor) run
+# Each part of a program under each tool is a process with LIMIT seconds (900), and JOBS of them (one a processor) run
 # side by side, so that one that crashes or hangs spoils nothing else. TOTAL seconds (3600) after the start the rest
 # fails. A table of all results comes last: seconds, errors (of racecheck: hazards), and the exit status of those that
 # failed; 124 is a part that took too long. The exit status is 0 only if everything passed.
@@ -14,7 +14,7 @@
 
 folder=${1:?usage: sh tests/sanitize.sh FOLDER [TOOL...]}
 shift
-limit=${LIMIT:-240}
+limit=${LIMIT:-900}
 jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 # One thread each: the processors have other parts to run.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive
@@ -69,7 +69,7 @@ export OPTIONS UNWATCHED LIMIT="$limit" DEADLINE=$((start + ${TOTAL:-3600}))
 parts() {
     small=embedding,rmsnorm,linear,znorm,qk_affine,rope,silu,gate,layernorm,swiglu,rescale,dropout,cross_entropy
     for type in bf16 fp32; do
-        for part in shapes generation wide,update,dropout state,reading; do
+        for part in generation wide shapes update,dropout state,reading; do
             echo "backends-$type-$part $folder/test_backends --short --backend cuda-$type --only $part"
         done
         for part in attention cema timestepnorm $small; do
