@@ -20,9 +20,7 @@
 #include "fused.cuh"
 #include "matmul.cuh"
 
-/* About how much scratch the scores may take, or those of one chunk. It is little, so that they go from one
- * kernel to the next through the second cache, for the most part. */
-constexpr size_t FORWARD_SCORE_BYTES = (size_t)56 << 20, BACKWARD_SCORE_BYTES = (size_t)176 << 20;
+constexpr size_t SCORE_BYTES = (size_t)512 << 20; /* about how much scratch the scores may take */
 /* The warps of a softmax block own SOFTMAX_WARPS short rows or, all together, a long one; a thread holds
  * SCORES_HELD vectors of a row in registers. */
 enum { MOST_QUERY_BLOCKS = 4, SMALLEST_QUERY_BLOCK = 256, SOFTMAX_WARPS = 4, SCORE_VEC = 4, SCORES_HELD = 4 };
@@ -112,9 +110,9 @@ static inline size_t backward_bytes(const ScoreShape &s) { return s.float_block 
 
 /* Scratch for the scores of any span of a call no larger than this one: grows with B, T and n > 0, nothing
  * else. Fewer items may be cut into larger blocks, so that each number of items is asked. item_bytes: one of
- * the two functions above; about: how much it may be, or one item. */
+ * the two functions above. */
 template <typename T, typename F>
-static size_t score_scratch(const Context *context, const AttentionKeys<T> &a, F item_bytes, size_t about) {
+static size_t score_scratch(const Context *context, const AttentionKeys<T> &a, F item_bytes) {
     int64_t queries = a.steps < a.C ? a.steps : a.C, keys = a.n > 0 ? a.C : queries;
     size_t whole = item_bytes(score_shape<T>(queries, keys, a.C, 1)) + SCRATCH_ALIGN, most = 0;
     for (int64_t items = a.B * (a.steps / a.C + 1), blocks = 0; items > 0; items--) {
@@ -123,7 +121,7 @@ static size_t score_scratch(const Context *context, const AttentionKeys<T> &a, F
         size_t all = (size_t)items * (item_bytes(score_shape<T>(queries, keys, a.C, blocks)) + SCRATCH_ALIGN);
         if (all > most) most = all;
     }
-    size_t limit = whole > about ? whole : about;
+    size_t limit = whole > SCORE_BYTES ? whole : SCORE_BYTES;
     return most < limit ? most : limit;
 }
 /* How many items of a span are taken at a time: groups of about the same size. */
@@ -414,7 +412,7 @@ template <typename T>
 static void attention_forward(Context *context, T *out, float *lse, const AttentionWeights<T> &kept,
                               const T *query, const AttentionKeys<T> &a, Dropout dropout) {
     ScratchScope scope(context);
-    size_t bytes = score_scratch(context, a, forward_bytes, FORWARD_SCORE_BYTES);
+    size_t bytes = score_scratch(context, a, forward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     T *k_together = a.n ? take<T>(context, a.B * a.C * a.H * a.z) : nullptr;
     T *v_together = a.n ? take<T>(context, a.B * a.C * a.H * a.e) : nullptr;
@@ -529,7 +527,7 @@ static void attention_backward(Context *context, T *dquery, T *dk, T *dv, T *dk_
                                const T *x, float *dbias, Dropout dropout) {
     ScratchScope scope(context);
     int64_t Z = a.H * a.z, E = a.H * a.e;
-    size_t bytes = score_scratch(context, a, backward_bytes, BACKWARD_SCORE_BYTES);
+    size_t bytes = score_scratch(context, a, backward_bytes);
     char *memory = take<char>(context, (int64_t)bytes);
     SiluOfValues<T> silu = {x, (float *)kept.data};
     if (x) sum_later(context, dbias, silu.partial, a.B * a.steps / FUSED_WARP_ROWS, E);
