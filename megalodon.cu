@@ -252,7 +252,7 @@ struct MegalodonModel {
     float *last_logits; /* (B,V) */
     float *host_logits; /* (B,V) of at most DECODE_ROWS rows, pinned: a step writes them there */
     int *arrivals;      /* decode_attention's counters, zero between steps */
-    int cluster_room;    /* see attention_cluster_room */
+    int cluster_room;   /* see attention_cluster_room */
     std::vector<DecodePrepared> prepared; /* for each layer's opening (decode_tiles.cuh) and the final norm */
     float *opened_u;    /* (D): u of the layer that opened last, until its own states have moved on */
 

@@ -274,10 +274,11 @@ static inline int sampler_list_top(Sampler *s, const float *logits, float top, i
     int n = sampler_list(s, logits, bound);
     memcpy(part, list, (size_t)n * sizeof *part);
     int32_t last = sampler_kth(logits, part, n, k);
+    float scale = sampler_scale(s);
     for (int i = 0; i < n; i++) {
         int32_t token = list[i];
         list[kept] = token;
-        s->weights[kept] = sampler_power((logits[token] - top) * sampler_scale(s));
+        s->weights[kept] = sampler_power((logits[token] - top) * scale);
         kept += !sampler_before(logits, last, token) && s->weights[kept] > 0;
     }
     return kept;
